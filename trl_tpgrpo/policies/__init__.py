@@ -1,0 +1,56 @@
+"""Model families: what differs between SD3 and FLUX, and nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from .base import LORA_FILE, Conditioning, FlowPolicy, Guidance, Schedule
+from .flux import FluxPolicy
+from .sd3 import SD3Policy
+
+
+__all__ = [
+    "LORA_FILE",
+    "POLICIES",
+    "Conditioning",
+    "FlowPolicy",
+    "FluxPolicy",
+    "Guidance",
+    "SD3Policy",
+    "Schedule",
+    "build_policy",
+    "load_pipeline",
+]
+
+POLICIES = (SD3Policy, FluxPolicy)
+
+
+def load_pipeline(model: str | Path, **model_init_kwargs: Any) -> DiffusionPipeline:
+    """Load a pipeline from a Hub id or a folder; parts that it was saved without are not asked for.
+
+    Args:
+        model: Hub id or folder.
+        **model_init_kwargs: For `DiffusionPipeline.from_pretrained`; `dtype` may be a name such as `"bfloat16"`.
+    """
+    hub_kwargs = {key: model_init_kwargs[key] for key in ("revision", "token", "cache_dir") if key in model_init_kwargs}
+    parts = DiffusionPipeline.load_config(str(model), **hub_kwargs)
+    absent = {name: None for name, part in parts.items() if isinstance(part, list) and part == [None, None]}
+    if "dtype" in model_init_kwargs:
+        dtype = model_init_kwargs.pop("dtype")
+        model_init_kwargs["torch_dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    return DiffusionPipeline.from_pretrained(str(model), **{**absent, **model_init_kwargs})
+
+
+def build_policy(pipeline: DiffusionPipeline, guidance: Guidance) -> FlowPolicy:
+    """Wrap a pipeline in the policy of its family.
+
+    Raises:
+        ValueError: If its class is not supported.
+    """
+    for policy in POLICIES:
+        if isinstance(pipeline, policy.pipeline_class):
+            return policy(pipeline, guidance)
+    supported = ", ".join(policy.pipeline_class.__name__ for policy in POLICIES)
+    raise ValueError(f"{type(pipeline).__name__} is not supported. Supported pipeline classes: {supported}.")

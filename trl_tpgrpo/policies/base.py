@@ -1,0 +1,181 @@
+"""What a model family must say about itself; the only place of the package that calls a diffusers pipeline.
+
+Shapes: `N` samples, `S` text tokens, `...` the dimensions of a latent (SD3: channels, height, width; FLUX: packed tokens,
+channels).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+TRANSFORMER_FOLDER = "transformer"
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How images are sampled, in diffusers' terms; the same in rollouts, training and evaluation.
+
+    Attributes:
+        height: Of the images, in pixels.
+        width: Of the images, in pixels.
+        guidance_scale: SD3: classifier-free guidance, off at 1 and below. FLUX: the scale given to the distilled model.
+        true_cfg_scale: FLUX only: classifier-free guidance with a negative prompt, off at 1.
+        negative_prompt: `None` is the empty prompt for SD3 and no true guidance for FLUX.
+        max_sequence_length: Tokens of the T5 encoder; `None` is the pipeline's own default.
+    """
+
+    height: int
+    width: int
+    guidance_scale: float
+    true_cfg_scale: float = 1.0
+    negative_prompt: str | None = None
+    max_sequence_length: int | None = None
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: each field (N, S, C) or (N, C); the negative ones are `None` without classifier-free guidance."""
+
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+    negative_prompt_embeds: Tensor | None = None
+    negative_pooled_prompt_embeds: Tensor | None = None
+
+    def __getitem__(self, rows: Tensor) -> "Conditioning":
+        """The prompts of `rows` (M,)."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        return Conditioning(*(value if value is None else value[rows.to(value.device)] for value in values))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise levels of a sampler with T steps, on the CPU.
+
+    Attributes:
+        sigmas: float32, (T + 1,), falling from at most 1 to 0.
+        timesteps: float32, (T,): what the scheduler hands the pipeline, 0 to 1000.
+    """
+
+    sigmas: Tensor
+    timesteps: Tensor
+
+
+class FlowPolicy(ABC):
+    """A pipeline, cut into the parts that reinforcement learning calls one by one.
+
+    A subclass names its pipeline class and LoRA targets and says how prompts are encoded, noise is drawn, the schedule is
+    made, a velocity is predicted and latents are decoded. Weights are passed to `velocity`, not owned: the trainer hands in
+    the wrapped model, the unwrapped one, or the reference.
+
+    Each method does what the pipeline's `__call__` does between its lines, so that a rollout of ODE steps equals it to the
+    bit.
+    """
+
+    pipeline_class: type[DiffusionPipeline]
+    lora_target_modules: list[str]
+
+    def __init__(self, pipeline: DiffusionPipeline, guidance: Guidance):
+        self.pipeline = pipeline
+        self.guidance = guidance
+        multiple = pipeline.vae_scale_factor * 2
+        for name in ("height", "width"):
+            size = getattr(guidance, name)
+            if size % multiple:
+                raise ValueError(f"{name} must be a multiple of {multiple} for this pipeline, got {size}.")
+
+    @abstractmethod
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Encode prompts, one row each."""
+
+    @abstractmethod
+    def initial_noise(self, generators: list[torch.Generator]) -> Tensor:
+        """One latent of pure noise for each generator, in the pipeline's dtype: (N, ...)."""
+
+    @abstractmethod
+    def schedule(self, num_inference_steps: int) -> Schedule:
+        """The pipeline's own sigmas and timesteps."""
+
+    @abstractmethod
+    def velocity(
+        self, model: torch.nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """The guided velocity of `latents` (N, ...) at a 0-dimensional `timestep`: (N, ...), in the pipeline's dtype."""
+
+    @abstractmethod
+    def unpack(self, latents: Tensor) -> Tensor:
+        """Latents as the VAE takes them, still scaled: (N, C, H, W)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the pipeline keeps latents."""
+        return self.pipeline.text_encoder.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipeline.vae.device
+
+    def to(self, device: torch.device) -> None:
+        """Move everything that is not trained."""
+        for module in self.frozen_modules():
+            module.to(device)
+
+    def frozen_modules(self) -> list[torch.nn.Module]:
+        """The encoders and the VAE."""
+        parts = {name: part for name, part in self.pipeline.components.items() if name != "transformer"}
+        return [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch_size: int | None = None) -> list[Image.Image]:
+        """Turn final latents (N, ...) into N images, `batch_size` at a time (`None`: all at once)."""
+        vae = self.pipeline.vae
+        images: list[Image.Image] = []
+        for batch in latents.split(batch_size or max(len(latents), 1)):
+            scaled = self.unpack(batch.to(self.dtype)) / vae.config.scaling_factor + vae.config.shift_factor
+            pixels = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+            images += self.pipeline.image_processor.postprocess(pixels, output_type="pil")
+        return images
+
+    def save_weights(self, model: torch.nn.Module, output_dir: str | Path) -> None:
+        """Write what was trained in diffusers' format.
+
+        LoRA goes to `pytorch_lora_weights.safetensors`, with its alpha, for `pipeline.load_lora_weights(output_dir)`; all
+        weights go to the folder `transformer`, for `from_pretrained(output_dir, subfolder="transformer")`.
+        """
+        if not isinstance(model, PeftModel):
+            model.save_pretrained(Path(output_dir) / TRANSFORMER_FOLDER)
+            return
+        state = get_peft_model_state_dict(model)
+        layers = {name.removeprefix("base_model.model."): value.contiguous() for name, value in state.items()}
+        self.pipeline_class.save_lora_weights(
+            output_dir,
+            transformer_lora_layers=layers,
+            transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+        )
+
+    def load_weights(self, model: torch.nn.Module, input_dir: str | Path) -> None:
+        """Read back what `save_weights` wrote, into the model that is being trained.
+
+        Raises:
+            FileNotFoundError: If `input_dir` holds no such weights.
+            ValueError: If they do not fit the model.
+        """
+        peft = isinstance(model, PeftModel)
+        source = Path(input_dir) / (LORA_FILE if peft else TRANSFORMER_FOLDER)
+        if not source.exists():
+            raise FileNotFoundError(f"{input_dir} holds no {source.name}, the trained weights of this kind of run.")
+        if not peft:
+            model.load_state_dict(type(model).from_pretrained(source).state_dict())
+            return
+        state = {f"base_model.model.{name.removeprefix('transformer.')}": value for name, value in load_file(source).items()}
+        if state.keys() != get_peft_model_state_dict(model).keys():
+            raise ValueError(f"The adapter in {input_dir} does not have the layers of the one that is being trained.")
+        set_peft_model_state_dict(model, state)

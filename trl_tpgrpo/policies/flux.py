@@ -1,0 +1,118 @@
+"""FLUX.1."""
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from torch import Tensor
+
+from .base import Conditioning, FlowPolicy, Schedule
+
+
+class FluxPolicy(FlowPolicy):
+    """FLUX.1: packed latents, sigmas shifted by the resolution, guidance as an input of the model.
+
+    Classifier-free guidance proper ("true CFG") is a second pass of the model, taken when `true_cfg_scale` is above 1 and
+    there is a negative prompt, as in the pipeline.
+    """
+
+    pipeline: FluxPipeline
+    pipeline_class = FluxPipeline
+    lora_target_modules = [
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+    ]  # fmt: skip
+
+    @property
+    def uses_guidance(self) -> bool:
+        return self.guidance.true_cfg_scale > 1 and self.guidance.negative_prompt is not None
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        embeds, pooled = self._encode(prompts)
+        if not self.uses_guidance:
+            return Conditioning(embeds, pooled)
+        return Conditioning(embeds, pooled, *self._encode([self.guidance.negative_prompt] * len(prompts)))
+
+    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        length = self.guidance.max_sequence_length
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            prompts, None, device=self.device, max_sequence_length=512 if length is None else length
+        )
+        return embeds, pooled
+
+    def initial_noise(self, generators: list[torch.Generator]) -> Tensor:
+        latents, _ = self.pipeline.prepare_latents(
+            len(generators),
+            self.pipeline.transformer.config.in_channels // 4,
+            self.guidance.height,
+            self.guidance.width,
+            self.dtype,
+            self.device,
+            generators,
+        )
+        return latents
+
+    def schedule(self, num_inference_steps: int) -> Schedule:
+        scheduler = self.pipeline.scheduler
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        mu = calculate_shift(
+            self._latent_height * self._latent_width,
+            scheduler.config.get("base_image_seq_len", 256),
+            scheduler.config.get("max_image_seq_len", 4096),
+            scheduler.config.get("base_shift", 0.5),
+            scheduler.config.get("max_shift", 1.15),
+        )
+        sigmas = None if scheduler.config.get("use_flow_sigmas", False) else sigmas
+        timesteps, _ = retrieve_timesteps(scheduler, num_inference_steps, "cpu", sigmas=sigmas, mu=mu)
+        return Schedule(scheduler.sigmas.cpu().clone(), timesteps.clone())
+
+    @property
+    def _latent_height(self) -> int:
+        return self.guidance.height // (self.pipeline.vae_scale_factor * 2)
+
+    @property
+    def _latent_width(self) -> int:
+        return self.guidance.width // (self.pipeline.vae_scale_factor * 2)
+
+    def velocity(
+        self, model: torch.nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        latents = latents.to(self.dtype)
+        predicted = self._predict(
+            model, latents, timestep, conditioning.prompt_embeds, conditioning.pooled_prompt_embeds
+        )
+        if not self.uses_guidance:
+            return predicted
+        negative = self._predict(
+            model, latents, timestep, conditioning.negative_prompt_embeds, conditioning.negative_pooled_prompt_embeds
+        )
+        return negative + self.guidance.true_cfg_scale * (predicted - negative)
+
+    def _predict(
+        self, model: torch.nn.Module, latents: Tensor, timestep: Tensor, embeds: Tensor, pooled: Tensor
+    ) -> Tensor:
+        number, device = len(latents), latents.device
+        guidance = None
+        if self.pipeline.transformer.config.guidance_embeds:
+            guidance = torch.full([1], self.guidance.guidance_scale, device=device, dtype=torch.float32).expand(number)
+        image_ids = self.pipeline._prepare_latent_image_ids(
+            number, self._latent_height, self._latent_width, device, latents.dtype
+        )
+        return model(
+            hidden_states=latents,
+            timestep=timestep.to(device).expand(number).to(latents.dtype) / 1000,
+            guidance=guidance,
+            pooled_projections=pooled,
+            encoder_hidden_states=embeds,
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=device, dtype=embeds.dtype),
+            img_ids=image_ids,
+            joint_attention_kwargs={},
+            return_dict=False,
+        )[0].to(self.dtype)
+
+    def unpack(self, latents: Tensor) -> Tensor:
+        return self.pipeline._unpack_latents(
+            latents, self.guidance.height, self.guidance.width, self.pipeline.vae_scale_factor
+        )

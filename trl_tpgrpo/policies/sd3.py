@@ -1,0 +1,87 @@
+"""Stable Diffusion 3 and 3.5."""
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift, retrieve_timesteps
+from torch import Tensor
+
+from .base import Conditioning, FlowPolicy, Schedule
+
+
+class SD3Policy(FlowPolicy):
+    """SD3 and SD3.5, with classifier-free guidance inside `velocity` when `guidance_scale` is above 1."""
+
+    pipeline: StableDiffusion3Pipeline
+    pipeline_class = StableDiffusion3Pipeline
+    lora_target_modules = [
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    ]  # fmt: skip
+
+    @property
+    def uses_guidance(self) -> bool:
+        return self.guidance.guidance_scale > 1
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        length = self.guidance.max_sequence_length
+        embeds, negative_embeds, pooled, negative_pooled = self.pipeline.encode_prompt(
+            prompts,
+            None,
+            None,
+            device=self.device,
+            negative_prompt=None if self.guidance.negative_prompt is None else [self.guidance.negative_prompt] * len(prompts),
+            do_classifier_free_guidance=self.uses_guidance,
+            max_sequence_length=256 if length is None else length,
+        )
+        return Conditioning(embeds, pooled, negative_embeds, negative_pooled)
+
+    def initial_noise(self, generators: list[torch.Generator]) -> Tensor:
+        return self.pipeline.prepare_latents(
+            len(generators),
+            self.pipeline.transformer.config.in_channels,
+            self.guidance.height,
+            self.guidance.width,
+            self.dtype,
+            self.device,
+            generators,
+        )
+
+    def schedule(self, num_inference_steps: int) -> Schedule:
+        scheduler, extra = self.pipeline.scheduler, {}
+        if scheduler.config.get("use_dynamic_shifting", None):
+            side = self.pipeline.vae_scale_factor * self.pipeline.patch_size
+            num_tokens = (self.guidance.height // side) * (self.guidance.width // side)
+            extra["mu"] = calculate_shift(
+                num_tokens,
+                scheduler.config.get("base_image_seq_len", 256),
+                scheduler.config.get("max_image_seq_len", 4096),
+                scheduler.config.get("base_shift", 0.5),
+                scheduler.config.get("max_shift", 1.16),
+            )
+        timesteps, _ = retrieve_timesteps(scheduler, num_inference_steps, "cpu", **extra)
+        return Schedule(scheduler.sigmas.cpu().clone(), timesteps.clone())
+
+    def velocity(
+        self, model: torch.nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        latents = latents.to(self.dtype)
+        embeds, pooled = conditioning.prompt_embeds, conditioning.pooled_prompt_embeds
+        if self.uses_guidance:
+            latents = torch.cat([latents, latents])
+            embeds = torch.cat([conditioning.negative_prompt_embeds, embeds])
+            pooled = torch.cat([conditioning.negative_pooled_prompt_embeds, pooled])
+        predicted = model(
+            hidden_states=latents,
+            timestep=timestep.to(latents.device).expand(len(latents)),
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0].to(self.dtype)
+        if not self.uses_guidance:
+            return predicted
+        unconditional, conditional = predicted.chunk(2)
+        return unconditional + self.guidance.guidance_scale * (conditional - unconditional)
+
+    def unpack(self, latents: Tensor) -> Tensor:
+        return latents

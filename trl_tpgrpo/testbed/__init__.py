@@ -1,0 +1,14 @@
+"""The embedded testbed: a world of coloured shapes, its judge, its prompts and a tiny pretrained pipeline."""
+
+from pathlib import Path
+
+from .prompts import prompt_dataset
+
+
+__all__ = ["PIPELINE_KWARGS", "TESTBED", "prompt_dataset"]
+
+TESTBED = Path(__file__).parent / "weights"
+"""Folder of the tiny pretrained `StableDiffusion3Pipeline`, an ordinary diffusers pipeline."""
+
+PIPELINE_KWARGS = {"height": 32, "width": 32, "max_sequence_length": 0}
+"""How the tiny pipeline must be called: its pictures' size, and no room for the T5 encoder that it does not have."""

@@ -1,0 +1,138 @@
+"""The rule-based judge of the shapes world: what a picture shows, and how well that fits its caption.
+
+GenEval in miniature: find the coloured shapes, match them with the caption's, check count and position. `strict` asks
+for exactly the scene of the caption; `graded` is in [0, 1] and gives credit for parts of it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from .world import BACKGROUND, COLOURS, IMAGE_SIZE, SHAPES, Caption, inside, offset, parse_caption
+
+
+try:
+    from scipy import ndimage
+    from scipy.optimize import linear_sum_assignment
+except ImportError as error:
+    raise ImportError("The testbed's checker needs SciPy: pip install 'trl-tpgrpo[testbed]'") from error
+
+
+_SMALLEST_AREA = 6
+_RECOGNISED = 0.6
+_NAMES = tuple(COLOURS)
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A connected patch of one colour: its most likely shape, how well that fits (IoU, 0 to 1) and its centre (x, y)."""
+
+    colour: str
+    shape: str
+    quality: float
+    centre: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a picture shows its caption: `graded` in [0, 1], `strict` 0 or 1."""
+
+    graded: float
+    strict: float
+
+
+def score_images(images: list[Image.Image], prompts: list[str]) -> list[Score]:
+    """Score each image against its prompt, a caption of the shapes world.
+
+    Raises:
+        ValueError: If a prompt is no caption of the shapes world or an image is not 32 x 32.
+    """
+    captions = [parse_caption(prompt) for prompt in prompts]
+    return [_score(caption, found) for caption, found in zip(captions, detect(images), strict=True)]
+
+
+def shapes_reward(images: list[Image.Image], prompts: list[str], **columns) -> list[float]:
+    """Reward in [0, 1]: the mean of the graded and the strict score."""
+    return [(score.graded + score.strict) / 2 for score in score_images(images, prompts)]
+
+
+def graded_reward(images: list[Image.Image], prompts: list[str], **columns) -> list[float]:
+    """Reward in [0, 1]: the graded score."""
+    return [score.graded for score in score_images(images, prompts)]
+
+
+def strict_reward(images: list[Image.Image], prompts: list[str], **columns) -> list[float]:
+    """Reward 0 or 1: the strict score."""
+    return [score.strict for score in score_images(images, prompts)]
+
+
+def detect(images: list[Image.Image]) -> list[list[Detection]]:
+    """Find the coloured shapes of each image; patches smaller than 6 pixels are ignored."""
+    found: list[list[Detection]] = [[] for _ in images]
+    if not images:
+        return found
+    masks = _colour_masks(images)  # (N, 4, H, W)
+    planes = masks.reshape(-1, IMAGE_SIZE, IMAGE_SIZE)
+    within_plane = np.zeros((3, 3, 3), dtype=bool)
+    within_plane[1] = ndimage.generate_binary_structure(2, 1)
+    labels, _ = ndimage.label(planes, structure=within_plane)
+    for label, (plane, rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        patch = labels[plane.start, rows, columns] == label
+        if patch.sum() < _SMALLEST_AREA:
+            continue
+        image, colour = divmod(plane.start, len(_NAMES))
+        shape, quality = _recognise(patch)
+        centre = ((columns.start + columns.stop) / 2, (rows.start + rows.stop) / 2)
+        found[image].append(Detection(_NAMES[colour], shape, quality, centre))
+    return found
+
+
+def _colour_masks(images: list[Image.Image]) -> np.ndarray:
+    """Which pixels have which colour: bool, (N, 4, H, W). A pixel has the colour nearest in hue, if bright enough."""
+    pixels = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images]) / 255
+    if pixels.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(f"The shapes world is {IMAGE_SIZE} x {IMAGE_SIZE} pixels; got images of {images[0].size}.")
+    directions = (np.stack(list(COLOURS.values())) - BACKGROUND).astype(np.float32)  # (4, 3)
+    lengths = np.linalg.norm(directions, axis=1)
+    along = (pixels - BACKGROUND.astype(np.float32)) @ (directions / lengths[:, None]).T  # (N, H, W, 4)
+    nearest = along.argmax(-1)
+    bright = along.max(-1) > 0.5 * lengths[nearest]
+    masks = bright[..., None] & (nearest[..., None] == np.arange(len(lengths)))
+    return masks.transpose(0, 3, 1, 2)
+
+
+def _recognise(patch: np.ndarray) -> tuple[str, float]:
+    """The shape whose outline, stretched to the patch's box, fits best, and its IoU times the box's aspect ratio."""
+    height, width = patch.shape
+    across = (np.arange(width)[None, :] + 0.5) / width * 2 - 1
+    down = (np.arange(height)[:, None] + 0.5) / height * 2 - 1
+    aspect = min(height, width) / max(height, width)
+    best_shape, best_quality = "", -1.0
+    for shape in SHAPES:
+        template = inside(shape, across, down)
+        quality = aspect * (patch & template).sum() / (patch | template).sum()
+        if quality > best_quality:
+            best_shape, best_quality = shape, float(quality)
+    return best_shape, best_quality
+
+
+def _score(caption: Caption, found: list[Detection]) -> Score:
+    if not found:
+        return Score(graded=0.0, strict=0.0)
+    same_colour = np.array([[thing.colour == one.colour for one in found] for thing in caption.things])
+    same_shape = np.array([[thing.shape == one.shape for one in found] for thing in caption.things])
+    quality = np.array([one.quality for one in found])
+    fit = 0.5 * same_colour + 0.5 * same_shape * np.minimum(quality / 0.8, 1)  # (things, found)
+    rows, columns = linear_sum_assignment(fit, maximize=True)
+    graded = fit[rows, columns].sum() / max(len(caption.things), len(found))
+    exact = len(found) == len(caption.things)
+    exact &= bool((same_colour & same_shape & (quality >= _RECOGNISED))[rows, columns].all())
+    if caption.relation is not None:
+        place = dict(zip(rows.tolist(), columns.tolist(), strict=True))
+        along, across = 0.0, 0.0
+        if len(place) == 2:
+            along, across = offset(caption.relation, *(np.array(found[place[i]].centre) for i in (0, 1)))
+        graded = 0.7 * graded + 0.3 * float(np.clip((along - 0.5 * across) / 6, 0, 1))
+        exact &= along >= 4 and along > across
+    return Score(graded=float(graded), strict=float(exact))

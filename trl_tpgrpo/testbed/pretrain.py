@@ -1,0 +1,291 @@
+"""Build the testbed's tiny pipeline from nothing: draw pictures, train the VAE, then encoders and transformer.
+
+    python -m trl_tpgrpo.testbed.pretrain --output_dir trl_tpgrpo/testbed/weights
+
+Every class is diffusers' or transformers' own, so the result is an ordinary `StableDiffusion3Pipeline` folder. What
+deviates from a textbook run, each because it was needed to get there in CPU-minutes: small batches and zero-initialised
+residual branches for the VAE, zero-initialised modulation and Muon for the transformer.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.nn.functional import mse_loss
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from .checker import strict_reward
+from .world import IMAGE_SIZE, KINDS, Caption, all_captions, draw, split_captions
+
+
+WIDTH = 128
+PROMPT_LENGTH = 12
+VAE_BATCH_SIZE = 16
+VAE_LEARNING_RATE = 2e-3
+KL_WEIGHT = 5e-6
+BATCH_SIZE = 64
+LEARNING_RATE = 2e-3
+CAPTION_DROPOUT = 0.1
+EMA_DECAY = 0.998
+
+
+def pretrain(output_dir: Path, vae_steps: int, transformer_steps: int, num_pictures: int, seed: int) -> None:
+    """Train everything and save the pipeline in float16 at `output_dir` (also halfway, so that little can be lost)."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    captions, pictures = draw_captioned_pictures(num_pictures, rng)
+    pipeline = build_pipeline()
+    train_vae(pipeline.vae, pictures, vae_steps)
+    latents = encode_pictures(pipeline.vae, pictures)
+    reconstructions = decode_latents(pipeline, latents[:512])
+    tqdm.write(f"Strict score of the VAE's reconstructions: {mean_strict(reconstructions, captions[:512]):.3f}")
+    for steps_done in train_transformer(pipeline, latents, captions, transformer_steps):
+        save_in_float16(pipeline, output_dir)
+        strict = mean_strict(sample(pipeline, captions[:512]), captions[:512])
+        tqdm.write(f"Saved after {steps_done} steps; strict score without guidance: {strict:.3f}")
+
+
+def draw_captioned_pictures(number: int, rng: np.random.Generator) -> tuple[list[str], torch.Tensor]:
+    """Captions, equally many of each kind and none that is kept for held-out compositions, with a picture each.
+
+    Returns:
+        The captions' texts and the pictures in [-1, 1], (number, 3, 32, 32).
+    """
+    unseen = {caption for caption in split_captions()["heldout"] if caption.kind in ("pair", "position")}
+    known = [caption for caption in all_captions() if caption not in unseen]
+    by_kind: dict[str, list[Caption]] = {kind: [one for one in known if one.kind == kind] for kind in KINDS}
+    chosen = [by_kind[KINDS[i % len(KINDS)]][rng.integers(len(by_kind[KINDS[i % len(KINDS)]]))] for i in range(number)]
+    pictures = np.stack([draw(caption, rng) for caption in tqdm(chosen, desc="Drawing pictures")])
+    return [str(caption) for caption in chosen], torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def build_pipeline() -> StableDiffusion3Pipeline:
+    """An untrained `StableDiffusion3Pipeline` of the testbed's size, in float32."""
+    tokenizer = build_tokenizer()
+    encoders = [build_text_encoder(tokenizer) for _ in range(2)]
+    return StableDiffusion3Pipeline(
+        transformer=build_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=build_vae(),
+        text_encoder=encoders[0],
+        tokenizer=tokenizer,
+        text_encoder_2=encoders[1],
+        tokenizer_2=copy.deepcopy(tokenizer),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose vocabulary is the 19 words of the shapes world and the pieces they are merged from."""
+    words = sorted({word for caption in all_captions() for word in str(caption).split()})
+    pairs = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    pairs.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000, min_frequency=0, end_of_word_suffix="</w>", special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        show_progress=False,
+    )  # fmt: skip
+    pairs.train_from_iterator(words, trainer)
+    learned = json.loads(pairs.to_str())["model"]
+    merges = [tuple(merge) for merge in learned["merges"]]
+    return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=PROMPT_LENGTH)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH // 2,
+        intermediate_size=WIDTH * 2,
+        projection_dim=WIDTH // 2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=PROMPT_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def build_vae() -> AutoencoderKL:
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 32),
+        latent_channels=8,
+        norm_num_groups=4,
+        sample_size=IMAGE_SIZE,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+    for name, parameter in vae.named_parameters():
+        if ".conv2." in name:
+            torch.nn.init.zeros_(parameter)
+    return vae
+
+
+def build_transformer() -> SD3Transformer2DModel:
+    transformer = SD3Transformer2DModel(
+        sample_size=IMAGE_SIZE // 4,
+        patch_size=2,
+        in_channels=8,
+        out_channels=8,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=WIDTH // 32,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        pos_embed_max_size=IMAGE_SIZE // 8,
+        qk_norm="rms_norm",
+    )
+    for name, parameter in transformer.named_parameters():
+        if any(part in name for part in ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")):
+            torch.nn.init.zeros_(parameter)
+    return transformer
+
+
+def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int) -> None:
+    """Train on reconstruction and a light KL term, then set the latents' shift and scale to unit variance."""
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, VAE_LEARNING_RATE, total_steps=steps, pct_start=0.05)
+    progress = tqdm(range(steps), desc="Training the VAE")
+    for step in progress:
+        batch = pictures[torch.randint(len(pictures), (VAE_BATCH_SIZE,))]
+        posterior = vae.encode(batch).latent_dist
+        reconstruction = vae.decode(posterior.sample()).sample
+        error = (reconstruction - batch).abs().mean() + mse_loss(reconstruction, batch)
+        loss = error + KL_WEIGHT * posterior.kl().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            progress.set_postfix(loss=f"{loss.item():.4f}")
+    vae.requires_grad_(False).eval()
+    latents = encode_pictures(vae, pictures[:2048])
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+    """The means of the pictures' latents, unscaled: (N, 8, 8, 8)."""
+    return torch.cat([vae.encode(batch).latent_dist.mean for batch in pictures.split(256)])
+
+
+@torch.no_grad()
+def decode_latents(pipeline: StableDiffusion3Pipeline, latents: torch.Tensor) -> list[Image.Image]:
+    return pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample)
+
+
+def sample(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> list[Image.Image]:
+    """One image a prompt in 10 steps without guidance, with the modules in evaluation mode."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompts, num_inference_steps=10, guidance_scale=1.0, height=IMAGE_SIZE, width=IMAGE_SIZE, max_sequence_length=0
+    ).images
+
+
+def mean_strict(images: list[Image.Image], prompts: list[str]) -> float:
+    return float(np.mean(strict_reward(images, prompts)))
+
+
+def train_transformer(
+    pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, captions: list[str], steps: int
+) -> Iterator[int]:
+    """Train transformer and text encoders by flow matching; yields with the averaged weights in place, ten times."""
+    trained = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]
+    parameters = [parameter for module in trained for parameter in module.parameters()]
+    optimizers = build_optimizers(trained)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: _warm_up_and_decay(step, steps)) for one in optimizers]
+    ema = EMAModel(parameters, decay=EMA_DECAY)
+    scale, shift = pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor
+    progress = tqdm(range(1, steps + 1), desc="Training the transformer")
+    running = 0.0
+    for step in progress:
+        chosen = torch.randint(len(latents), (BATCH_SIZE,))
+        texts = [captions[index] if torch.rand(()) > CAPTION_DROPOUT else "" for index in chosen]
+        loss = flow_matching_loss(pipeline, (latents[chosen] - shift) * scale, texts)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        ema.step(parameters)
+        running += 0.02 * (loss.item() - running) if step > 1 else loss.item()
+        progress.set_postfix(loss=f"{running:.4f}", refresh=False)
+        if step % max(steps // 10, 1) == 0:
+            ema.store(parameters)
+            ema.copy_to(parameters)
+            yield step
+            ema.restore(parameters)
+
+
+def flow_matching_loss(pipeline: StableDiffusion3Pipeline, clean: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    """Mean squared error of the velocity at logit-normal noise levels."""
+    embeds, _, pooled, _ = pipeline.encode_prompt(
+        texts, None, None, do_classifier_free_guidance=False, max_sequence_length=0
+    )
+    sigma = torch.sigmoid(torch.randn(len(clean)))
+    noise = torch.randn_like(clean)
+    mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
+    velocity = pipeline.transformer(
+        hidden_states=mixed, timestep=sigma * 1000, encoder_hidden_states=embeds, pooled_projections=pooled
+    ).sample
+    return mse_loss(velocity, noise - clean)
+
+
+def build_optimizers(modules: list[torch.nn.Module]) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for everything else."""
+    named = [(name, parameter) for module in modules for name, parameter in module.named_parameters()]
+    in_blocks = [p for name, p in named if p.ndim == 2 and ("transformer_blocks." in name or "encoder.layers." in name)]
+    chosen = {id(parameter) for parameter in in_blocks}
+    others = [parameter for _, parameter in named if id(parameter) not in chosen]
+    return [
+        torch.optim.Muon(in_blocks, lr=LEARNING_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01),
+    ]
+
+
+def _warm_up_and_decay(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / 100, 2.0 * (steps - step) / steps)
+
+
+def save_in_float16(pipeline: StableDiffusion3Pipeline, output_dir: Path) -> None:
+    smaller = StableDiffusion3Pipeline(**{
+        name: copy.deepcopy(part).to(torch.float16) if isinstance(part, torch.nn.Module) else part
+        for name, part in pipeline.components.items()
+    })  # fmt: skip
+    smaller.save_pretrained(output_dir)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--vae_steps", type=int, default=7_000)
+    parser.add_argument("--transformer_steps", type=int, default=7_000)
+    parser.add_argument("--num_pictures", type=int, default=60_000)
+    parser.add_argument("--seed", type=int, default=0)
+    pretrain(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Prompts of the shapes world as a dataset: to train on, to tune on, and held out for reporting."""
+
+import numpy as np
+from datasets import Dataset
+
+from .world import KINDS, split_captions
+
+
+def prompt_dataset(split: str, num_prompts: int = 256, seed: int = 0) -> Dataset:
+    """Prompts of one split with the columns `prompt` and `kind`, equally many of each kind, in random order.
+
+    Kinds with fewer captions than that repeat them. The splits share no set of things, see `world.split_captions`.
+
+    Args:
+        split: `"train"`, `"tuning"` (for choosing settings) or `"heldout"` (for reporting).
+        num_prompts: A multiple of 4.
+        seed: Of the choice and the order.
+
+    Raises:
+        ValueError: If `split` is unknown or `num_prompts` is not a positive multiple of 4.
+    """
+    splits = split_captions()
+    if split not in splits:
+        raise ValueError(f"split must be one of {tuple(splits)}, got {split!r}.")
+    if num_prompts <= 0 or num_prompts % len(KINDS):
+        raise ValueError(f"num_prompts must be a positive multiple of {len(KINDS)}, got {num_prompts}.")
+    rng = np.random.default_rng(seed)
+    rows = []
+    for kind in KINDS:
+        captions = [caption for caption in splits[split] if caption.kind == kind]
+        number = num_prompts // len(KINDS)
+        repeated = [captions[i] for _ in range(-(-number // len(captions))) for i in rng.permutation(len(captions))]
+        rows += [{"prompt": str(caption), "kind": kind} for caption in repeated[:number]]
+    return Dataset.from_list([rows[index] for index in rng.permutation(len(rows))])

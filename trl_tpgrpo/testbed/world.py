@@ -1,0 +1,160 @@
+"""The shapes world: captions of coloured shapes, and pictures that show them.
+
+Everything is procedural, so any number of captioned images can be drawn from nothing. Coordinates are pixels, x to the
+right and y downwards; a shape fills the square of half side `half_size` around its centre.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+
+IMAGE_SIZE = 32
+BACKGROUND = np.array([0.10, 0.10, 0.12])
+COLOURS = {
+    "red": np.array([0.90, 0.15, 0.15]),
+    "green": np.array([0.15, 0.80, 0.20]),
+    "blue": np.array([0.20, 0.35, 0.95]),
+    "yellow": np.array([0.95, 0.85, 0.15]),
+}
+SHAPES = ("circle", "square", "triangle")
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+NUMBERS = {"two": 2, "three": 3}
+KINDS = ("single", "count", "pair", "position")
+
+_SUPERSAMPLING = 4
+_MARGIN = 2.0
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A coloured shape, as a caption names it."""
+
+    colour: str
+    shape: str
+
+    def __str__(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What a picture must show: its things (one entry each, also when counted) and how the first lies to the second."""
+
+    kind: str
+    things: tuple[Thing, ...]
+    relation: str | None = None
+
+    def __str__(self) -> str:
+        first = self.things[0]
+        if self.kind == "single":
+            return f"a {first}"
+        if self.kind == "count":
+            number = {value: word for word, value in NUMBERS.items()}[len(self.things)]
+            return f"{number} {first}s"
+        return f"a {first} {self.relation or 'and'} a {self.things[1]}"
+
+
+def all_captions() -> list[Caption]:
+    """Every caption of the world: 12 single, 24 count, 132 pair and 528 position."""
+    things = [Thing(colour, shape) for colour in COLOURS for shape in SHAPES]
+    pairs = list(itertools.permutations(things, 2))
+    return [
+        *(Caption("single", (thing,)) for thing in things),
+        *(Caption("count", (thing,) * number) for thing in things for number in NUMBERS.values()),
+        *(Caption("pair", pair) for pair in pairs),
+        *(Caption("position", pair, relation) for pair in pairs for relation in RELATIONS),
+    ]
+
+
+_CAPTION_OF_TEXT = {str(caption): caption for caption in all_captions()}
+
+
+def parse_caption(text: str) -> Caption:
+    """Return the caption that reads `text`.
+
+    Raises:
+        ValueError: If `text` is no caption of the shapes world.
+    """
+    if text not in _CAPTION_OF_TEXT:
+        raise ValueError(f"{text!r} is no caption of the shapes world, such as 'a red circle left of a blue square'.")
+    return _CAPTION_OF_TEXT[text]
+
+
+def split_captions(seed: int = 0) -> dict[str, list[Caption]]:
+    """Split all captions into `train` (70%), `tuning` (15%) and `heldout` (15%) that share no set of things.
+
+    Of the held-out captions, those of two different things never appear in the base model's pretraining either.
+    """
+    shuffle = np.random.default_rng(seed).permutation
+    groups: dict[tuple, list[Caption]] = {}
+    for caption in all_captions():
+        family = "two" if caption.kind in ("pair", "position") else caption.kind
+        key = (family, tuple(sorted(map(str, caption.things))))
+        groups.setdefault(key, []).append(caption)
+    splits: dict[str, list[Caption]] = {"train": [], "tuning": [], "heldout": []}
+    for family in ("single", "count", "two"):
+        keys = sorted(key for key in groups if key[0] == family)
+        keys = [keys[index] for index in shuffle(len(keys))]
+        part = round(0.15 * len(keys))
+        for place, key in enumerate(keys):
+            name = "heldout" if place < part else "tuning" if place < 2 * part else "train"
+            splits[name] += groups[key]
+    return splits
+
+
+def draw(caption: Caption, rng: np.random.Generator) -> np.ndarray:
+    """Draw one random picture of `caption`: uint8, (32, 32, 3)."""
+    centres, half_sizes = _place(caption, rng)
+    grid = (np.arange(IMAGE_SIZE * _SUPERSAMPLING) + 0.5) / _SUPERSAMPLING
+    picture = np.broadcast_to(BACKGROUND, (grid.size, grid.size, 3)).copy()
+    for thing, centre, half_size in zip(caption.things, centres, half_sizes, strict=True):
+        across = (grid[None, :] - centre[0]) / half_size
+        down = (grid[:, None] - centre[1]) / half_size
+        picture[inside(thing.shape, across, down)] = COLOURS[thing.colour]
+    blocks = picture.reshape(IMAGE_SIZE, _SUPERSAMPLING, IMAGE_SIZE, _SUPERSAMPLING, 3)
+    return (blocks.mean((1, 3)) * 255).round().astype(np.uint8)
+
+
+def inside(shape: str, across: np.ndarray, down: np.ndarray) -> np.ndarray:
+    """Whether points lie in a shape that fills [-1, 1] x [-1, 1]; `across` and `down` broadcast."""
+    if shape == "circle":
+        return across**2 + down**2 <= 1
+    in_box = (np.abs(across) <= 1) & (np.abs(down) <= 1)
+    if shape == "square":
+        return in_box
+    return in_box & (np.abs(across) <= (down + 1) / 2)
+
+
+def _place(caption: Caption, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Random centres (n, 2) and half sizes (n,) that fit the picture, keep apart and obey the caption's relation."""
+    number = len(caption.things)
+    smallest, largest = (4.0, 4.8) if number == 3 else (4.2, 6.0)
+    while True:
+        half_sizes = rng.uniform(smallest, largest, number)
+        centres = rng.uniform(half_sizes[:, None] + 1, IMAGE_SIZE - 1 - half_sizes[:, None], (number, 2))
+        if _apart(centres, half_sizes) and _obeys(caption, centres):
+            return centres, half_sizes
+
+
+def _apart(centres: np.ndarray, half_sizes: np.ndarray) -> bool:
+    gaps = [
+        np.abs(centres[i] - centres[j]).max() - half_sizes[i] - half_sizes[j]
+        for i, j in itertools.combinations(range(len(centres)), 2)
+    ]
+    return min(gaps, default=_MARGIN) >= _MARGIN
+
+
+def _obeys(caption: Caption, centres: np.ndarray) -> bool:
+    if caption.relation is None:
+        return True
+    along, across = offset(caption.relation, centres[0], centres[1])
+    return along >= 9 and along >= 1.5 * across
+
+
+def offset(relation: str, first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """How far `first` lies from `second` in the relation's direction, and (unsigned) across it, in pixels."""
+    direction = np.array(RELATIONS[relation])
+    difference = np.asarray(first) - np.asarray(second)
+    return float(difference @ direction), float(np.abs(difference @ direction[::-1]))
