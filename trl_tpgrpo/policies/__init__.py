@@ -27,20 +27,29 @@ __all__ = [
 POLICIES = (SD3Policy, FluxPolicy)
 
 
-def load_pipeline(model: str | Path, **model_init_kwargs: Any) -> DiffusionPipeline:
+def load_pipeline(
+    model: str | Path, dtype: str | torch.dtype = torch.float32, **model_init_kwargs: Any
+) -> DiffusionPipeline:
     """Load a pipeline from a Hub id or a folder; parts that it was saved without are not asked for.
 
     Args:
         model: Hub id or folder.
-        **model_init_kwargs: For `DiffusionPipeline.from_pretrained`; `dtype` may be a name such as `"bfloat16"`.
+        dtype: Of all parts, a torch dtype or its name such as `"bfloat16"`.
+        **model_init_kwargs: For `DiffusionPipeline.from_pretrained`.
+
+    Raises:
+        ValueError: If `dtype` is no name of a torch dtype.
+        OSError: If there is no such model.
     """
+    if isinstance(dtype, str):
+        named = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(named, torch.dtype):
+            raise ValueError(f"dtype must be the name of a torch dtype such as 'bfloat16', got {dtype!r}.")
+        dtype = named
     hub_kwargs = {key: model_init_kwargs[key] for key in ("revision", "token", "cache_dir") if key in model_init_kwargs}
     parts = DiffusionPipeline.load_config(str(model), **hub_kwargs)
     absent = {name: None for name, part in parts.items() if isinstance(part, list) and part == [None, None]}
-    if "dtype" in model_init_kwargs:
-        dtype = model_init_kwargs.pop("dtype")
-        model_init_kwargs["torch_dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    return DiffusionPipeline.from_pretrained(str(model), **{**absent, **model_init_kwargs})
+    return DiffusionPipeline.from_pretrained(str(model), dtype=dtype, **{**absent, **model_init_kwargs})
 
 
 def build_policy(pipeline: DiffusionPipeline, guidance: Guidance) -> FlowPolicy:

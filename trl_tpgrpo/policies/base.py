@@ -5,6 +5,7 @@ channels).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -52,8 +53,14 @@ class Conditioning:
 
     def __getitem__(self, rows: Tensor) -> "Conditioning":
         """The prompts of `rows` (M,)."""
+        return self._map(lambda value: value[rows.to(value.device)])
+
+    def to(self, dtype: torch.dtype) -> "Conditioning":
+        return self._map(lambda value: value.to(dtype))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
         values = [getattr(self, field.name) for field in fields(self)]
-        return Conditioning(*(value if value is None else value[rows.to(value.device)] for value in values))
+        return Conditioning(*(value if value is None else function(value) for value in values))
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,8 @@ class FlowPolicy(ABC):
     made, a velocity is predicted and latents are decoded. Weights are passed to `velocity`, not owned: the trainer hands in
     the wrapped model, the unwrapped one, or the reference.
 
+    `dtype`, in which latents are kept, is the transformer's as it comes, before an adapter in float32 is put into it.
+
     Each method does what the pipeline's `__call__` does between its lines, so that a rollout of ODE steps equals it to the
     bit.
     """
@@ -86,6 +95,7 @@ class FlowPolicy(ABC):
     def __init__(self, pipeline: DiffusionPipeline, guidance: Guidance):
         self.pipeline = pipeline
         self.guidance = guidance
+        self.dtype: torch.dtype = pipeline.transformer.dtype
         multiple = pipeline.vae_scale_factor * 2
         for name in ("height", "width"):
             size = getattr(guidance, name)
@@ -94,7 +104,7 @@ class FlowPolicy(ABC):
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Encode prompts, one row each."""
+        """Encode prompts, one row each, in the transformer's dtype."""
 
     @abstractmethod
     def initial_noise(self, generators: list[torch.Generator]) -> Tensor:
@@ -113,11 +123,6 @@ class FlowPolicy(ABC):
     @abstractmethod
     def unpack(self, latents: Tensor) -> Tensor:
         """Latents as the VAE takes them, still scaled: (N, C, H, W)."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which the pipeline keeps latents."""
-        return self.pipeline.text_encoder.dtype
 
     @property
     def device(self) -> torch.device:

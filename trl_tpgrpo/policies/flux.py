@@ -30,10 +30,8 @@ class FluxPolicy(FlowPolicy):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        embeds, pooled = self._encode(prompts)
-        if not self.uses_guidance:
-            return Conditioning(embeds, pooled)
-        return Conditioning(embeds, pooled, *self._encode([self.guidance.negative_prompt] * len(prompts)))
+        negative = self._encode([self.guidance.negative_prompt] * len(prompts)) if self.uses_guidance else ()
+        return Conditioning(*self._encode(prompts), *negative).to(self.dtype)
 
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         length = self.guidance.max_sequence_length

@@ -34,7 +34,7 @@ class SD3Policy(FlowPolicy):
             do_classifier_free_guidance=self.uses_guidance,
             max_sequence_length=256 if length is None else length,
         )
-        return Conditioning(embeds, pooled, negative_embeds, negative_pooled)
+        return Conditioning(embeds, pooled, negative_embeds, negative_pooled).to(self.dtype)
 
     def initial_noise(self, generators: list[torch.Generator]) -> Tensor:
         return self.pipeline.prepare_latents(

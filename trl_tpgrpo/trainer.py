@@ -1,0 +1,658 @@
+"""The trainer: rows of a dataset become prompts, trajectories, images, rewards, credit, and an update of the weights.
+
+It reads in that order, under the names of TRL's GRPOTrainer. Mathematics and model families are elsewhere.
+"""
+
+import copy
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType, set_seed
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.utils import RepeatSampler
+
+from .compat import adapt_for_trainer
+from .config import TPGRPOConfig
+from .credit import RewardTable, step_rewards
+from .losses import clipped_surrogate
+from .model_card import build_model_card
+from .policies import Conditioning, FlowPolicy, Guidance, build_policy, load_pipeline
+from .rewards.scoring import RESERVED_COLUMNS, RewardFunc, check_applicability, reward_names, score
+from .rollout import Rollout, Window, roll_out
+from .sde import Transition, kl_divergence, log_prob, transition
+from .trajectories import Trajectories, Transitions
+
+
+NOISE, WINDOW, EVALUATION = range(3)
+"""What a seed is for; the random numbers of one never depend on how many another took."""
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's `RepeatSampler`, with an order that depends on the epoch alone and so survives a resume."""
+
+    epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class _SetEpoch(TrainerCallback):
+    def __init__(self, trainer: "TPGRPOTrainer"):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.train_sampler.epoch = int(state.epoch + 1e-6)
+
+
+class TPGRPOTrainer(_BaseTrainer):
+    """
+    Trainer for TurningPoint-GRPO (arXiv 2602.06422): reinforcement learning of flow-matching text-to-image models in which
+    each denoising step is credited with the reward that it adds.
+
+    ```python
+    from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
+
+    trainer = TPGRPOTrainer(
+        model="stabilityai/stable-diffusion-3.5-medium",
+        reward_funcs=my_reward,
+        args=TPGRPOConfig(output_dir="sd35-tpgrpo"),
+        train_dataset=dataset,
+        peft_config=LoraConfig(r=32, lora_alpha=64),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            Hub id or folder of a pipeline, loaded with `args.model_init_kwargs`, or the pipeline itself. Its transformer is
+            trained, in place.
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`):
+            Called as `reward_func(images=..., prompts=..., **other dataset columns, trainer_state=..., log_metric=...)`
+            with N PIL images, N prompts and N values of each column; returns N numbers, `None` where it does not apply to a
+            prompt.
+        args ([`TPGRPOConfig`], *optional*):
+            The settings. `None`: the paper's.
+        train_dataset ([`~datasets.Dataset`], *optional*):
+            Rows with a string in the column `"prompt"`; other columns are passed to the reward functions. Needed to train.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            The same for evaluation.
+        callbacks (`list[~transformers.TrainerCallback]`, *optional*):
+            Added to the default ones.
+        optimizers (`tuple`, *optional*):
+            Optimizer and learning-rate schedule to use instead of those of `args`. With `peft_config` the trained weights do
+            not exist before the trainer does: pass the optimizer by `args.optim` then.
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            Train a LoRA adapter. Without `target_modules` those of the paper for the model's family are taken. `None`: train
+            all weights of the transformer.
+
+    Raises:
+        ValueError, TypeError: For arguments that cannot work, with the name of the one and what would be right.
+    """
+
+    _tag_names = ["trl", "tp-grpo"]
+    _name = "TP-GRPO"
+    _paper = {"title": "TurningPoint-GRPO", "id": "2602.06422"}
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: str | Path | DiffusionPipeline,
+        reward_funcs: RewardFunc | list[RewardFunc],
+        args: TPGRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: LoraConfig | None = None,
+    ):
+        args = args or TPGRPOConfig("tp-grpo")
+        self.reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        self.reward_func_names = reward_names(self.reward_funcs)
+        if args.reward_weights is not None and len(args.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"reward_weights has {len(args.reward_weights)} entries for {len(self.reward_funcs)} reward functions."
+            )
+        _check_datasets(train_dataset, eval_dataset, args)
+        set_seed(args.seed)  # before the adapter's random weights
+        self.policy = self._load_policy(model, args, use_lora=peft_config is not None)
+        transformer = self._prepare_transformer(peft_config, args.beta)
+        self.train_sampler: EpochSampler | None = None
+        self._step = 0
+        self._buffered_inputs: list[Trajectories] | None = None
+        self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._eval_prefix, self._num_evaluated = "eval", 0
+        args.ddp_find_unused_parameters = args.ddp_find_unused_parameters or False
+        super().__init__(
+            model=transformer,
+            args=args,
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(f"{args.n_gpu} GPUs in one process: launch one process per GPU with `accelerate launch`.")
+        self.policy.to(args.device)
+        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_funcs), device=args.device)
+        if self.reference is not None:
+            self.reference.to(args.device)
+        self.add_callback(_SetEpoch(self))
+
+    # ---------------------------------------------------------------------------------------------------- the model
+
+    def _load_policy(
+        self, model: str | Path | DiffusionPipeline, args: TPGRPOConfig, use_lora: bool
+    ) -> FlowPolicy:
+        if isinstance(model, DiffusionPipeline):
+            if args.model_init_kwargs is not None:
+                raise ValueError("model_init_kwargs is for a model given by name; this one is loaded already.")
+            pipeline = model
+        elif isinstance(model, str | Path):
+            half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+            dtype = half if use_lora else torch.float32  # weights that are trained need the precision
+            pipeline = load_pipeline(model, **{"dtype": dtype, **(args.model_init_kwargs or {})})
+        else:
+            raise TypeError(f"model must be a Hub id, a folder or a diffusers pipeline, got {type(model).__name__}.")
+        names = ("height", "width", "guidance_scale", "true_cfg_scale", "negative_prompt", "max_sequence_length")
+        policy = build_policy(pipeline, Guidance(**{name: getattr(args, name) for name in names}))
+        for module in policy.frozen_modules():
+            module.requires_grad_(False).eval()
+        return policy
+
+    def _prepare_transformer(self, peft_config: LoraConfig | None, beta: float) -> torch.nn.Module:
+        """The model to train, and `self.reference`: a frozen copy if the adapter cannot be switched off."""
+        transformer = self.policy.pipeline.transformer
+        adapt_for_trainer(transformer)
+        self.reference = None
+        if peft_config is None:
+            transformer.requires_grad_(True)
+            if beta > 0:
+                self.reference = copy.deepcopy(transformer).requires_grad_(False).eval()
+            return transformer
+        peft_config = _checked_peft_config(peft_config, self.policy.lora_target_modules)
+        transformer.requires_grad_(False)
+        return get_peft_model(transformer, peft_config)
+
+    def _send_telemetry(self) -> None:
+        """TRL's reads `model.config.model_type`, which diffusers models do not have, and would report nothing of use."""
+
+    # ----------------------------------------------------------------------------------------------------- the data
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.train_dataset is None:
+            raise ValueError("train_dataset is missing: TPGRPOTrainer needs one to train.")
+        return self._get_dataloader(
+            dataset=self.train_dataset,
+            description="Training",
+            batch_size=self._train_batch_size * self.args.steps_per_generation,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
+        self.train_sampler = EpochSampler(
+            data_source=dataset if dataset is not None else self.train_dataset,
+            mini_repeat_count=self.args.num_generations,
+            batch_size=self.args.generation_batch_size // self.args.num_generations,
+            repeat_count=self.args.num_iterations * self.args.steps_per_generation,
+            shuffle=self.args.shuffle_dataset,
+            seed=self.args.seed,
+        )
+        return self.train_sampler
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> RepeatSampler:
+        return RepeatSampler(eval_dataset, mini_repeat_count=self.args.num_generations_eval, shuffle=False)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompt"]
+
+    # -------------------------------------------------------------------------------------------------- the rollout
+
+    @property
+    def _generate_every(self) -> int:
+        return self.args.steps_per_generation * self.args.num_iterations
+
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> Trajectories:
+        """Roll out when the buffer is used up; hand out its next micro-batch."""
+        if self._step % self._generate_every == 0 or self._buffered_inputs is None:
+            trajectories = self._generate_and_score(generation_batch)
+            updates = max(1, self.args.steps_per_generation // self.args.gradient_accumulation_steps)
+            # Each update gets every so-manieth trajectory: a share of each group, the same for any number of processes.
+            order = torch.arange(len(trajectories)).view(-1, updates).T.flatten()
+            chunks = order.to(self.args.device).chunk(self.args.steps_per_generation)
+            self._buffered_inputs = [trajectories[chunk] for chunk in chunks]
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _generate_and_score(self, rows: list[dict[str, Any]]) -> Trajectories:
+        """Sample trajectories with their completions, score every image, and lay the rewards out for the loss."""
+        generation = self._step // self._generate_every
+        first = self.accelerator.process_index * len(rows)
+        generators = [self._generator(NOISE, generation, first + row) for row in range(len(rows))]
+        window = self._draw_window(generation)
+        conditioning, rollout, _, rewards = self.sample_and_score(
+            rows, generators, self.args.num_inference_steps, window, complete=self.args.credit != "outcome"
+        )
+        table = RewardTable(
+            self.accelerator.gather(rewards),
+            self.reward_weights,
+            self.args.num_generations,
+            len(window),
+            self.args.credit_rule,
+        )
+        self._record_rewards(table)
+        schedule = self.policy.schedule(self.args.num_inference_steps)
+        places = torch.arange(first, first + len(rows), device=self.args.device)
+        return Trajectories(
+            rollout.states, rollout.log_probs, window, schedule.sigmas, schedule.timesteps, conditioning, places, table
+        )
+
+    def sample_and_score(
+        self,
+        rows: list[dict[str, Any]],
+        generators: list[torch.Generator],
+        num_inference_steps: int,
+        window: Window | None = None,
+        complete: bool = True,
+    ) -> tuple[Conditioning, Rollout, list, Tensor]:
+        """One trajectory for each of B rows, its images and their rewards.
+
+        Args:
+            rows: Rows of a dataset: a prompt and the columns that the reward functions read.
+            generators: B, each the only source of its trajectory's randomness.
+            num_inference_steps: Steps T of the trajectory.
+            window: Its SDE steps; `None`: ODE steps alone.
+            complete: Whether each state in the window is completed by the ODE.
+
+        Returns:
+            The encoded prompts; the rollout; its B x (K + 1) images, row by row; the rewards, float32 (B, F, K + 1).
+        """
+        prompts = [row["prompt"] for row in rows]
+        with self._phase("rollout"):
+            conditioning = self._encode(prompts)
+            rollout = self._roll_out(conditioning, generators, num_inference_steps, window, complete)
+        with self._phase("decode"):
+            images = self.policy.decode(rollout.final_latents.flatten(0, 1), self.args.per_device_rollout_batch_size)
+        with self._phase("score"):
+            rewards = self._calculate_rewards(rows, images)
+        counts = {"evaluations": rollout.num_evaluations, "calls": rollout.num_calls}
+        for name, value in {**counts, "decoded_images": len(images), "scored_images": len(images)}.items():
+            self._record(f"num_{name}", value)
+        return conditioning, rollout, images, rewards
+
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        """Encode each distinct prompt once."""
+        distinct = list(dict.fromkeys(prompts))
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
+        return self.policy.encode(distinct)[rows]
+
+    def _roll_out(
+        self,
+        conditioning: Conditioning,
+        generators: list[torch.Generator],
+        num_inference_steps: int,
+        window: Window | None,
+        complete: bool,
+    ) -> Rollout:
+        schedule = self.policy.schedule(num_inference_steps)
+        model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
+
+        def velocity(latents: Tensor, step: int, rows: Tensor) -> Tensor:
+            return self.policy.velocity(model, latents, schedule.timesteps[step], conditioning[rows])
+
+        hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
+        with tqdm(total=num_inference_steps, desc="Rollout", leave=False, disable=hidden) as progress:
+            return roll_out(
+                velocity,
+                self.policy.initial_noise(generators),
+                schedule.sigmas,
+                window,
+                generators,
+                complete,
+                self.args.per_device_rollout_batch_size,
+                progress.update,
+            )
+
+    def _calculate_rewards(self, rows: list[dict[str, Any]], images: list) -> Tensor:
+        """Rewards of B x (K + 1) images: float32, (B, F, K + 1), NaN where a function does not apply."""
+        each = len(images) // len(rows)
+        repeated = [row for row in rows for _ in range(each)]
+        prompts = [row["prompt"] for row in repeated]
+        columns = {name: [row[name] for row in repeated] for name in rows[0] if name != "prompt"}
+        extra = {"trainer_state": self.state, "log_metric": self._record}
+        scores = [score(function, images, prompts, columns, **extra) for function in self.reward_funcs]
+        rewards = torch.stack(scores).view(len(scores), len(rows), each).transpose(0, 1)
+        check_applicability(rewards, self.reward_func_names, prompts[::each])
+        return rewards.to(self.args.device)
+
+    def _draw_window(self, generation: int) -> Window:
+        """The rollout's SDE window, the same on all processes."""
+        starts = self.args.window_starts
+        seed = np.random.SeedSequence([self.args.seed, WINDOW, generation])
+        return self.args.window_at(starts[int(np.random.default_rng(seed).integers(len(starts)))])
+
+    def _generator(self, *place: int) -> torch.Generator:
+        """Random numbers that depend on the seed and on what they are for, not on the process or on what came before."""
+        words = np.random.SeedSequence([self.args.seed, *place]).generate_state(1, np.uint64)
+        return torch.Generator("cpu").manual_seed(int(words[0]))
+
+    # ------------------------------------------------------------------------------------------------- the training
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as [`~transformers.Trainer.train`] does."""
+        self._step, self._buffered_inputs = 0, None
+        if getattr(self.model, "_is_accelerate_prepared", False) and not self.is_in_train:
+            # An evaluate() before train() has prepared the model for inference; left so, DDP would never wrap it.
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
+            self.model_wrapped = self.model
+        return super().train(*args, **kwargs)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One forward and backward for each SDE step of a micro-batch, so that memory does not grow with their number."""
+        model.train()
+        if hasattr(self.optimizer, "train"):  # schedule-free optimizers
+            self.optimizer.train()
+        trajectories = self._prepare_inputs(inputs)
+        num_steps = len(trajectories.window)
+        total = torch.zeros((), device=self.args.device)
+        with self._phase("train"):
+            for position in range(num_steps):
+                with self._gradient_sync(model, last=position == num_steps - 1):
+                    with self.compute_loss_context_manager():
+                        loss = self.compute_loss(model, trajectories.transitions(position))
+                    loss = loss / (num_steps * self.current_gradient_accumulation_steps)
+                    self._backward(loss)
+                total += loss.detach()
+            if not torch.isfinite(total):
+                raise FloatingPointError(
+                    f"The loss at update {self.state.global_step} is {total.item()}: the last update has probably been too "
+                    "large (learning_rate, max_grad_norm), or float16 has overflowed."
+                )
+        self._step += 1
+        return total
+
+    @contextmanager
+    def _gradient_sync(self, model: torch.nn.Module, last: bool) -> Iterator[None]:
+        """Let gradients be exchanged only in the last backward of the last micro-batch of an update.
+
+        DeepSpeed steps after every backward that sees `sync_gradients`, so for it the flag itself is held back.
+        """
+        sync = self.accelerator.sync_gradients
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if deepspeed:
+            self.accelerator.gradient_state._set_sync_gradients(sync and last)
+        try:
+            with nullcontext() if deepspeed or (sync and last) else self.accelerator.no_sync(model):
+                yield
+        finally:
+            self.accelerator.gradient_state._set_sync_gradients(sync)
+
+    def _backward(self, loss: Tensor) -> None:
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Transitions,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The clipped surrogate of one SDE step of a micro-batch, with the KL divergence from the reference.
+
+        Credit and advantages come from the reward table of the whole generation batch, which computes them at the first
+        look and keeps them.
+        """
+        if return_outputs:
+            raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
+        advantages = inputs.table.advantages[inputs.rows, inputs.position]
+        step = self._transition(model, inputs)
+        log_probs = log_prob(step, inputs.next_latents, inputs.window.log_prob_type)
+        surrogate = clipped_surrogate(
+            log_probs, inputs.old_log_probs, advantages, self.args.epsilon, self.args.epsilon_high
+        )
+        loss = surrogate.loss.mean()
+        if self.args.beta > 0:
+            kl = kl_divergence(step, self._reference_transition(inputs)).mean()
+            loss = loss + self.args.beta * kl
+            self._record("kl", kl)
+        self._record("ratio/mean", surrogate.ratio.mean())
+        self._record("ratio/max_deviation", (surrogate.ratio - 1).abs().max())
+        self._record("clip_ratio", surrogate.clipped.float().mean())
+        return loss
+
+    def _transition(self, model: torch.nn.Module, inputs: Transitions) -> Transition:
+        velocity = self.policy.velocity(model, inputs.latents, inputs.timestep, inputs.conditioning)
+        sigma, sigma_next = inputs.sigmas[inputs.step], inputs.sigmas[inputs.step + 1]
+        window = inputs.window
+        return transition(window.sde_type, inputs.latents, velocity, sigma, sigma_next, window.noise_level)
+
+    @torch.no_grad()
+    def _reference_transition(self, inputs: Transitions) -> Transition:
+        if self.reference is not None:
+            with self.accelerator.autocast():
+                return self._transition(self.reference, inputs)
+        adapter = self.accelerator.unwrap_model(self.model)
+        with adapter.disable_adapter():
+            return self._transition(adapter, inputs)
+
+    # ----------------------------------------------------------------------------------------------- the evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean reward of images sampled by the ODE in `num_inference_steps_eval` steps, with the same noise each time."""
+        if eval_dataset is not None:
+            _check_datasets(None, eval_dataset, self.args)
+        self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    @torch.no_grad()
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: list[dict[str, Any]],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, None, None]:
+        """Sample and score a batch of an evaluation; there is no loss."""
+        first = self._num_evaluated + self.accelerator.process_index * len(inputs)
+        self._num_evaluated += self.accelerator.num_processes * len(inputs)
+        generators = [self._generator(EVALUATION, first + row) for row in range(len(inputs))]
+        *_, rewards = self.sample_and_score(inputs, generators, self.args.num_inference_steps_eval)
+        rewards = self.accelerator.gather_for_metrics(rewards)[:, :, -1]  # (N, F)
+        for name, values in zip(self.reward_func_names, rewards.unbind(1), strict=True):
+            self._record(f"rewards/{name}/mean", values)
+        self._record("reward", (rewards * self.reward_weights).nansum(1))
+        return None, None, None
+
+    # -------------------------------------------------------------------------------------------------- the metrics
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _record(self, name: str, value: float | Tensor) -> None:
+        self._metrics[self._mode][name].append(torch.as_tensor(value, dtype=torch.float32).detach().flatten())
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._record(f"seconds/{name}", time.perf_counter() - start)
+
+    def _record_rewards(self, table: RewardTable) -> None:
+        """What a rollout's rewards look like: per function, along the trajectory, and as advantages."""
+        final = table.rewards[:, -1]
+        groups = final.view(-1, self.args.num_generations)
+        self._record("reward", final.mean())
+        self._record("reward_std", final.std(correction=0))
+        self._record("frac_reward_zero_std", (groups.std(1, correction=0) < 1e-8).float().mean())
+        for name, rewards in zip(self.reward_func_names, table.rewards_per_func.unbind(1), strict=True):
+            applicable = rewards[:, -1][~rewards[:, -1].isnan()]
+            if len(applicable):
+                self._record(f"rewards/{name}/mean", applicable.mean())
+                self._record(f"rewards/{name}/std", applicable.std(correction=0))
+        self._record("advantages/std", table.advantages.std(correction=0))
+        if self.args.credit == "outcome":
+            return
+        turning = self.args.credit_rule.turning_points(table.rewards).float()
+        within_group = step_rewards(table.rewards).unflatten(0, (-1, self.args.num_generations)).std(1, correction=0)
+        self._record("turning_points/rate", turning.mean())
+        for step in range(table.num_steps):
+            self._record(f"turning_points/step_{step}", turning[:, step].mean())
+            self._record(f"step_reward_std/step_{step}", within_group[..., step].mean())
+        for state, reward in enumerate(table.rewards.mean(0)):
+            self._record(f"completion_reward/state_{state}", reward)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics recorded since the last log, averaged over processes; counts and seconds are summed over time."""
+        recorded = self._metrics[self._mode]
+        names = sorted(recorded)
+        if names:
+            values = torch.stack([_summary(name, recorded[name]).to(self.args.device) for name in names])
+            values = self.accelerator.reduce(values, "mean")
+            prefix = f"{self._eval_prefix}_" if self._mode == "eval" else ""
+            logs.update({f"{prefix}{name}": value for name, value in zip(names, values.tolist(), strict=True)})
+        recorded.clear()
+        super().log(logs, start_time)
+
+    # ---------------------------------------------------------------------------------------- saving and resuming
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trained weights in diffusers' format: the adapter, or the folder `transformer`."""
+        output_dir = output_dir or self.args.output_dir
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            self.policy.save_weights(self.accelerator.unwrap_model(self.model), output_dir)
+            torch.save(self.args, Path(output_dir) / "training_args.bin")
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if self._step % self._generate_every and not self.args.save_only_model:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self._buffered_inputs, self._buffer_file(folder))
+        super()._save_checkpoint(model, trial)
+
+    def _buffer_file(self, checkpoint: str | Path) -> Path:
+        return Path(checkpoint) / f"rollout_{self.accelerator.process_index}.pt"
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        self.policy.load_weights(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self.policy.load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        if not any(Path(checkpoint).glob("*optimizer*")) and not self.is_deepspeed_enabled:
+            raise FileNotFoundError(f"{checkpoint} holds no optimizer (saved with save_only_model?): it cannot be resumed.")
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        if self._step % self._generate_every:
+            if not self._buffer_file(checkpoint).exists():
+                raise FileNotFoundError(f"{self._buffer_file(checkpoint)} is missing: the rollout in use when it was saved.")
+            buffered = torch.load(self._buffer_file(checkpoint), map_location=self.args.device, weights_only=False)
+            self._buffered_inputs = buffered
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write `README.md` for the Hub."""
+        if not self.is_world_process_zero():
+            return
+        pipeline = self.policy.pipeline
+        shown = ("credit", "sde_type", "noise_level", "num_inference_steps", "guidance_scale", "num_generations",
+                 "generation_batch_size", "learning_rate", "beta", "epsilon", "height", "width", "seed")  # fmt: skip
+        name = model_name or Path(self.args.output_dir).name
+        card = build_model_card(
+            model_name=name,
+            repo=self.hub_model_id or name,
+            base_model=pipeline.config.get("_name_or_path") or "unknown",
+            transformer_class=type(pipeline.transformer).__name__,
+            is_lora=isinstance(self.model, PeftModel),
+            settings={"updates": self.state.global_step} | {field: getattr(self.args, field) for field in shown},
+            dataset_name=dataset_name,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            prompt=self.train_dataset[0]["prompt"] if self.train_dataset is not None else "a photo of a cat",
+        )
+        card.save(Path(self.args.output_dir) / "README.md")
+
+
+def _summary(name: str, values: list[Tensor]) -> Tensor:
+    """Counts and seconds add up; a largest value stays the largest; the rest is averaged."""
+    recorded = torch.cat([value.cpu() for value in values])
+    if name.startswith(("num_", "seconds/")):
+        return recorded.sum()
+    return recorded.max() if name.endswith("max_deviation") else recorded.nanmean()
+
+
+def _checked_peft_config(peft_config: LoraConfig, default_targets: list[str]) -> LoraConfig:
+    if not isinstance(peft_config, LoraConfig):
+        raise TypeError(f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}.")
+    if peft_config.task_type is not None:
+        raise ValueError(f"peft_config.task_type is for language models; leave it None, got {peft_config.task_type!r}.")
+    if peft_config.lora_dropout:
+        raise ValueError(
+            f"peft_config.lora_dropout must be 0, got {peft_config.lora_dropout}: with dropout the policy that is trained "
+            "is not the one that sampled."
+        )
+    peft_config = copy.deepcopy(peft_config)
+    if peft_config.target_modules is None:
+        peft_config.target_modules = default_targets
+    return peft_config
+
+
+def _check_datasets(train: Dataset | None, evaluation: Dataset | dict | None, args: TPGRPOConfig) -> None:
+    named = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
+    for name, dataset in {"train_dataset": train, **named}.items():
+        if dataset is not None:
+            _check_dataset(name, dataset)
+    if evaluation is None and args.eval_strategy != "no":
+        raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset.")
+    num_prompts = args.generation_batch_size // args.num_generations
+    if train is not None and len(train) < num_prompts:
+        raise ValueError(
+            f"train_dataset has {len(train)} prompts, but one rollout takes {num_prompts} (generation_batch_size "
+            f"{args.generation_batch_size} / num_generations {args.num_generations}): nothing would be trained."
+        )
+
+
+def _check_dataset(name: str, dataset: Dataset) -> None:
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"{name} must be a datasets.Dataset, got {type(dataset).__name__}.")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"{name} needs a column 'prompt', got {dataset.column_names}.")
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty.")
+    for column in set(RESERVED_COLUMNS) & set(dataset.column_names):
+        raise ValueError(f"{name} has a column {column!r}, a name that reward functions get for something else: rename it.")
+    for row, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str):
+            raise ValueError(f"{name}: the prompt of row {row} must be a string, got {type(prompt).__name__}.")
