@@ -149,6 +149,10 @@ class TPGRPOConfig(_BaseConfig):
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]
 
     # Parameters whose defaults differ from TrainingArguments
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Use bfloat16 mixed precision. None: if fp16 is not set and the device can."},
+    )
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate's schedule."})
@@ -171,7 +175,7 @@ class TPGRPOConfig(_BaseConfig):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Whether to hide NaN losses from the log."})
 
     # Parameters that control the model
-    model_init_kwargs: dict[str, Any] | str | None = field(
+    model_init_kwargs: dict[str, Any] | None = field(
         default=None, metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`, as JSON."}
     )
 
@@ -350,7 +354,9 @@ class TPGRPOConfig(_BaseConfig):
     def _check_window(self) -> None:
         last = self.num_inference_steps - 1
         if self.sde_window_range is not None:
-            in_order = len(self.sde_window_range) == 2 and 0 <= self.sde_window_range[0] < self.sde_window_range[1] <= last
+            in_order = (
+                len(self.sde_window_range) == 2 and 0 <= self.sde_window_range[0] < self.sde_window_range[1] <= last
+            )
             if not in_order:
                 raise ValueError(
                     f"sde_window_range must be [start, stop] with 0 <= start < stop <= {last} (the last of the "
@@ -388,6 +394,7 @@ class TPGRPOConfig(_BaseConfig):
             raise ValueError(
                 "num_generations=1 has no spread within a group: use scale_rewards='batch' or 'none', got 'group'."
             )
+        assert self.generation_batch_size and self.steps_per_generation and self.gradient_accumulation_steps
         if self.generation_batch_size % self.num_generations:
             raise ValueError(
                 f"generation_batch_size ({self.generation_batch_size}) must be a multiple of num_generations "
@@ -399,7 +406,10 @@ class TPGRPOConfig(_BaseConfig):
                 f"Of steps_per_generation ({steps}) and gradient_accumulation_steps ({accumulation}) one must be a "
                 "multiple of the other, so that updates and rollouts end together."
             )
-        if self.eval_strategy != "no" and (self.per_device_eval_batch_size * self.world_size) % self.num_generations_eval:
+        if (
+            self.eval_strategy != "no"
+            and (self.per_device_eval_batch_size * self.world_size) % self.num_generations_eval
+        ):
             raise ValueError(
                 f"The global eval batch size ({self.per_device_eval_batch_size} per device x {self.world_size} processes) "
                 f"must be a multiple of num_generations_eval ({self.num_generations_eval})."
@@ -410,7 +420,9 @@ class TPGRPOConfig(_BaseConfig):
         self._require_at_least("num_iterations", 1)
         for name in ("epsilon", "epsilon_high"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}: at 0 every update is clipped away.")
+                raise ValueError(
+                    f"{name} must be above 0, got {getattr(self, name)}: at 0 every update is clipped away."
+                )
         unsupported = {
             "auto_find_batch_size": "a smaller batch would tear prompt groups apart; lower per_device_train_batch_size",
             "use_liger_kernel": "Liger's kernels are for language models",
@@ -425,6 +437,12 @@ class TPGRPOConfig(_BaseConfig):
             raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}.")
 
     @property
+    def prompts_per_generation(self) -> int:
+        """Prompts per rollout, over all processes."""
+        assert self.generation_batch_size is not None  # since __post_init__
+        return self.generation_batch_size // self.num_generations
+
+    @property
     def num_sde_steps(self) -> int:
         """The size K of the SDE window."""
         start, stop = self.sde_window_range or (0, self.num_inference_steps - 1)
@@ -432,7 +450,7 @@ class TPGRPOConfig(_BaseConfig):
 
     def window_at(self, start: int) -> Window:
         """The SDE window that starts at step `start`."""
-        return Window(start, start + self.num_sde_steps, self.sde_type, self.noise_level, self.log_prob_type)
+        return Window(start, start + self.num_sde_steps, self.sde_type, self.noise_level, str(self.log_prob_type))
 
     @property
     def window_starts(self) -> range:
@@ -442,6 +460,7 @@ class TPGRPOConfig(_BaseConfig):
 
     @property
     def credit_rule(self) -> CreditRule:
+        """How rewards become advantages."""
         return CreditRule(
             credit=self.credit,
             lambda_=self.credit_lambda or 0.0,
@@ -450,7 +469,7 @@ class TPGRPOConfig(_BaseConfig):
             deadzone=self.turning_point_deadzone,
             balanced=self.turning_point_balance,
             baseline=self.advantage_baseline,
-            scale=self.scale_rewards,
+            scale=str(self.scale_rewards),
             scope=self.advantage_scope,
             aggregation=self.multi_objective_aggregation,
         )

@@ -4,7 +4,6 @@ It reads in that order, under the names of TRL's GRPOTrainer. Mathematics and mo
 """
 
 import copy
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,18 +20,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
+from .checks import check_datasets, checked_peft_config
 from .compat import adapt_for_trainer
 from .config import TPGRPOConfig
 from .credit import RewardTable, step_rewards
 from .losses import clipped_surrogate
 from .model_card import build_model_card
 from .policies import Conditioning, FlowPolicy, Guidance, build_policy, load_pipeline
-from .rewards.scoring import RESERVED_COLUMNS, RewardFunc, check_applicability, reward_names, score
+from .rewards.scoring import RewardFunc, check_applicability, reward_names, score
 from .rollout import Rollout, Window, roll_out
 from .sde import Transition, kl_divergence, log_prob, transition
 from .trajectories import Trajectories, Transitions
@@ -54,10 +54,13 @@ class EpochSampler(RepeatSampler):
 
 
 class _SetEpoch(TrainerCallback):
+    """Tells the sampler the epoch; accelerate's own way does not reach through its wrappers on several processes."""
+
     def __init__(self, trainer: "TPGRPOTrainer"):
         self.trainer = trainer
 
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        assert self.trainer.train_sampler is not None
         self.trainer.train_sampler.epoch = int(state.epoch + 1e-6)
 
 
@@ -129,7 +132,7 @@ class TPGRPOTrainer(_BaseTrainer):
             raise ValueError(
                 f"reward_weights has {len(args.reward_weights)} entries for {len(self.reward_funcs)} reward functions."
             )
-        _check_datasets(train_dataset, eval_dataset, args)
+        check_datasets(train_dataset, eval_dataset, args)
         set_seed(args.seed)  # before the adapter's random weights
         self.policy = self._load_policy(model, args, use_lora=peft_config is not None)
         transformer = self._prepare_transformer(peft_config, args.beta)
@@ -158,9 +161,7 @@ class TPGRPOTrainer(_BaseTrainer):
 
     # ---------------------------------------------------------------------------------------------------- the model
 
-    def _load_policy(
-        self, model: str | Path | DiffusionPipeline, args: TPGRPOConfig, use_lora: bool
-    ) -> FlowPolicy:
+    def _load_policy(self, model: str | Path | DiffusionPipeline, args: TPGRPOConfig, use_lora: bool) -> FlowPolicy:
         if isinstance(model, DiffusionPipeline):
             if args.model_init_kwargs is not None:
                 raise ValueError("model_init_kwargs is for a model given by name; this one is loaded already.")
@@ -187,7 +188,7 @@ class TPGRPOTrainer(_BaseTrainer):
             if beta > 0:
                 self.reference = copy.deepcopy(transformer).requires_grad_(False).eval()
             return transformer
-        peft_config = _checked_peft_config(peft_config, self.policy.lora_target_modules)
+        peft_config = checked_peft_config(peft_config, self.policy.lora_target_modules)
         transformer.requires_grad_(False)
         return get_peft_model(transformer, peft_config)
 
@@ -211,7 +212,7 @@ class TPGRPOTrainer(_BaseTrainer):
         self.train_sampler = EpochSampler(
             data_source=dataset if dataset is not None else self.train_dataset,
             mini_repeat_count=self.args.num_generations,
-            batch_size=self.args.generation_batch_size // self.args.num_generations,
+            batch_size=self.args.prompts_per_generation,
             repeat_count=self.args.num_iterations * self.args.steps_per_generation,
             shuffle=self.args.shuffle_dataset,
             seed=self.args.seed,
@@ -466,7 +467,7 @@ class TPGRPOTrainer(_BaseTrainer):
     ) -> dict[str, float]:
         """Mean reward of images sampled by the ODE in `num_inference_steps_eval` steps, with the same noise each time."""
         if eval_dataset is not None:
-            _check_datasets(None, eval_dataset, self.args)
+            check_datasets(None, eval_dataset, self.args)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -573,11 +574,15 @@ class TPGRPOTrainer(_BaseTrainer):
         if checkpoint is None:
             return
         if not any(Path(checkpoint).glob("*optimizer*")) and not self.is_deepspeed_enabled:
-            raise FileNotFoundError(f"{checkpoint} holds no optimizer (saved with save_only_model?): it cannot be resumed.")
+            raise FileNotFoundError(
+                f"{checkpoint} holds no optimizer (saved with save_only_model?): it cannot be resumed."
+            )
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         if self._step % self._generate_every:
             if not self._buffer_file(checkpoint).exists():
-                raise FileNotFoundError(f"{self._buffer_file(checkpoint)} is missing: the rollout in use when it was saved.")
+                raise FileNotFoundError(
+                    f"{self._buffer_file(checkpoint)} is missing: the rollout in use when it was saved."
+                )
             buffered = torch.load(self._buffer_file(checkpoint), map_location=self.args.device, weights_only=False)
             self._buffered_inputs = buffered
 
@@ -611,48 +616,3 @@ def _summary(name: str, values: list[Tensor]) -> Tensor:
     if name.startswith(("num_", "seconds/")):
         return recorded.sum()
     return recorded.max() if name.endswith("max_deviation") else recorded.nanmean()
-
-
-def _checked_peft_config(peft_config: LoraConfig, default_targets: list[str]) -> LoraConfig:
-    if not isinstance(peft_config, LoraConfig):
-        raise TypeError(f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}.")
-    if peft_config.task_type is not None:
-        raise ValueError(f"peft_config.task_type is for language models; leave it None, got {peft_config.task_type!r}.")
-    if peft_config.lora_dropout:
-        raise ValueError(
-            f"peft_config.lora_dropout must be 0, got {peft_config.lora_dropout}: with dropout the policy that is trained "
-            "is not the one that sampled."
-        )
-    peft_config = copy.deepcopy(peft_config)
-    if peft_config.target_modules is None:
-        peft_config.target_modules = default_targets
-    return peft_config
-
-
-def _check_datasets(train: Dataset | None, evaluation: Dataset | dict | None, args: TPGRPOConfig) -> None:
-    named = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
-    for name, dataset in {"train_dataset": train, **named}.items():
-        if dataset is not None:
-            _check_dataset(name, dataset)
-    if evaluation is None and args.eval_strategy != "no":
-        raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset.")
-    num_prompts = args.generation_batch_size // args.num_generations
-    if train is not None and len(train) < num_prompts:
-        raise ValueError(
-            f"train_dataset has {len(train)} prompts, but one rollout takes {num_prompts} (generation_batch_size "
-            f"{args.generation_batch_size} / num_generations {args.num_generations}): nothing would be trained."
-        )
-
-
-def _check_dataset(name: str, dataset: Dataset) -> None:
-    if not isinstance(dataset, Dataset):
-        raise TypeError(f"{name} must be a datasets.Dataset, got {type(dataset).__name__}.")
-    if "prompt" not in dataset.column_names:
-        raise ValueError(f"{name} needs a column 'prompt', got {dataset.column_names}.")
-    if len(dataset) == 0:
-        raise ValueError(f"{name} is empty.")
-    for column in set(RESERVED_COLUMNS) & set(dataset.column_names):
-        raise ValueError(f"{name} has a column {column!r}, a name that reward functions get for something else: rename it.")
-    for row, prompt in enumerate(dataset["prompt"]):
-        if not isinstance(prompt, str):
-            raise ValueError(f"{name}: the prompt of row {row} must be a string, got {type(prompt).__name__}.")

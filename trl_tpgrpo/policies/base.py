@@ -6,11 +6,11 @@ channels).
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
@@ -44,12 +44,17 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts: each field (N, S, C) or (N, C); the negative ones are `None` without classifier-free guidance."""
+    """Encoded prompts.
+
+    Attributes:
+        prompt_embeds: (N, S, C).
+        pooled_prompt_embeds: (N, C).
+        negative: The negative prompts, one for each; `None` without classifier-free guidance.
+    """
 
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
-    negative_prompt_embeds: Tensor | None = None
-    negative_pooled_prompt_embeds: Tensor | None = None
+    negative: "Conditioning | None" = None
 
     def __getitem__(self, rows: Tensor) -> "Conditioning":
         """The prompts of `rows` (M,)."""
@@ -59,8 +64,8 @@ class Conditioning:
         return self._map(lambda value: value.to(dtype))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
-        values = [getattr(self, field.name) for field in fields(self)]
-        return Conditioning(*(value if value is None else function(value) for value in values))
+        negative = None if self.negative is None else self.negative._map(function)
+        return Conditioning(function(self.prompt_embeds), function(self.pooled_prompt_embeds), negative)
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ class FlowPolicy(ABC):
             images += self.pipeline.image_processor.postprocess(pixels, output_type="pil")
         return images
 
-    def save_weights(self, model: torch.nn.Module, output_dir: str | Path) -> None:
+    def save_weights(self, model: ModelMixin | PeftModel, output_dir: str | Path) -> None:
         """Write what was trained in diffusers' format.
 
         LoRA goes to `pytorch_lora_weights.safetensors`, with its alpha, for `pipeline.load_lora_weights(output_dir)`; all
@@ -166,7 +171,7 @@ class FlowPolicy(ABC):
             transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
         )
 
-    def load_weights(self, model: torch.nn.Module, input_dir: str | Path) -> None:
+    def load_weights(self, model: ModelMixin | PeftModel, input_dir: str | Path) -> None:
         """Read back what `save_weights` wrote, into the model that is being trained.
 
         Raises:
@@ -180,7 +185,9 @@ class FlowPolicy(ABC):
         if not peft:
             model.load_state_dict(type(model).from_pretrained(source).state_dict())
             return
-        state = {f"base_model.model.{name.removeprefix('transformer.')}": value for name, value in load_file(source).items()}
+        state = {
+            f"base_model.model.{name.removeprefix('transformer.')}": value for name, value in load_file(source).items()
+        }
         if state.keys() != get_peft_model_state_dict(model).keys():
             raise ValueError(f"The adapter in {input_dir} does not have the layers of the one that is being trained.")
         set_peft_model_state_dict(model, state)

@@ -24,21 +24,21 @@ class FluxPolicy(FlowPolicy):
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
     ]  # fmt: skip
 
-    @property
-    def uses_guidance(self) -> bool:
-        return self.guidance.true_cfg_scale > 1 and self.guidance.negative_prompt is not None
-
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        negative = self._encode([self.guidance.negative_prompt] * len(prompts)) if self.uses_guidance else ()
-        return Conditioning(*self._encode(prompts), *negative).to(self.dtype)
+        negative_prompt = self.guidance.negative_prompt
+        negative = None
+        if self.guidance.true_cfg_scale > 1 and negative_prompt is not None:
+            negative = self._encode([negative_prompt] * len(prompts))
+        encoded = self._encode(prompts)
+        return Conditioning(encoded.prompt_embeds, encoded.pooled_prompt_embeds, negative).to(self.dtype)
 
-    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def _encode(self, prompts: list[str]) -> Conditioning:
         length = self.guidance.max_sequence_length
         embeds, pooled, _ = self.pipeline.encode_prompt(
             prompts, None, device=self.device, max_sequence_length=512 if length is None else length
         )
-        return embeds, pooled
+        return Conditioning(embeds, pooled)
 
     def initial_noise(self, generators: list[torch.Generator]) -> Tensor:
         latents, _ = self.pipeline.prepare_latents(
@@ -54,7 +54,6 @@ class FluxPolicy(FlowPolicy):
 
     def schedule(self, num_inference_steps: int) -> Schedule:
         scheduler = self.pipeline.scheduler
-        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         mu = calculate_shift(
             self._latent_height * self._latent_width,
             scheduler.config.get("base_image_seq_len", 256),
@@ -62,7 +61,8 @@ class FluxPolicy(FlowPolicy):
             scheduler.config.get("base_shift", 0.5),
             scheduler.config.get("max_shift", 1.15),
         )
-        sigmas = None if scheduler.config.get("use_flow_sigmas", False) else sigmas
+        even = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        sigmas = None if scheduler.config.get("use_flow_sigmas", False) else even
         timesteps, _ = retrieve_timesteps(scheduler, num_inference_steps, "cpu", sigmas=sigmas, mu=mu)
         return Schedule(scheduler.sigmas.cpu().clone(), timesteps.clone())
 
@@ -78,20 +78,16 @@ class FluxPolicy(FlowPolicy):
         self, model: torch.nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
         latents = latents.to(self.dtype)
-        predicted = self._predict(
-            model, latents, timestep, conditioning.prompt_embeds, conditioning.pooled_prompt_embeds
-        )
-        if not self.uses_guidance:
+        predicted = self._predict(model, latents, timestep, conditioning)
+        if conditioning.negative is None:
             return predicted
-        negative = self._predict(
-            model, latents, timestep, conditioning.negative_prompt_embeds, conditioning.negative_pooled_prompt_embeds
-        )
+        negative = self._predict(model, latents, timestep, conditioning.negative)
         return negative + self.guidance.true_cfg_scale * (predicted - negative)
 
     def _predict(
-        self, model: torch.nn.Module, latents: Tensor, timestep: Tensor, embeds: Tensor, pooled: Tensor
+        self, model: torch.nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        number, device = len(latents), latents.device
+        number, device, embeds = len(latents), latents.device, conditioning.prompt_embeds
         guidance = None
         if self.pipeline.transformer.config.guidance_embeds:
             guidance = torch.full([1], self.guidance.guidance_scale, device=device, dtype=torch.float32).expand(number)
@@ -102,7 +98,7 @@ class FluxPolicy(FlowPolicy):
             hidden_states=latents,
             timestep=timestep.to(device).expand(number).to(latents.dtype) / 1000,
             guidance=guidance,
-            pooled_projections=pooled,
+            pooled_projections=conditioning.pooled_prompt_embeds,
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=device, dtype=embeds.dtype),
             img_ids=image_ids,

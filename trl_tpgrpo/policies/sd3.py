@@ -30,11 +30,14 @@ class SD3Policy(FlowPolicy):
             None,
             None,
             device=self.device,
-            negative_prompt=None if self.guidance.negative_prompt is None else [self.guidance.negative_prompt] * len(prompts),
+            negative_prompt=None
+            if self.guidance.negative_prompt is None
+            else [self.guidance.negative_prompt] * len(prompts),
             do_classifier_free_guidance=self.uses_guidance,
             max_sequence_length=256 if length is None else length,
         )
-        return Conditioning(embeds, pooled, negative_embeds, negative_pooled).to(self.dtype)
+        negative = Conditioning(negative_embeds, negative_pooled) if self.uses_guidance else None
+        return Conditioning(embeds, pooled, negative).to(self.dtype)
 
     def initial_noise(self, generators: list[torch.Generator]) -> Tensor:
         return self.pipeline.prepare_latents(
@@ -67,10 +70,11 @@ class SD3Policy(FlowPolicy):
     ) -> Tensor:
         latents = latents.to(self.dtype)
         embeds, pooled = conditioning.prompt_embeds, conditioning.pooled_prompt_embeds
-        if self.uses_guidance:
+        negative = conditioning.negative
+        if negative is not None:
             latents = torch.cat([latents, latents])
-            embeds = torch.cat([conditioning.negative_prompt_embeds, embeds])
-            pooled = torch.cat([conditioning.negative_pooled_prompt_embeds, pooled])
+            embeds = torch.cat([negative.prompt_embeds, embeds])
+            pooled = torch.cat([negative.pooled_prompt_embeds, pooled])
         predicted = model(
             hidden_states=latents,
             timestep=timestep.to(latents.device).expand(len(latents)),
@@ -78,7 +82,7 @@ class SD3Policy(FlowPolicy):
             pooled_projections=pooled,
             return_dict=False,
         )[0].to(self.dtype)
-        if not self.uses_guidance:
+        if negative is None:
             return predicted
         unconditional, conditional = predicted.chunk(2)
         return unconditional + self.guidance.guidance_scale * (conditional - unconditional)

@@ -1,11 +1,12 @@
 """Size of the JPEG file: a reward without a model, for first tests of a setup."""
 
 import io
+from typing import Any
 
 from PIL import Image
 
 
-def jpeg_compressibility(images: list[Image.Image], **columns) -> list[float]:
+def jpeg_compressibility(images: list[Image.Image], **columns: Any) -> list[float]:
     """Reward simple pictures: minus the size of the JPEG file of quality 95, in kB (arXiv 2305.13301).
 
     Below 0; about -150 for a photograph of 512 x 512. It is maximal for an image of one colour, and a policy that is
@@ -14,7 +15,7 @@ def jpeg_compressibility(images: list[Image.Image], **columns) -> list[float]:
     return [-_size_in_kilobytes(image) for image in images]
 
 
-def jpeg_incompressibility(images: list[Image.Image], **columns) -> list[float]:
+def jpeg_incompressibility(images: list[Image.Image], **columns: Any) -> list[float]:
     """Reward busy pictures: the size of the JPEG file of quality 95, in kB. It is maximal for noise."""
     return [_size_in_kilobytes(image) for image in images]
 

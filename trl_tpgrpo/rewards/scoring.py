@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from PIL import Image
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 
-RewardFunc = Callable[..., list[float | None]]
+RewardFunc = Callable[..., Sequence[float | None]]
 """`reward_func(images=[...], prompts=[...], **other dataset columns, trainer_state=..., log_metric=...)`: one number an
 image, or `None` where the function does not apply."""
 
@@ -34,7 +34,9 @@ def reward_names(reward_funcs: list[RewardFunc]) -> list[str]:
         if not callable(reward_func):
             raise TypeError(f"reward_funcs must be callables, got {reward_func!r} ({type(reward_func).__name__}).")
         if is_async_callable(reward_func):
-            raise TypeError(f"The reward function {get_callable_name(reward_func)!r} is async; make it a plain function.")
+            raise TypeError(
+                f"The reward function {get_callable_name(reward_func)!r} is async; make it a plain function."
+            )
     names = [get_callable_name(reward_func) for reward_func in reward_funcs]
     if len(set(names)) < len(names):
         raise ValueError(f"Reward functions need different names for their metrics, got {names}.")
@@ -64,7 +66,11 @@ def score(
         values = reward_func(images=images, prompts=prompts, **columns, **extra)
     except Exception as error:  # whatever a user's function raises is reported with its row
         row = _first_failing_row(reward_func, images, prompts, columns, extra)
-        where = f"for {_describe(row, prompts)}" if row is not None else f"on a batch of {len(images)} images, on none alone"
+        where = (
+            f"for {_describe(row, prompts)}"
+            if row is not None
+            else f"on a batch of {len(images)} images, on none alone"
+        )
         raise RewardError(f"The reward function {name!r} raised {type(error).__name__}: {error} ({where}).") from error
     if inspect.isawaitable(values) or not hasattr(values, "__len__"):
         raise RewardError(f"The reward function {name!r} must return a list of numbers, got {type(values).__name__}.")
@@ -95,7 +101,11 @@ def _describe(row: int, prompts: list[str]) -> str:
 
 
 def _first_failing_row(
-    reward_func: RewardFunc, images: list[Image.Image], prompts: list[str], columns: dict[str, list], extra: dict[str, Any]
+    reward_func: RewardFunc,
+    images: list[Image.Image],
+    prompts: list[str],
+    columns: dict[str, list],
+    extra: dict[str, Any],
 ) -> int | None:
     """Call again with one image at a time, to name the row; the run stops anyway."""
     for row in range(len(images)):

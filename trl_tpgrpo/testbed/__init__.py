@@ -1,6 +1,7 @@
 """The embedded testbed: a world of coloured shapes, its judge, its prompts and a tiny pretrained pipeline."""
 
 from pathlib import Path
+from typing import Any
 
 from .prompts import prompt_dataset
 
@@ -10,5 +11,5 @@ __all__ = ["PIPELINE_KWARGS", "TESTBED", "prompt_dataset"]
 TESTBED = Path(__file__).parent / "weights"
 """Folder of the tiny pretrained `StableDiffusion3Pipeline`, an ordinary diffusers pipeline."""
 
-PIPELINE_KWARGS = {"height": 32, "width": 32, "max_sequence_length": 0}
+PIPELINE_KWARGS: dict[str, Any] = {"height": 32, "width": 32, "max_sequence_length": 0}
 """How the tiny pipeline must be called: its pictures' size, and no room for the T5 encoder that it does not have."""

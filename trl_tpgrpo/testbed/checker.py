@@ -5,6 +5,7 @@ for exactly the scene of the caption; `graded` is in [0, 1] and gives credit for
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -52,17 +53,17 @@ def score_images(images: list[Image.Image], prompts: list[str]) -> list[Score]:
     return [_score(caption, found) for caption, found in zip(captions, detect(images), strict=True)]
 
 
-def shapes_reward(images: list[Image.Image], prompts: list[str], **columns) -> list[float]:
+def shapes_reward(images: list[Image.Image], prompts: list[str], **columns: Any) -> list[float]:
     """Reward in [0, 1]: the mean of the graded and the strict score."""
     return [(score.graded + score.strict) / 2 for score in score_images(images, prompts)]
 
 
-def graded_reward(images: list[Image.Image], prompts: list[str], **columns) -> list[float]:
+def graded_reward(images: list[Image.Image], prompts: list[str], **columns: Any) -> list[float]:
     """Reward in [0, 1]: the graded score."""
     return [score.graded for score in score_images(images, prompts)]
 
 
-def strict_reward(images: list[Image.Image], prompts: list[str], **columns) -> list[float]:
+def strict_reward(images: list[Image.Image], prompts: list[str], **columns: Any) -> list[float]:
     """Reward 0 or 1: the strict score."""
     return [score.strict for score in score_images(images, prompts)]
 

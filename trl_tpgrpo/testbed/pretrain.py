@@ -213,7 +213,9 @@ def train_transformer(
     trained = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]
     parameters = [parameter for module in trained for parameter in module.parameters()]
     optimizers = build_optimizers(trained)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: _warm_up_and_decay(step, steps)) for one in optimizers]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(one, lambda step: _warm_up_and_decay(step, steps)) for one in optimizers
+    ]
     ema = EMAModel(parameters, decay=EMA_DECAY)
     scale, shift = pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor
     progress = tqdm(range(1, steps + 1), desc="Training the transformer")
@@ -256,7 +258,9 @@ def flow_matching_loss(pipeline: StableDiffusion3Pipeline, clean: torch.Tensor, 
 def build_optimizers(modules: list[torch.nn.Module]) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for everything else."""
     named = [(name, parameter) for module in modules for name, parameter in module.named_parameters()]
-    in_blocks = [p for name, p in named if p.ndim == 2 and ("transformer_blocks." in name or "encoder.layers." in name)]
+    in_blocks = [
+        p for name, p in named if p.ndim == 2 and ("transformer_blocks." in name or "encoder.layers." in name)
+    ]
     chosen = {id(parameter) for parameter in in_blocks}
     others = [parameter for _, parameter in named if id(parameter) not in chosen]
     return [
@@ -266,7 +270,7 @@ def build_optimizers(modules: list[torch.nn.Module]) -> list[torch.optim.Optimiz
 
 
 def _warm_up_and_decay(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / 100, 2.0 * (steps - step) / steps)
+    return min(1.0, (step + 1) / 100, 5.0 * (steps - step) / steps)
 
 
 def save_in_float16(pipeline: StableDiffusion3Pipeline, output_dir: Path) -> None:
@@ -280,8 +284,8 @@ def save_in_float16(pipeline: StableDiffusion3Pipeline, output_dir: Path) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--vae_steps", type=int, default=7_000)
-    parser.add_argument("--transformer_steps", type=int, default=7_000)
+    parser.add_argument("--vae_steps", type=int, default=8_000)
+    parser.add_argument("--transformer_steps", type=int, default=2_500)
     parser.add_argument("--num_pictures", type=int, default=60_000)
     parser.add_argument("--seed", type=int, default=0)
     pretrain(**vars(parser.parse_args()))

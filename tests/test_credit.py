@@ -1,0 +1,431 @@
+"""Credit and advantages: parity with published code, closed forms and invariants, hand-made examples."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trl_tpgrpo.credit import (
+    CREDITS,
+    EPSILON,
+    SCALES,
+    TRENDS,
+    CreditRule,
+    RewardTable,
+    advantages,
+    aggregated_rewards,
+    balance,
+    credit,
+    lambda_return,
+    step_rewards,
+    turning_points,
+)
+
+
+REFERENCE = Path(__file__).parent / "reference"
+CREDIT_REFERENCE = json.loads((REFERENCE / "credit.json").read_text())
+ADVANTAGE_REFERENCE = json.loads((REFERENCE / "advantages.json").read_text())
+NAN = float("nan")
+
+
+@st.composite
+def reward_rows(draw: st.DrawFn, min_rows: int = 1, max_rows: int = 6, limit: int = 40) -> Tensor:
+    """Rewards (B, K + 1) on a grid of eighths, on which float32 sums are exact and ties are common."""
+    num_rows, num_steps = draw(st.integers(min_rows, max_rows)), draw(st.integers(1, 8))
+    row = st.lists(st.integers(-limit, limit), min_size=num_steps + 1, max_size=num_steps + 1)
+    return torch.tensor(draw(st.lists(row, min_size=num_rows, max_size=num_rows)), dtype=torch.float32) / 8
+
+
+def rows(*values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+# Parity with published code
+
+
+@pytest.mark.parametrize("batch", CREDIT_REFERENCE)
+@pytest.mark.parametrize(
+    ("variant", "rule"),
+    [
+        ("turning_point", CreditRule("turning_point", trend="global", balanced=False)),
+        ("turning_point_no_first_step", CreditRule("turning_point", trend="global", balanced=False, first_step=False)),
+        ("consistent", CreditRule("consistent", trend="global", balanced=False)),
+    ],
+)
+def test_credit_equals_published_code(batch: str, variant: str, rule: CreditRule) -> None:
+    rewards = torch.tensor(CREDIT_REFERENCE[batch]["rewards"])
+    expected = torch.tensor(CREDIT_REFERENCE[batch]["step_rewards"][variant])
+    torch.testing.assert_close(credit(rewards, rule, expected.shape[1]), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", CREDIT_REFERENCE)
+def test_credit_of_the_demo_is_expressible(batch: str) -> None:
+    rewards = torch.tensor(CREDIT_REFERENCE[batch]["rewards"])
+    expected = torch.tensor(CREDIT_REFERENCE[batch]["step_rewards"]["demo_default"])
+    turning = turning_points(rewards, consistent=False, trend="global")
+    demo = aggregated_rewards(rewards)[:, :1] + torch.where(turning, step_rewards(rewards), 0.0)
+    torch.testing.assert_close(demo, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("scale", "released"), [("group", "group_std"), ("batch", "global_std")])
+def test_advantages_equal_published_code(scale: str, released: str) -> None:
+    prompts = ADVANTAGE_REFERENCE["prompts"]
+    sizes = {prompts.count(prompt) for prompt in prompts}
+    assert len(sizes) == 1
+    by_prompt = sorted(range(len(prompts)), key=prompts.__getitem__)
+    credits = torch.tensor(ADVANTAGE_REFERENCE["step_rewards"])[by_prompt]
+    expected = torch.tensor(ADVANTAGE_REFERENCE["advantages"][released])[by_prompt]
+    computed = advantages(credits, sizes.pop(), CreditRule(scale=scale))
+    torch.testing.assert_close(computed, expected, rtol=1e-5, atol=1e-6)
+
+
+# Step rewards, aggregated rewards, lambda-returns
+
+
+@given(reward_rows())
+def test_step_rewards_telescope(rewards: Tensor) -> None:
+    assert torch.equal(step_rewards(rewards).sum(1), rewards[:, -1] - rewards[:, 0])
+    assert torch.equal(step_rewards(rewards).sum(1), aggregated_rewards(rewards)[:, 0])
+
+
+@given(reward_rows())
+def test_aggregated_reward_is_what_the_steps_from_there_add(rewards: Tensor) -> None:
+    from_there = step_rewards(rewards).flip(1).cumsum(1).flip(1)
+    assert torch.equal(aggregated_rewards(rewards), from_there)
+
+
+@given(reward_rows(), st.integers(-40, 40))
+def test_a_constant_added_to_a_trajectory_changes_no_credit(rewards: Tensor, constant: int) -> None:
+    moved = rewards.clone()
+    moved[0] += constant / 8
+    assert torch.equal(step_rewards(moved), step_rewards(rewards))
+    assert torch.equal(aggregated_rewards(moved), aggregated_rewards(rewards))
+    for name in set(CREDITS) - {"outcome"}:
+        rule, num_steps = CreditRule(name, lambda_=0.5), rewards.shape[1] - 1
+        assert torch.equal(credit(moved, rule, num_steps), credit(rewards, rule, num_steps))
+
+
+@given(reward_rows())
+def test_lambda_zero_is_incremental_and_lambda_one_is_aggregated(rewards: Tensor) -> None:
+    num_steps = rewards.shape[1] - 1
+    incremental = credit(rewards, CreditRule("incremental"), num_steps)
+    assert torch.equal(incremental, step_rewards(rewards))
+    assert torch.equal(credit(rewards, CreditRule("lambda", lambda_=0.0), num_steps), incremental)
+    assert torch.equal(credit(rewards, CreditRule("lambda", lambda_=1.0), num_steps), aggregated_rewards(rewards))
+
+
+def test_lambda_return_of_a_hand_made_example() -> None:
+    gained = rows([1.0, 2.0, 4.0])
+    assert torch.equal(lambda_return(gained, 0.5), rows([1 + 0.5 * 4, 2 + 0.5 * 4, 4]))
+    assert torch.equal(gained, rows([1.0, 2.0, 4.0]))
+
+
+def test_outcome_gives_every_step_the_final_reward_and_needs_no_other() -> None:
+    rule = CreditRule("outcome")
+    expected = rows([5, 5, 5], [7, 7, 7])
+    assert torch.equal(credit(rows([1, 2, 3, 5], [0, 0, 0, 7]), rule, 3), expected)
+    assert torch.equal(credit(rows([5], [7]), rule, 3), expected)
+
+
+@given(reward_rows(), st.sampled_from(CREDITS), st.sampled_from(TRENDS), st.booleans())
+def test_negated_rewards_negate_credit(rewards: Tensor, name: str, trend: str, balanced: bool) -> None:
+    rule = CreditRule(name, lambda_=0.5, trend=trend, balanced=balanced)
+    num_steps = rewards.shape[1] - 1
+    if balanced:
+        kept = rule.turning_points(rewards).sum(), rule.turning_points(-rewards).sum()
+        assert kept[0] == kept[1]
+    else:
+        assert torch.equal(credit(-rewards, rule, num_steps), -credit(rewards, rule, num_steps))
+
+
+# Turning points
+
+
+@given(reward_rows(), st.booleans(), st.sampled_from(TRENDS), st.booleans(), st.sampled_from([0.0, 0.5]))
+def test_negated_rewards_turn_at_the_same_steps(
+    rewards: Tensor, consistent: bool, trend: str, first_step: bool, deadzone: float
+) -> None:
+    options = {"consistent": consistent, "trend": trend, "first_step": first_step, "deadzone": deadzone}
+    assert torch.equal(turning_points(-rewards, **options), turning_points(rewards, **options))
+
+
+@given(reward_rows(), st.sampled_from(TRENDS))
+def test_consistent_turning_points_outweigh_their_step_and_are_some_of_all(rewards: Tensor, trend: str) -> None:
+    strict, every = (turning_points(rewards, consistent, trend) for consistent in (True, False))
+    assert not (strict & ~every).any()
+    assert (aggregated_rewards(rewards).abs() > step_rewards(rewards).abs())[strict].all()
+
+
+@given(reward_rows(), st.booleans(), st.sampled_from(TRENDS))
+def test_turning_points_equal_their_definition_step_by_step(rewards: Tensor, consistent: bool, trend: str) -> None:
+    found = turning_points(rewards, consistent, trend)
+    for row, its_points in zip(rewards.tolist(), found.tolist(), strict=True):
+        assert its_points == [turns(row, step, consistent, trend) for step in range(len(row) - 1)]
+
+
+def turns(row: list[float], step: int, consistent: bool, trend: str) -> bool:
+    """METHOD.md, section 3, in products of differences instead of signs."""
+    last = row[-1]
+
+    def along(index: int) -> float:
+        return (row[index + 1] - row[index]) * (last - row[index if trend == "remaining" else 0])
+
+    turned = along(step) > 0 and (step == 0 or along(step - 1) < 0)
+    agrees = (row[step + 1] - row[step]) * (last - row[step + 1]) > 0
+    return turned and last != row[step] and (agrees or not consistent)
+
+
+def test_remaining_and_global_trend_differ_where_the_gain_to_come_has_another_sign() -> None:
+    rewards = rows([0, 3, 2, 4, 1])
+    assert step_rewards(rewards).tolist() == [[3, -1, 2, -3]]
+    assert aggregated_rewards(rewards).tolist() == [[1, -2, -1, -3]]
+    remaining = turning_points(rewards, consistent=False, trend="remaining")
+    whole = turning_points(rewards, consistent=False, trend="global")
+    assert remaining.tolist() == [[True, False, False, True]]
+    assert whole.tolist() == [[True, False, True, False]]
+
+
+def test_consistency_drops_steps_that_overshoot() -> None:
+    rewards = rows([0, 3, 1, 2, 4], [0, 5, 1, 2, 6])
+    assert turning_points(rewards, consistent=False).tolist() == [[True, False, True, False]] * 2
+    assert turning_points(rewards, consistent=True).tolist() == [[True, False, True, False], [False, False, True, False]]
+
+
+@pytest.mark.parametrize("trend", TRENDS)
+def test_a_zero_is_neither_a_flip_nor_an_agreement(trend: str) -> None:
+    flat_before = rows([0, 0, 1, 3])
+    assert not turning_points(flat_before, consistent=False, trend=trend).any()
+    flat_at_the_turn = rows([0, -1, -1, 3])
+    assert turning_points(flat_at_the_turn, consistent=False, trend=trend).tolist() == [[False, False, False]]
+    no_trend = rows([1, 0, 2, 1])
+    assert not turning_points(no_trend, consistent=False, trend="global").any()
+
+
+def test_a_step_after_which_nothing_is_gained_is_no_turning_point() -> None:
+    some_left = rows([0, 3, 2, 4, 3, 1])
+    assert aggregated_rewards(some_left)[0, 2] == -1
+    assert turning_points(some_left, consistent=False, trend="global").tolist() == [[True, False, True, False, False]]
+    cancelled = rows([0, 3, 2, 4, 3, 2])
+    assert aggregated_rewards(cancelled)[0, 2] == 0
+    assert turning_points(cancelled, consistent=False, trend="global").tolist() == [[True, False, False, False, False]]
+
+
+def test_first_step_can_be_switched_off() -> None:
+    rewards = rows([0, 3, 1, 2, 4])
+    assert turning_points(rewards, first_step=True).tolist() == [[True, False, True, False]]
+    assert turning_points(rewards, first_step=False).tolist() == [[False, False, True, False]]
+
+
+def test_steps_in_the_deadzone_count_as_zero() -> None:
+    rewards = rows([0.0, -0.25, 0.5, 1.0])
+    options = {"consistent": True, "first_step": False}
+    assert turning_points(rewards, **options).tolist() == [[False, True, False]]
+    assert turning_points(rewards, **options, deadzone=0.125).tolist() == [[False, True, False]]
+    assert turning_points(rewards, **options, deadzone=0.25).tolist() == [[False, False, False]]
+
+
+@given(reward_rows(), st.sampled_from([0.125, 1.0, 20.0]))
+def test_no_step_in_the_deadzone_turns(rewards: Tensor, deadzone: float) -> None:
+    turning = turning_points(rewards, consistent=False, deadzone=deadzone)
+    assert not turning[step_rewards(rewards).abs() <= deadzone].any()
+
+
+def test_credit_replaces_only_at_turning_points() -> None:
+    rewards = rows([0, 3, 1, 2, 4])
+    assert credit(rewards, CreditRule("consistent", balanced=False), 4).tolist() == [[4, -2, 3, 2]]
+    assert credit(rewards, CreditRule("consistent", balanced=True), 4).tolist() == [[3, -2, 1, 2]]
+
+
+@pytest.mark.parametrize("name", ["outcome", "incremental", "lambda"])
+def test_other_credits_know_no_turning_points(name: str) -> None:
+    assert not CreditRule(name).turning_points(rows([0, 3, 1, 2, 4])).any()
+
+
+# Balance
+
+
+@given(reward_rows(), st.data())
+def test_balance_keeps_as_many_of_each_sign_and_the_largest(rewards: Tensor, data: st.DataObject) -> None:
+    aggregated = aggregated_rewards(rewards)
+    size = aggregated.numel()
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size))).view_as(aggregated)
+    mask &= aggregated != 0
+    kept = balance(mask, aggregated)
+    dropped = mask & ~kept
+    assert not (kept & ~mask).any()
+    numbers = [int((mask & (sign * aggregated > 0)).sum()) for sign in (1, -1)]
+    for sign in (1, -1):
+        of_sign = sign * aggregated > 0
+        assert int((kept & of_sign).sum()) == min(numbers)
+        left_out, stayed = aggregated[dropped & of_sign].abs(), aggregated[kept & of_sign].abs()
+        assert not len(left_out) or not len(stayed) or stayed.min() >= left_out.max()
+
+
+def test_balance_of_a_hand_made_example() -> None:
+    aggregated = rows([1, 5, -2, 3], [-7, 4, 2, 9])
+    mask = torch.tensor([[True, True, True, True], [True, True, True, False]])
+    assert balance(mask, aggregated).tolist() == [[False, True, True, False], [True, True, False, False]]
+
+
+def test_balance_without_one_sign_keeps_nothing() -> None:
+    assert not balance(torch.ones(2, 2, dtype=torch.bool), rows([1, 2], [3, 4])).any()
+
+
+# Advantages
+
+
+@given(reward_rows(min_rows=6, max_rows=6), st.permutations([0, 1, 2]), st.sampled_from(SCALES))
+def test_permuting_a_group_permutes_its_advantages(rewards: Tensor, order: list[int], scale: str) -> None:
+    credits, rule = step_rewards(rewards), CreditRule(scale=scale)
+    shuffled = [*order, 3, 4, 5]
+    expected = advantages(credits, 3, rule)[shuffled]
+    torch.testing.assert_close(advantages(credits[shuffled], 3, rule), expected, rtol=1e-5, atol=1e-5)
+
+
+@given(reward_rows(min_rows=8, max_rows=8))
+def test_group_advantages_are_centred_and_of_unit_spread_or_all_zero(rewards: Tensor) -> None:
+    credits = step_rewards(rewards)
+    grouped = advantages(credits, 4, CreditRule()).unflatten(0, (2, 4))
+    spread = credits.unflatten(0, (2, 4)).std(1, correction=0)
+    torch.testing.assert_close(grouped.mean(1), torch.zeros_like(spread), rtol=0, atol=1e-5)
+    torch.testing.assert_close(grouped.std(1, correction=0), spread / (spread + EPSILON), rtol=1e-4, atol=1e-5)
+    assert (grouped.abs().amax(1)[spread == 0] == 0).all()
+
+
+def test_a_group_without_spread_gets_nothing() -> None:
+    credits = torch.full((4, 3), 0.1)
+    for scale in SCALES:
+        torch.testing.assert_close(advantages(credits, 4, CreditRule(scale=scale)), torch.zeros(4, 3), rtol=0, atol=1e-3)
+
+
+def test_joint_scope_takes_mean_and_spread_over_all_steps_of_the_group() -> None:
+    credits = rows([0, 2], [4, 6], [1, 1], [1, 9])
+    computed = advantages(credits, 2, CreditRule(scope="joint"))
+    first, second = credits[:2], credits[2:]
+    expected = torch.cat([(one - one.mean()) / (one.std(correction=0) + EPSILON) for one in (first, second)])
+    torch.testing.assert_close(computed, expected)
+    assert not torch.allclose(computed, advantages(credits, 2, CreditRule(scope="step")))
+
+
+def test_joint_scope_scaled_by_the_batch_divides_every_step_by_one_number() -> None:
+    credits = rows([0, 2], [4, 6], [1, 1], [1, 9])
+    computed = advantages(credits, 2, CreditRule(scope="joint", scale="batch"))
+    means = torch.tensor([3.0, 3.0, 3.0, 3.0])[:, None]
+    torch.testing.assert_close(computed, (credits - means) / (credits.std(correction=0) + EPSILON))
+
+
+def test_without_scaling_only_the_mean_is_subtracted() -> None:
+    computed = advantages(rows([1, 10], [3, 30]), 2, CreditRule(scale="none"))
+    assert computed.tolist() == [[-1, -10], [1, 10]]
+
+
+def test_completion_baseline_subtracts_nothing() -> None:
+    credits = rows([1, 10], [3, 30])
+    assert torch.equal(advantages(credits, 2, CreditRule(baseline="completion", scale="none")), credits)
+    scaled = advantages(credits, 2, CreditRule(baseline="completion", scale="group"))
+    torch.testing.assert_close(scaled, credits / (credits.square().mean(0).sqrt() + EPSILON))
+
+
+def test_groups_of_one_are_legal_with_completion_baseline_scaled_by_the_batch() -> None:
+    credits = rows([1, -2], [3, 0], [-2, 4])
+    computed = advantages(credits, 1, CreditRule(baseline="completion", scale="batch"))
+    torch.testing.assert_close(computed, credits / (credits.square().mean(0).sqrt() + EPSILON))
+    assert torch.equal(computed.sign(), credits.sign())
+
+
+def test_rows_without_reward_are_left_out_of_every_mean() -> None:
+    credits = rows([1, 2], [3, 6], [NAN, NAN], [NAN, NAN])
+    for scale in SCALES:
+        computed = advantages(credits, 2, CreditRule(scale=scale))
+        torch.testing.assert_close(computed[:2], advantages(credits[:2], 2, CreditRule(scale=scale)))
+        assert computed[2:].isnan().all()
+
+
+# The table of rewards
+
+
+def table(rewards_per_func: Tensor, weights: list[float], num_generations: int, **rule: object) -> RewardTable:
+    num_steps = rewards_per_func.shape[2] - 1
+    return RewardTable(rewards_per_func, torch.tensor(weights), num_generations, num_steps, CreditRule(**rule))
+
+
+def random_rewards(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_rewards_are_the_weighted_sum_of_the_functions_that_apply() -> None:
+    per_func = torch.tensor([[[1.0, 2.0], [10.0, 20.0]], [[3.0, 4.0], [NAN, NAN]]])
+    assert table(per_func, [1.0, 0.5], 2).rewards.tolist() == [[6, 12], [3, 4]]
+
+
+def test_sum_then_normalize_is_credit_and_advantages_of_the_sum() -> None:
+    per_func = random_rewards(6, 2, 5)
+    made = table(per_func, [1.0, 2.0], 3)
+    expected = advantages(credit(per_func[:, 0] + 2 * per_func[:, 1], made.rule, 4), 3, made.rule)
+    torch.testing.assert_close(made.advantages, expected)
+
+
+def test_normalize_then_sum_weighs_functions_alike_whatever_their_scale() -> None:
+    per_func = random_rewards(6, 2, 5)
+    options = {"aggregation": "normalize_then_sum", "credit": "incremental"}
+    scaled = per_func * torch.tensor([1.0, 1000.0])[:, None]
+    expected = table(per_func, [1.0, 0.5], 3, **options).advantages
+    torch.testing.assert_close(table(scaled, [1.0, 0.5], 3, **options).advantages, expected, rtol=1e-3, atol=1e-3)
+    summed = {**options, "aggregation": "sum_then_normalize"}
+    assert not torch.allclose(
+        table(scaled, [1.0, 0.5], 3, **summed).advantages, table(per_func, [1.0, 0.5], 3, **summed).advantages, atol=0.1
+    )
+
+
+def test_normalize_then_sum_is_proportional_to_the_weighted_sum_of_each_functions_advantages() -> None:
+    per_func = random_rewards(6, 2, 5)
+    made = table(per_func, [1.0, 0.5], 3, aggregation="normalize_then_sum")
+    each = [advantages(credit(one, made.rule, 4), 3, made.rule) for one in per_func.unbind(1)]
+    summed = each[0] + 0.5 * each[1]
+    torch.testing.assert_close(made.advantages, summed / (summed.square().mean().sqrt() + EPSILON))
+
+
+@pytest.mark.parametrize("name", CREDITS)
+def test_normalize_then_sum_with_a_function_that_does_not_apply_to_a_group(name: str) -> None:
+    per_func = random_rewards(6, 2, 5)
+    per_func[:3, 1] = NAN
+    options = {"aggregation": "normalize_then_sum", "credit": name, "balanced": False}
+    both = table(per_func, [1.0, 0.5], 3, **options).advantages
+    assert torch.isfinite(both).all()
+    alone = table(per_func[:3, :1], [1.0], 3, **options).advantages
+    ratio = (both[:3] / alone).flatten()
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_rows_to_which_no_function_applies_get_no_advantage(aggregation: str) -> None:
+    per_func = random_rewards(4, 2, 4)
+    per_func[2:] = NAN
+    computed = table(per_func, [1.0, 1.0], 2, aggregation=aggregation).advantages
+    assert torch.equal(computed[2:], torch.zeros(2, 3))
+    assert (computed[:2] != 0).any()
+
+
+def test_balance_is_of_the_whole_table_so_the_split_into_processes_does_not_matter() -> None:
+    rising, falling = [0.0, -1.0, 0.0, 2.0], [0.0, 1.0, 0.0, -2.0]
+    flat = [0.0, 1.0, 2.0, 3.0]
+    per_func = rows(rising, flat, falling, [-reward for reward in flat])[:, None]
+    options = {"first_step": False}
+    whole = table(per_func, [1.0], 2, **options)
+    halves = torch.cat([table(half, [1.0], 2, **options).advantages for half in per_func.split(2)])
+    assert whole.rule.turning_points(whole.rewards).nonzero().tolist() == [[0, 1], [2, 1]]
+    assert not torch.allclose(whole.advantages, halves)
+    incremental = {**options, "credit": "incremental"}
+    parts = torch.cat([table(half, [1.0], 2, **incremental).advantages for half in per_func.split(2)])
+    assert torch.equal(table(per_func, [1.0], 2, **incremental).advantages, parts)
+
+
+def test_outcome_needs_only_the_trajectorys_own_reward() -> None:
+    final = random_rewards(4, 1, 1)
+    made = RewardTable(final, torch.ones(1), 2, 3, CreditRule("outcome"))
+    assert made.advantages.shape == (4, 3)
+    assert torch.equal(made.advantages, made.advantages[:, :1].expand(-1, 3))

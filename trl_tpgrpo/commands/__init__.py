@@ -1,0 +1,1 @@
+"""The subcommands of `trl-tpgrpo`, one module each with a `main(argv)`."""

@@ -1,0 +1,90 @@
+"""`trl-tpgrpo sample`: images from a model, with or without a trained adapter."""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tqdm import tqdm
+
+from ..policies import load_pipeline
+from ..testbed import PIPELINE_KWARGS, TESTBED
+
+
+def main(argv: list[str]) -> int:
+    """Write one PNG file for each image."""
+    args = make_parser().parse_args(argv)
+    prompts = args.prompt + (args.prompts_file.read_text().splitlines() if args.prompts_file else [])
+    prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise SystemExit("trl-tpgrpo sample: error: no prompt: use --prompt or --prompts_file")
+    pipeline = build_pipeline(args.model_name_or_path, args.adapter, args.dtype, args.device)
+    options = {
+        name: getattr(args, name)
+        for name in (
+            "num_inference_steps",
+            "guidance_scale",
+            "height",
+            "width",
+            "max_sequence_length",
+            "negative_prompt",
+        )
+        if getattr(args, name) is not None
+    }
+    if args.model_name_or_path == "testbed":
+        options = {**PIPELINE_KWARGS, **options}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for number, prompt in enumerate(tqdm(prompts, desc="Prompts")):
+        for index, image in enumerate(sample(pipeline, prompt, args.num_images_per_prompt, args.seed, options)):
+            image.save(args.output_dir / f"{number:03d}-{_slug(prompt)}-{index}.png")
+    tqdm.write(f"{len(prompts) * args.num_images_per_prompt} images in {args.output_dir}")
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trl-tpgrpo sample", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("--model_name_or_path", required=True, help="Hub id or folder of a pipeline, or 'testbed'")
+    parser.add_argument("--adapter", help="Hub id or folder of a LoRA, or a folder with a trained transformer")
+    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
+    parser.add_argument("--prompts_file", type=Path, help="text file with a prompt a line")
+    parser.add_argument("--output_dir", type=Path, default=Path("samples"), help="default: samples")
+    parser.add_argument("--num_images_per_prompt", type=int, default=1, help="default: 1")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image of each prompt; default: 0")
+    parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
+    parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
+    parser.add_argument("--negative_prompt", help="default: none")
+    parser.add_argument("--height", type=int, help="default: the pipeline's")
+    parser.add_argument("--width", type=int, help="default: the pipeline's")
+    parser.add_argument("--max_sequence_length", type=int, help="tokens of the T5 encoder; default: the pipeline's")
+    parser.add_argument("--dtype", default=None, help="default: bfloat16 on a GPU, float32 on the CPU")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU, if any"
+    )
+    return parser
+
+
+def build_pipeline(model: str, adapter: str | None, dtype: str | None, device: str) -> DiffusionPipeline:
+    """The pipeline with the trained weights in it: a LoRA, or a transformer in the folder `transformer`."""
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    pipeline = load_pipeline(TESTBED if model == "testbed" else model, dtype)
+    if adapter is not None and (Path(adapter) / "transformer").is_dir():
+        trained = type(pipeline.transformer).from_pretrained(
+            adapter, subfolder="transformer", dtype=getattr(torch, dtype)
+        )
+        pipeline.register_modules(transformer=trained)
+    elif adapter is not None:
+        pipeline.load_lora_weights(adapter)
+    pipeline.set_progress_bar_config(leave=False)
+    return pipeline.to(device)
+
+
+def sample(pipeline: DiffusionPipeline, prompt: str, number: int, seed: int, options: dict) -> list[Image.Image]:
+    """`number` images of a prompt; image i depends on `seed + i` alone, not on how many there are."""
+    generators = [torch.Generator("cpu").manual_seed(seed + index) for index in range(number)]
+    return [pipeline(prompt, generator=generator, **options).images[0] for generator in generators]
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]

@@ -1,0 +1,224 @@
+"""`trl-tpgrpo train`: arguments as those of `trl grpo`, from a YAML recipe, the command line, or both."""
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
+from datasets import Dataset, load_dataset
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset, get_peft_config
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+from ..config import TPGRPOConfig
+from ..rewards import RewardFunc
+from ..testbed import TESTBED, prompt_dataset
+from ..trainer import TPGRPOTrainer
+
+
+BUILT_IN_REWARDS = {
+    "jpeg_compressibility": "trl_tpgrpo.rewards.jpeg_compressibility",
+    "jpeg_incompressibility": "trl_tpgrpo.rewards.jpeg_incompressibility",
+    "shapes_reward": "trl_tpgrpo.testbed.checker.shapes_reward",
+}
+
+# The first field of each group of TPGRPOConfig, in its order
+GROUPS = {
+    "model_init_kwargs": "TP-GRPO: model",
+    "num_generations": "TP-GRPO: data",
+    "height": "TP-GRPO: sampling",
+    "sde_type": "TP-GRPO: SDE",
+    "reward_weights": "TP-GRPO: reward and credit",
+    "beta": "TP-GRPO: training",
+}
+
+
+@dataclass
+class TPGRPOScriptArguments(ScriptArguments):
+    """
+    Script arguments of `trl-tpgrpo train`.
+
+    Args:
+        reward_funcs (`list[str]`):
+            Names of built-in reward functions or dotted import paths, such as `my_rewards.brightness`, looked up from the
+            current directory too.
+    """
+
+    _argument_group_name = "Script"
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Reward functions: {', '.join(BUILT_IN_REWARDS)}, or dotted import paths (my_rewards.mine)."
+        },
+    )
+
+
+@dataclass
+class TPGRPOModelConfig(ModelConfig):
+    """
+    TRL's `ModelConfig` with defaults for diffusion transformers: rank 32 and alpha 64 as in the paper, no dropout (the
+    policy that is trained must be the one that sampled), no task, and the dtype that the precision of the run asks for.
+    """
+
+    _argument_group_name = "Model"
+
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "dtype of the model. None: the precision of the run for LoRA, float32 otherwise.",
+            "choices": ["bfloat16", "float16", "float32"],
+        },
+    )
+    lora_r: int = field(default=32, metadata={"help": "LoRA R value."})
+    lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout; only 0 works."})
+    lora_task_type: str | None = field(default=None, metadata={"help": "Leave it out."})
+
+    def __post_init__(self) -> None:
+        targets: list[str] | None = self.lora_target_modules
+        super().__post_init__()
+        self.lora_target_modules = targets  # TRL makes a string, a regular expression to PEFT, of a single name
+        if self.load_in_8bit or self.load_in_4bit:
+            raise ValueError("load_in_8bit and load_in_4bit are not supported yet: quantised base models are to come.")
+        if self.attn_implementation is not None:
+            raise ValueError("attn_implementation is for language models; diffusers chooses the attention itself.")
+
+
+def main(argv: list[str]) -> int:
+    """Train in this process, or through `accelerate launch` if its options are given or there are several GPUs."""
+    parser = make_parser()
+    *configs, from_recipe, from_command_line = parser.parse_args_and_config(
+        argv, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    launched = "LOCAL_RANK" in os.environ
+    launch_options = resolve_accelerate_config_argument(from_recipe + from_command_line)
+    if not launched and (launch_options or torch.cuda.device_count() > 1):
+        own_options = _without(argv, from_command_line)
+        launch = launch_command_parser().parse_args([*launch_options, "--module", "trl_tpgrpo", "train", *own_options])
+        launch_command(launch)
+        return 0
+    run(*configs)
+    return 0
+
+
+def make_parser() -> TrlParser:
+    """The parser of all options, which `--help` shows in groups."""
+    types = (TPGRPOScriptArguments, TPGRPOModelConfig, DatasetMixtureConfig, TPGRPOConfig)
+    parser = TrlParser(types, prog="trl-tpgrpo train", description="Fine-tune a text-to-image model with TP-GRPO.")
+    parser.add_argument(
+        "--config", metavar="RECIPE.yaml", help="Recipe with any of the options below; these override it."
+    )
+    _group_own_options(parser)
+    return parser
+
+
+def _group_own_options(parser: TrlParser) -> None:
+    """Show the options of TPGRPOConfig in the groups of its docstring and those of TrainingArguments after them."""
+    actions = {action.dest: action for action in parser._actions}
+    title: str | None = None
+    groups: dict[str, Any] = {}
+    for name in TPGRPOConfig.__annotations__:
+        title = GROUPS.get(name, title)
+        if title is None:
+            continue
+        groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
+        action = actions[name]
+        for group in parser._action_groups:
+            if action in group._group_actions:
+                group._group_actions.remove(action)
+        groups[title]._group_actions.append(action)
+    parser._optionals.title = "transformers.TrainingArguments"
+    parser._action_groups.append(parser._action_groups.pop(parser._action_groups.index(parser._optionals)))
+
+
+def _without(arguments: list[str], removed: list[str]) -> list[str]:
+    """`arguments` less the ordered subsequence `removed`."""
+    kept, pending = [], list(removed)
+    for argument in arguments:
+        if pending and argument == pending[0]:
+            pending.pop(0)
+        else:
+            kept.append(argument)
+    return kept
+
+
+def run(
+    script_args: TPGRPOScriptArguments,
+    model_args: TPGRPOModelConfig,
+    dataset_args: DatasetMixtureConfig,
+    training_args: TPGRPOConfig,
+) -> None:
+    """Load model, rewards and data; train, save and, if asked to, push."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is missing: a Hub id, a folder, or 'testbed'.")
+    if not script_args.reward_funcs:
+        raise ValueError(f"--reward_funcs is missing: any of {list(BUILT_IN_REWARDS)} or dotted import paths.")
+    chosen = {"revision": model_args.model_revision, "dtype": model_args.dtype}
+    training_args.model_init_kwargs = {
+        **{name: value for name, value in chosen.items() if value is not None},
+        **(training_args.model_init_kwargs or {}),
+    }
+    train_dataset, eval_dataset = load_prompts(script_args, dataset_args, training_args.eval_strategy != "no")
+    trainer = TPGRPOTrainer(
+        model=TESTBED if model_args.model_name_or_path == "testbed" else model_args.model_name_or_path,
+        reward_funcs=[load_reward(name) for name in script_args.reward_funcs],
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Trained weights saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    trainer.end()
+
+
+def load_reward(name: str) -> RewardFunc:
+    """Find a reward function by its built-in name or dotted import path.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    path = BUILT_IN_REWARDS.get(name, name)
+    module_path, _, function = path.rpartition(".")
+    if not module_path:
+        raise ValueError(f"No reward function {name!r}: use one of {list(BUILT_IN_REWARDS)} or a dotted import path.")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_path)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"The module of the reward function {name!r} cannot be imported: {error}.") from error
+    finally:
+        sys.path.pop(0)
+    if not hasattr(module, function):
+        raise ValueError(f"The module {module_path!r} has no reward function {function!r}.")
+    return getattr(module, function)
+
+
+def load_prompts(
+    script_args: TPGRPOScriptArguments, dataset_args: DatasetMixtureConfig, evaluate: bool
+) -> tuple[Dataset, Dataset | None]:
+    """The training prompts, and those of the evaluation if there is one.
+
+    Raises:
+        ValueError: If no dataset is named, or a split is missing.
+    """
+    if script_args.dataset_name == "testbed":
+        return prompt_dataset("train"), prompt_dataset("heldout") if evaluate else None
+    if dataset_args.datasets:
+        splits = get_dataset(dataset_args)
+    elif script_args.dataset_name:
+        splits = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
+    else:
+        raise ValueError("--dataset_name is missing: a Hub id, a folder, or 'testbed' (or `datasets` in a recipe).")
+    wanted = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluate else [])
+    for split in wanted:
+        if split not in splits:
+            raise ValueError(f"The dataset has no split {split!r}, only {list(splits)}: see --dataset_train_split.")
+    return splits[wanted[0]], splits[wanted[1]] if evaluate else None
