@@ -69,7 +69,14 @@ def test_gradient_at_ratio_one_is_minus_the_advantage_times_that_of_the_log_prob
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "clipped"),
-    [(1.5, 1.0, True), (1.5, -1.0, False), (0.5, 1.0, False), (0.5, -1.0, True), (1.05, 1.0, False), (0.95, -1.0, False)],
+    [
+        (1.5, 1.0, True),
+        (1.5, -1.0, False),
+        (0.5, 1.0, False),
+        (0.5, -1.0, True),
+        (1.05, 1.0, False),
+        (0.95, -1.0, False),
+    ],
 )
 def test_only_moves_that_profit_are_clipped(ratio: float, advantage: float, clipped: bool) -> None:
     surrogate = clipped_surrogate(torch.tensor([ratio]).log(), torch.zeros(1), torch.tensor([advantage]), 0.1, 0.1)

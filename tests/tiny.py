@@ -25,7 +25,6 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from trl_tpgrpo.testbed.pretrain import build_tokenizer
 from trl_tpgrpo.testbed.world import all_captions
 
 
@@ -35,6 +34,7 @@ NEGATIVE_PROMPT = "a green square"
 TEXT_WIDTH = 32
 CLIP_WIDTH = TEXT_WIDTH // 2
 LATENT_CHANNELS = 4
+CLIP_PROMPT_LENGTH = 12
 
 
 def tiny_sd3(
@@ -55,7 +55,7 @@ def tiny_sd3(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokenizer = build_tokenizer()
+        tokenizer = _clip_tokenizer()
         pipeline = StableDiffusion3Pipeline(
             transformer=_sd3_transformer(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=dynamic_shift),
@@ -80,7 +80,7 @@ def tiny_flux(guidance_embeds: bool = True, dtype: torch.dtype = torch.float32, 
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokenizer = build_tokenizer()
+        tokenizer = _clip_tokenizer()
         pipeline = FluxPipeline(
             transformer=_flux_transformer(guidance_embeds),
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
@@ -154,6 +154,31 @@ def _vae() -> AutoencoderKL:
     )
 
 
+def _clip_tokenizer() -> CLIPTokenizer:
+    """Letters, merged from left to right into the words of the captions.
+
+    Not the testbed's, whose training breaks ties at random: every process must get the same one.
+    """
+    words = sorted(_words(), key=lambda word: (-len(word), word))
+    letters = sorted(set("".join(words)))
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        merges += [("".join(pieces[:end]), pieces[end]) for end in range(1, len(pieces))]
+    merges = list(dict.fromkeys(merges))
+    vocabulary += [left + right for left, right in merges]
+    return CLIPTokenizer(
+        vocab={token: number for number, token in enumerate(vocabulary)},
+        merges=merges,
+        model_max_length=CLIP_PROMPT_LENGTH,
+    )
+
+
+def _words() -> list[str]:
+    return sorted({word for caption in all_captions() for word in str(caption).split()})
+
+
 def _clip_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
     """With weights drawn wider than usual, so that prompts differ before any training."""
     return CLIPTextConfig(
@@ -173,13 +198,18 @@ def _clip_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
 
 def _t5_encoder() -> T5EncoderModel:
     config = T5Config(
-        vocab_size=len(_t5_tokenizer()), d_model=TEXT_WIDTH, d_kv=16, d_ff=64, num_layers=2, num_heads=2, dropout_rate=0.0
+        vocab_size=len(_t5_tokenizer()),
+        d_model=TEXT_WIDTH,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=0.0,
     )
     return T5EncoderModel(config)
 
 
 def _t5_tokenizer() -> T5TokenizerFast:
     """One token a word of the captions; any other word is unknown."""
-    words = sorted({word for caption in all_captions() for word in str(caption).split()})
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return T5TokenizerFast(vocab=special + [(f"\u2581{word}", -1.0) for word in words], extra_ids=0)
+    return T5TokenizerFast(vocab=special + [(f"\u2581{word}", -1.0) for word in _words()], extra_ids=0)

@@ -466,7 +466,7 @@ class TPGRPOTrainer(_BaseTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Mean reward of images sampled by the ODE in `num_inference_steps_eval` steps, with the same noise each time."""
-        if eval_dataset is not None:
+        if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
             check_datasets(None, eval_dataset, self.args)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

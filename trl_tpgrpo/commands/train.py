@@ -78,7 +78,7 @@ class TPGRPOModelConfig(ModelConfig):
     lora_task_type: str | None = field(default=None, metadata={"help": "Leave it out."})
 
     def __post_init__(self) -> None:
-        targets: list[str] | None = self.lora_target_modules
+        targets: Any = self.lora_target_modules  # type: ignore[has-type]
         super().__post_init__()
         self.lora_target_modules = targets  # TRL makes a string, a regular expression to PEFT, of a single name
         if self.load_in_8bit or self.load_in_4bit:

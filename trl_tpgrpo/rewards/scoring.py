@@ -1,5 +1,6 @@
 """Calling reward functions, and stopping with a clear message when one fails; a failure never becomes a number."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -7,7 +8,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from trl.trainer.utils import get_callable_name, is_async_callable
 
 
 RewardFunc = Callable[..., Sequence[float | None]]
@@ -19,6 +19,13 @@ RESERVED_COLUMNS = ("images", "prompts", "trainer_state", "log_metric")
 
 class RewardError(RuntimeError):
     """A reward function raised, or returned something that is no reward."""
+
+
+def reward_name(reward_func: RewardFunc) -> str:
+    """The name of a function, of a partial's function, or of a callable object's class."""
+    while isinstance(reward_func, functools.partial):
+        reward_func = reward_func.func
+    return getattr(reward_func, "__name__", type(reward_func).__name__)
 
 
 def reward_names(reward_funcs: list[RewardFunc]) -> list[str]:
@@ -33,11 +40,9 @@ def reward_names(reward_funcs: list[RewardFunc]) -> list[str]:
     for reward_func in reward_funcs:
         if not callable(reward_func):
             raise TypeError(f"reward_funcs must be callables, got {reward_func!r} ({type(reward_func).__name__}).")
-        if is_async_callable(reward_func):
-            raise TypeError(
-                f"The reward function {get_callable_name(reward_func)!r} is async; make it a plain function."
-            )
-    names = [get_callable_name(reward_func) for reward_func in reward_funcs]
+        if inspect.iscoroutinefunction(reward_func) or inspect.iscoroutinefunction(reward_func.__call__):
+            raise TypeError(f"The reward function {reward_name(reward_func)!r} is async; make it a plain function.")
+    names = [reward_name(reward_func) for reward_func in reward_funcs]
     if len(set(names)) < len(names):
         raise ValueError(f"Reward functions need different names for their metrics, got {names}.")
     return names
@@ -61,7 +66,7 @@ def score(
     Raises:
         RewardError: If it raises, or returns the wrong number or kind of values; with its name and the row.
     """
-    name = get_callable_name(reward_func)
+    name = reward_name(reward_func)
     try:
         values = reward_func(images=images, prompts=prompts, **columns, **extra)
     except Exception as error:  # whatever a user's function raises is reported with its row

@@ -1,0 +1,27 @@
+# Both targets set up all they need in a fresh clone: a virtual environment with the tested versions, in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: demo test check lock
+
+demo: $(READY)          ## train the embedded model for a few minutes and show what it learned, in demo/
+	$(VENV)/bin/trl-tpgrpo demo
+
+test: $(READY)          ## run the tests
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+
+check: $(READY)         ## lint and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+lock: $(READY)          ## write the versions that are installed to requirements.lock
+	$(VENV)/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
+
+$(READY): requirements.lock pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements.lock
+	$(VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $(READY)

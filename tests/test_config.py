@@ -1,0 +1,171 @@
+"""The config: the paper's defaults, GRPO's batch rules, and what is refused."""
+
+import pytest
+from transformers.trainer_utils import SchedulerType
+
+from trl_tpgrpo import TPGRPOConfig
+from trl_tpgrpo.credit import CreditRule
+from trl_tpgrpo.rollout import Window
+
+
+def config(**changes: object) -> TPGRPOConfig:
+    return TPGRPOConfig("unused", use_cpu=True, **changes)
+
+
+def test_defaults_are_the_published_method() -> None:
+    defaults = TPGRPOConfig("unused")
+    expected = {
+        "height": 512,
+        "width": 512,
+        "num_inference_steps": 10,
+        "num_inference_steps_eval": 40,
+        "guidance_scale": 4.5,
+        "num_generations": 24,
+        "generation_batch_size": 48 * 24,
+        "num_iterations": 1,
+        "sde_type": "cps",
+        "noise_level": 0.7,
+        "num_sde_steps": 9,
+        "log_prob_type": "squared_error",
+        "learning_rate": 3e-4,
+        "weight_decay": 1e-4,
+        "lr_scheduler_type": SchedulerType.CONSTANT,
+        "epsilon": 1e-5,
+        "epsilon_high": 1e-5,
+        "beta": 4e-4,
+    }
+    assert {name: getattr(defaults, name) for name in expected} == expected
+    assert defaults.optim.value.startswith("adamw")
+    assert defaults.steps_per_generation == 2 * defaults.gradient_accumulation_steps  # two updates per rollout
+    assert list(defaults.window_starts) == [0]
+    assert defaults.window_at(0) == Window(0, 9, "cps", 0.7, "squared_error")
+    assert defaults.credit_rule == CreditRule(
+        credit="consistent",
+        lambda_=0.0,
+        trend="remaining",
+        first_step=True,
+        deadzone=0.0,
+        balanced=True,
+        baseline="group",
+        scale="group",
+        scope="step",
+        aggregation="sum_then_normalize",
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "batch", "steps", "accumulation"),
+    [
+        ({}, 1152, 128, 64),
+        ({"num_generations": 4}, 192, 192 // 9, None),
+        ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 3}, 24, 3, 3),
+        ({"per_device_train_batch_size": 8, "steps_per_generation": 6}, 48, 6, 3),
+        ({"per_device_train_batch_size": 8, "steps_per_generation": 3}, 24, 3, 3),
+        ({"per_device_train_batch_size": 8, "generation_batch_size": 48}, 48, 6, 3),
+        ({"per_device_train_batch_size": 8, "generation_batch_size": 48, "gradient_accumulation_steps": 2}, 48, 6, 2),
+        ({"per_device_train_batch_size": 12, "steps_per_generation": 2, "gradient_accumulation_steps": 4}, 24, 2, 4),
+    ],
+)
+def test_batch_sizes(changes: dict, batch: int, steps: int, accumulation: int | None) -> None:
+    if accumulation is None:  # 192 images are no multiple of 9
+        with pytest.raises(ValueError, match="generation_batch_size"):
+            config(**changes)
+        return
+    made = config(**changes)
+    assert (made.generation_batch_size, made.steps_per_generation, made.gradient_accumulation_steps) == (
+        batch,
+        steps,
+        accumulation,
+    )
+
+
+def test_window_of_given_size_starts_at_the_first_step() -> None:
+    assert list(config(sde_window_size=3).window_starts) == [0]
+
+
+def test_window_in_a_longer_range_may_start_anywhere_in_it() -> None:
+    made = config(sde_window_size=2, sde_window_range=[1, 5])
+    assert list(made.window_starts) == [1, 2, 3]
+    assert (made.window_at(3).start, made.window_at(3).stop) == (3, 5)
+
+
+def test_range_without_size_is_the_window() -> None:
+    made = config(sde_window_range=[2, 5])
+    assert (made.num_sde_steps, list(made.window_starts)) == (3, [2])
+
+
+@pytest.mark.parametrize(("given", "meant"), [(True, "group"), (False, "none"), ("batch", "batch")])
+def test_scale_rewards_takes_grpos_booleans(given: object, meant: str) -> None:
+    assert config(scale_rewards=given).scale_rewards == meant
+
+
+@pytest.mark.parametrize("sde_type", ["flow_sde", "dance_sde"])
+def test_other_sdes_use_the_density(sde_type: str) -> None:
+    assert config(sde_type=sde_type).log_prob_type == "gaussian"
+
+
+WRONG = [
+    ({"sde_type": "ddim"}, "sde_type must be one of"),
+    ({"log_prob_type": "laplace"}, "log_prob_type must be one of"),
+    ({"credit": "turning"}, "credit must be one of"),
+    ({"turning_point_trend": "local"}, "turning_point_trend must be one of"),
+    ({"advantage_baseline": "mean"}, "advantage_baseline must be one of"),
+    ({"scale_rewards": "std"}, "scale_rewards must be one of"),
+    ({"advantage_scope": "all"}, "advantage_scope must be one of"),
+    ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation must be one of"),
+    ({"noise_level": 0.0}, "noise_level must be above 0"),
+    ({"noise_level": 1.2}, "at most 1 under cps"),
+    ({"num_inference_steps": 1}, "num_inference_steps must be at least 2"),
+    ({"num_inference_steps_eval": 0}, "num_inference_steps_eval must be at least 1"),
+    ({"height": 0}, "height must be at least 1"),
+    ({"guidance_scale": -1.0}, "guidance_scale must be at least 0"),
+    ({"max_sequence_length": -1}, "max_sequence_length must be at least 0"),
+    ({"per_device_rollout_batch_size": 0}, "per_device_rollout_batch_size must be at least 1"),
+    ({"sde_window_range": [0, 10]}, "the last of the num_inference_steps=10 steps is never"),
+    ({"sde_window_range": [3, 3]}, "0 <= start < stop"),
+    ({"sde_window_range": [1]}, r"sde_window_range must be \[start, stop\]"),
+    ({"sde_window_size": 10}, "sde_window_size must be between 1 and 9"),
+    ({"sde_window_size": 0}, "sde_window_size must be between 1 and 9"),
+    ({"credit": "lambda"}, r"credit='lambda' needs credit_lambda in \[0, 1\]"),
+    ({"credit": "lambda", "credit_lambda": 1.5}, "got 1.5"),
+    ({"credit_lambda": 0.5}, "credit_lambda belongs to credit='lambda'"),
+    ({"turning_point_deadzone": -0.1}, "turning_point_deadzone must be at least 0"),
+    ({"credit": "outcome", "advantage_baseline": "completion"}, "credit='outcome' computes none"),
+    ({"num_generations": 1, "gradient_accumulation_steps": 1}, "or advantage_baseline='completion'"),
+    (
+        {"num_generations": 1, "gradient_accumulation_steps": 1, "advantage_baseline": "completion"},
+        "use scale_rewards='batch' or 'none'",
+    ),
+    ({"num_generations": 0, "gradient_accumulation_steps": 1}, "num_generations must be at least 1"),
+    ({"generation_batch_size": 48, "steps_per_generation": 2}, "set one of them"),
+    ({"generation_batch_size": 50}, "must be a multiple of the global batch size"),
+    ({"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3}, "must be a multiple of num_generations"),
+    (
+        {"per_device_train_batch_size": 24, "steps_per_generation": 4, "gradient_accumulation_steps": 3},
+        "one must be a multiple of the other",
+    ),
+    (
+        {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 3},
+        "must be a multiple of num_generations_eval",
+    ),
+    ({"beta": -1.0}, "beta must be at least 0"),
+    ({"num_iterations": 0}, "num_iterations must be at least 1"),
+    ({"epsilon": 0.0}, "epsilon must be above 0"),
+    ({"epsilon_high": -1e-4}, "epsilon_high must be above 0"),
+    ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),
+    ({"use_liger_kernel": True}, "use_liger_kernel is not supported"),
+    ({"neftune_noise_alpha": 0.1}, "neftune_noise_alpha is not supported"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG, ids=[str(changes) for changes, _ in WRONG])
+def test_wrong_settings_are_refused_by_name(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_groups_of_one_are_legal_with_the_completion_baseline() -> None:
+    made = config(
+        num_generations=1, advantage_baseline="completion", scale_rewards="batch", gradient_accumulation_steps=1
+    )
+    assert made.num_generations == 1

@@ -1,0 +1,567 @@
+"""Each family against its own pipeline, on tiny real ones: images, schedules, ratios, weights on disk."""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    UNet2DModel,
+)
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from tiny import IMAGE_SIZE, NEGATIVE_PROMPT, PROMPTS, tiny_flux, tiny_sd3
+from torch import Tensor
+
+from trl_tpgrpo.policies import (
+    LORA_FILE,
+    Conditioning,
+    FlowPolicy,
+    FluxPolicy,
+    Guidance,
+    Schedule,
+    SD3Policy,
+    build_policy,
+    load_pipeline,
+)
+from trl_tpgrpo.rollout import Velocity, Window, roll_out
+from trl_tpgrpo.sde import log_prob, transition
+
+
+NUM_STEPS = 4
+BATCH = len(PROMPTS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline and how it samples.
+
+    Attributes:
+        family: "sd3" or "flux".
+        build: Of `tiny_sd3` or `tiny_flux`.
+        guidance: Of `Guidance`, beyond the size.
+    """
+
+    family: str
+    build: dict[str, Any] = field(default_factory=dict)
+    guidance: dict[str, Any] = field(default_factory=dict)
+
+    def pipeline(self) -> StableDiffusion3Pipeline | FluxPipeline:
+        return built(self.family, **self.build)
+
+    def policy(self, pipeline: DiffusionPipeline | None = None) -> FlowPolicy:
+        options = {"guidance_scale": 1.0, "max_sequence_length": 8, "height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        return build_policy(pipeline or self.pipeline(), Guidance(**{**options, **self.guidance}))
+
+
+@lru_cache
+def built(family: str, **changes: Any) -> StableDiffusion3Pipeline | FluxPipeline:
+    """Shared by the tests that leave it as it is."""
+    return fresh(family, **changes)
+
+
+def fresh(family: str, **changes: Any) -> StableDiffusion3Pipeline | FluxPipeline:
+    return (tiny_sd3 if family == "sd3" else tiny_flux)(**changes)
+
+
+BF16 = {"dtype": torch.bfloat16}
+NO_T5 = {"t5": False}
+CFG = {"guidance_scale": 4.5}
+NEGATIVE = {"negative_prompt": NEGATIVE_PROMPT}
+DISTILLED = {"guidance_scale": 3.5}
+CASES = {
+    "sd3": Case("sd3"),
+    "sd3-cfg": Case("sd3", guidance=CFG),
+    "sd3-cfg-negative": Case("sd3", guidance=CFG | NEGATIVE),
+    "sd3-negative-without-cfg": Case("sd3", guidance=NEGATIVE),
+    "sd3-unshifted": Case("sd3", {"shift": 1.0}, CFG),
+    "sd3-dynamic-shift": Case("sd3", {"dynamic_shift": True}, CFG),
+    "sd3-no-t5": Case("sd3", NO_T5, {"max_sequence_length": 0}),
+    "sd3-no-t5-cfg": Case("sd3", NO_T5, CFG | {"max_sequence_length": 0}),
+    "sd3-default-length": Case("sd3", guidance={"max_sequence_length": None}),
+    "sd3-oblong": Case("sd3", {"dynamic_shift": True}, CFG | {"height": 16}),
+    "sd3-cfg-bf16": Case("sd3", BF16, CFG),
+    "flux": Case("flux", guidance=DISTILLED),
+    "flux-schnell": Case("flux", {"guidance_embeds": False}),
+    "flux-true-cfg": Case("flux", guidance=DISTILLED | NEGATIVE | {"true_cfg_scale": 2.5}),
+    "flux-schnell-true-cfg": Case("flux", {"guidance_embeds": False}, NEGATIVE | {"true_cfg_scale": 2.5}),
+    "flux-true-cfg-without-negative": Case("flux", guidance=DISTILLED | {"true_cfg_scale": 2.5}),
+    "flux-default-length": Case("flux", guidance=DISTILLED | {"max_sequence_length": None}),
+    "flux-oblong": Case("flux", guidance=DISTILLED | {"width": 16}),
+    "flux-bf16": Case("flux", BF16, DISTILLED),
+    "flux-true-cfg-bf16": Case("flux", BF16, DISTILLED | NEGATIVE | {"true_cfg_scale": 2.5}),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+one_of_each_family = pytest.mark.parametrize("case", [CASES["sd3-cfg"], CASES["flux"]], ids=["sd3", "flux"])
+guided_of_each_family = pytest.mark.parametrize("name", ["sd3-cfg-negative", "flux-true-cfg"])
+
+
+def seeded(number: int = BATCH) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(number)]
+
+
+def call_pipeline(pipeline: DiffusionPipeline, policy: FlowPolicy, **options: Any) -> Any:
+    """What `pipeline.__call__` makes of PROMPTS under the policy's guidance."""
+    guidance = policy.guidance
+    options |= {"height": guidance.height, "width": guidance.width, "guidance_scale": guidance.guidance_scale}
+    if guidance.negative_prompt is not None:
+        options["negative_prompt"] = [guidance.negative_prompt] * BATCH
+    if guidance.max_sequence_length is not None:
+        options["max_sequence_length"] = guidance.max_sequence_length
+    if isinstance(policy, FluxPolicy):
+        options["true_cfg_scale"] = guidance.true_cfg_scale
+    return pipeline(list(PROMPTS), **{"num_inference_steps": NUM_STEPS, "generator": seeded(), **options}).images
+
+
+def velocity_of(
+    policy: FlowPolicy, model: torch.nn.Module, schedule: Schedule, conditioning: Conditioning
+) -> Velocity:
+    return lambda latents, step, rows: policy.velocity(model, latents, schedule.timesteps[step], conditioning[rows])
+
+
+def ode_latents(policy: FlowPolicy) -> Tensor:
+    """The ODE rollout of PROMPTS, from the policy's parts."""
+    schedule = policy.schedule(NUM_STEPS)
+    velocity = velocity_of(policy, policy.pipeline.transformer, schedule, policy.encode(list(PROMPTS)))
+    return roll_out(velocity, policy.initial_noise(seeded()), schedule.sigmas).final_latents[:, 0]
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images])
+
+
+def add_lora(policy: FlowPolicy, seed: int = 1) -> PeftModel:
+    """An adapter of rank 4 and scale 4 that does something: its second matrix is not zero."""
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=policy.lora_target_modules)
+    model = get_peft_model(policy.pipeline.transformer, config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+# A rollout without noise is the pipeline
+
+
+@every_case
+def test_rollout_without_noise_equals_the_pipelines_latents_to_the_bit(case: Case) -> None:
+    expected = call_pipeline(case.pipeline(), case.policy(), output_type="latent")
+    computed = ode_latents(case.policy())
+    assert torch.equal(computed, expected.float())
+    assert torch.equal(computed.to(expected.dtype), expected)
+
+
+@every_case
+def test_decoded_images_equal_the_pipelines_to_the_bit(case: Case) -> None:
+    expected = pixels(call_pipeline(case.pipeline(), case.policy()))
+    computed = pixels(case.policy().decode(ode_latents(case.policy())))
+    assert computed.shape == (BATCH, case.policy().guidance.height, case.policy().guidance.width, 3)
+    assert np.array_equal(computed, expected)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("sd3", "sd3-cfg"),
+        ("sd3-cfg", "sd3-cfg-negative"),
+        ("sd3-cfg", "sd3-unshifted"),
+        ("sd3-cfg", "sd3-dynamic-shift"),
+        ("sd3-cfg", "sd3-no-t5-cfg"),
+        ("sd3", "sd3-default-length"),
+        ("flux", "flux-true-cfg"),
+        ("flux", "flux-default-length"),
+    ],
+)
+def test_the_cases_differ(first: str, second: str) -> None:
+    assert not torch.equal(ode_latents(CASES[first].policy()), ode_latents(CASES[second].policy()))
+
+
+@one_of_each_family
+def test_prompts_and_guidance_scales_matter(case: Case) -> None:
+    policy = case.policy()
+    stronger = Case(case.family, case.build, case.guidance | {"guidance_scale": 9.0}).policy()
+    assert not torch.equal(ode_latents(policy), ode_latents(stronger))
+    latents = policy.initial_noise([torch.Generator().manual_seed(0) for _ in PROMPTS])
+    timestep, conditioning = policy.schedule(NUM_STEPS).timesteps[0], policy.encode(list(PROMPTS))
+    with torch.no_grad():
+        predicted = policy.velocity(policy.pipeline.transformer, latents, timestep, conditioning)
+    assert not torch.allclose(predicted[0], predicted[1], atol=1e-4)
+    assert not torch.allclose(predicted[0], predicted[2], atol=1e-4)
+
+
+# The parts
+
+
+def test_shapes_of_sd3() -> None:
+    policy = CASES["sd3-oblong"].policy()
+    latents = policy.initial_noise(seeded())
+    assert latents.shape == (BATCH, 4, 4, 8)
+    assert policy.unpack(latents).shape == (BATCH, 4, 4, 8)
+    conditioning = policy.encode(list(PROMPTS))
+    for encoded in (conditioning, conditioning.negative):
+        assert encoded.prompt_embeds.shape == (BATCH, 12 + 8, 32)
+        assert encoded.pooled_prompt_embeds.shape == (BATCH, 32)
+
+
+def test_shapes_of_flux() -> None:
+    policy = CASES["flux-oblong"].policy()
+    latents = policy.initial_noise(seeded())
+    assert latents.shape == (BATCH, 4 * 2, 16)
+    assert policy.unpack(latents).shape == (BATCH, 4, 8, 4)
+    conditioning = policy.encode(list(PROMPTS))
+    assert conditioning.prompt_embeds.shape == (BATCH, 8, 32)
+    assert conditioning.pooled_prompt_embeds.shape == (BATCH, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "guided"),
+    [
+        ("sd3", False),
+        ("sd3-cfg", True),
+        ("sd3-negative-without-cfg", False),
+        ("flux", False),
+        ("flux-true-cfg", True),
+        ("flux-true-cfg-without-negative", False),
+    ],
+)
+def test_negative_prompts_are_encoded_only_under_classifier_free_guidance(name: str, guided: bool) -> None:
+    assert (CASES[name].policy().encode(list(PROMPTS)).negative is not None) is guided
+
+
+@one_of_each_family
+def test_conditioning_is_indexed_by_row_and_carries_no_gradient(case: Case) -> None:
+    conditioning = case.policy().encode(list(PROMPTS))
+    chosen = conditioning[torch.tensor([2, 0, 2])]
+    assert torch.equal(chosen.prompt_embeds, conditioning.prompt_embeds[[2, 0, 2]])
+    assert torch.equal(chosen.pooled_prompt_embeds, conditioning.pooled_prompt_embeds[[2, 0, 2]])
+    assert not conditioning.prompt_embeds.requires_grad
+    assert conditioning.to(torch.bfloat16).prompt_embeds.dtype == torch.bfloat16
+
+
+@guided_of_each_family
+def test_negative_prompts_follow_the_rows(name: str) -> None:
+    conditioning = CASES[name].policy().encode(list(PROMPTS))
+    negative = conditioning[torch.tensor([1, 1])].to(torch.bfloat16).negative
+    assert negative.prompt_embeds.shape == (2, *conditioning.prompt_embeds.shape[1:])
+    assert negative.pooled_prompt_embeds.dtype == torch.bfloat16
+    assert not torch.equal(conditioning.negative.prompt_embeds[0], conditioning.prompt_embeds[0])
+
+
+@one_of_each_family
+def test_noise_of_a_sample_depends_on_its_generator_alone(case: Case) -> None:
+    policy = case.policy()
+    together = policy.initial_noise(seeded())
+    alone = policy.initial_noise([torch.Generator().manual_seed(2)])
+    assert torch.equal(alone[0], together[2])
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3-unshifted", "sd3-dynamic-shift", "sd3-oblong", "flux", "flux-oblong"])
+@pytest.mark.parametrize("num_steps", [10, 7])
+def test_schedule_is_what_the_pipeline_leaves_in_its_scheduler(name: str, num_steps: int) -> None:
+    case = CASES[name]
+    pipeline = fresh(case.family, **case.build)
+    call_pipeline(pipeline, case.policy(pipeline), num_inference_steps=num_steps, output_type="latent")
+    computed = case.policy(fresh(case.family, **case.build)).schedule(num_steps)
+    assert torch.equal(computed.sigmas, pipeline.scheduler.sigmas)
+    assert torch.equal(computed.timesteps, pipeline.scheduler.timesteps)
+    assert computed.sigmas.dtype == torch.float32
+    assert computed.sigmas.shape == (num_steps + 1,)
+    assert computed.sigmas[-1] == 0
+    assert (computed.sigmas.diff() < 0).all()
+
+
+@one_of_each_family
+def test_a_schedule_is_a_copy_and_asking_for_another_changes_nothing(case: Case) -> None:
+    policy = case.policy()
+    first = policy.schedule(10)
+    kept = copy.deepcopy(first)
+    policy.schedule(3)
+    again = policy.schedule(10)
+    for schedule in (first, again):
+        assert torch.equal(schedule.sigmas, kept.sigmas)
+        assert torch.equal(schedule.timesteps, kept.timesteps)
+
+
+@one_of_each_family
+def test_decoding_in_smaller_batches_gives_the_same_images(case: Case) -> None:
+    policy = case.policy()
+    latents = ode_latents(policy)
+    whole, parts = pixels(policy.decode(latents)), pixels(policy.decode(latents, batch_size=2))
+    assert np.abs(whole.astype(int) - parts.astype(int)).max() <= 1
+
+
+def test_frozen_modules_are_all_but_the_transformer() -> None:
+    policy = CASES["sd3"].policy()
+    pipeline = policy.pipeline
+    expected = [pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
+    assert {id(module) for module in policy.frozen_modules()} == {id(module) for module in expected}
+
+
+# The ratio before the first update
+
+
+SCORES = [
+    ("flow_sde", "gaussian"),
+    ("cps", "squared_error"),
+    ("cps", "gaussian"),
+    ("dance_sde", "gaussian"),
+]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Of the base model, and whether the model runs under autocast, as in a mixed-precision training run."""
+
+    dtype: torch.dtype
+    autocast: bool = False
+
+    def context(self) -> AbstractContextManager[None]:
+        return torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext()
+
+
+PRECISIONS = {
+    "fp32": Precision(torch.float32),
+    "bf16": Precision(torch.bfloat16),
+    "bf16-autocast": Precision(torch.bfloat16, autocast=True),
+}
+
+
+@lru_cache
+def with_lora(name: str, dtype: torch.dtype) -> tuple[FlowPolicy, PeftModel]:
+    """A policy of the case in `dtype`, and its transformer with an adapter in float32."""
+    case = CASES[name]
+    policy = case.policy(fresh(case.family, **case.build, dtype=dtype))
+    return policy, add_lora(policy)
+
+
+@pytest.mark.parametrize(("sde_type", "log_prob_type"), SCORES)
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+@pytest.mark.parametrize("name", ["sd3", "sd3-cfg", "flux", "flux-true-cfg"])
+def test_ratio_is_exactly_one_before_the_first_update(
+    name: str, precision: Precision, sde_type: str, log_prob_type: str
+) -> None:
+    policy, model = with_lora(name, precision.dtype)
+    schedule, window = policy.schedule(NUM_STEPS), Window(0, NUM_STEPS - 1, sde_type, 0.7, log_prob_type)
+    conditioning = policy.encode(list(PROMPTS))
+    velocity = velocity_of(policy, model, schedule, conditioning)
+    with precision.context():
+        result = roll_out(
+            velocity, policy.initial_noise(seeded()), schedule.sigmas, window, seeded(), batch_size=BATCH
+        )
+    for step in range(len(window)):
+        latents, after = result.states[:, step], result.states[:, step + 1]
+        with precision.context():
+            predicted = policy.velocity(model, latents, schedule.timesteps[step], conditioning)
+        sigma, sigma_next = schedule.sigmas[step], schedule.sigmas[step + 1]
+        new = log_prob(transition(sde_type, latents, predicted, sigma, sigma_next, 0.7), after, log_prob_type)
+        assert new.requires_grad
+        assert new.dtype == torch.float32
+        assert torch.equal(torch.exp(new - result.log_probs[:, step]), torch.ones(BATCH))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+@pytest.mark.parametrize("name", ["sd3-cfg", "flux"])
+def test_ratio_moves_with_the_adapter_and_gradient_reaches_all_of_it(name: str, precision: Precision) -> None:
+    case = CASES[name]
+    policy = case.policy(fresh(case.family, **case.build, dtype=precision.dtype))
+    model = add_lora(policy)
+    timestep, conditioning = policy.schedule(NUM_STEPS).timesteps[0], policy.encode(list(PROMPTS))
+    latents = policy.initial_noise(seeded()).float()
+    with precision.context():
+        before = policy.velocity(model, latents, timestep, conditioning)
+    before.float().square().sum().backward()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_" in name and parameter.dtype == torch.float32 for name, parameter in trained.items())
+    assert [name for name, parameter in trained.items() if parameter.grad is None] == []
+    with torch.no_grad(), precision.context(), model.disable_adapter():
+        reference = policy.velocity(model, latents, timestep, conditioning)
+    assert not torch.equal(before, reference)
+
+
+@one_of_each_family
+def test_velocity_stays_in_the_pipelines_dtype_under_a_float32_adapter(case: Case) -> None:
+    policy = case.policy(fresh(case.family, **case.build, dtype=torch.bfloat16))
+    model = add_lora(policy)
+    latents = policy.initial_noise(seeded())
+    timestep, conditioning = policy.schedule(NUM_STEPS).timesteps[0], policy.encode(list(PROMPTS))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert policy.velocity(model, latents, timestep, conditioning).dtype == policy.dtype == torch.bfloat16
+    assert latents.dtype == conditioning.prompt_embeds.dtype == torch.bfloat16
+
+
+# LoRA and weights on disk
+
+
+@one_of_each_family
+def test_every_lora_target_exists_and_is_a_matrix(case: Case) -> None:
+    modules = dict(case.pipeline().transformer.named_modules())
+    for target in case.policy().lora_target_modules:
+        matches = [module for name, module in modules.items() if name.endswith(f".{target}")]
+        assert matches, target
+        assert all(isinstance(module, torch.nn.Linear) for module in matches)
+
+
+@one_of_each_family
+def test_lora_loads_into_a_fresh_pipeline_with_its_scale(case: Case, tmp_path: Path) -> None:
+    pipeline, plain = fresh(case.family, **case.build), fresh(case.family, **case.build)
+    policy = case.policy(pipeline)
+    untrained = pixels(call_pipeline(pipeline, policy))
+    policy.save_weights(add_lora(policy), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [LORA_FILE]
+    plain.load_lora_weights(tmp_path)
+    trained = pixels(call_pipeline(pipeline, policy))
+    assert np.array_equal(pixels(call_pipeline(plain, policy)), trained)
+    assert not np.array_equal(trained, untrained)
+
+
+@one_of_each_family
+def test_load_weights_restores_an_adapter_to_the_bit(case: Case, tmp_path: Path) -> None:
+    policy, other = (case.policy(fresh(case.family, **case.build)) for _ in range(2))
+    saved, restored = add_lora(policy, seed=1), add_lora(other, seed=2)
+    policy.save_weights(saved, tmp_path)
+    assert differing(saved, restored)
+    other.load_weights(restored, tmp_path)
+    assert differing(saved, restored) == []
+
+
+def differing(first: torch.nn.Module, second: torch.nn.Module) -> list[str]:
+    others = dict(second.named_parameters())
+    return [name for name, parameter in first.named_parameters() if not torch.equal(parameter, others[name])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@one_of_each_family
+def test_full_weights_make_a_round_trip(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
+    pipelines = [fresh(case.family, **case.build, dtype=dtype, seed=seed) for seed in (0, 1)]
+    policy, other = (case.policy(pipeline) for pipeline in pipelines)
+    policy.save_weights(pipelines[0].transformer, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["transformer"]
+    assert differing(*(pipeline.transformer for pipeline in pipelines))
+    other.load_weights(pipelines[1].transformer, tmp_path)
+    assert differing(*(pipeline.transformer for pipeline in pipelines)) == []
+    assert pipelines[1].transformer.dtype == dtype
+    loaded = type(pipelines[0].transformer).from_pretrained(tmp_path, subfolder="transformer", torch_dtype=dtype)
+    assert differing(pipelines[0].transformer, loaded) == []
+
+
+def test_weights_of_the_other_kind_are_not_found(tmp_path: Path) -> None:
+    policy = CASES["sd3"].policy(tiny_sd3())
+    with pytest.raises(FileNotFoundError, match="transformer"):
+        policy.load_weights(policy.pipeline.transformer, tmp_path)
+    model = add_lora(policy)
+    with pytest.raises(FileNotFoundError, match=LORA_FILE):
+        policy.load_weights(model, tmp_path)
+
+
+def test_an_adapter_of_other_layers_is_refused(tmp_path: Path) -> None:
+    policy, other = CASES["sd3"].policy(tiny_sd3()), CASES["sd3"].policy(tiny_sd3())
+    policy.save_weights(add_lora(policy), tmp_path)
+    fewer = get_peft_model(other.pipeline.transformer, LoraConfig(r=4, target_modules=["attn.to_q"]))
+    with pytest.raises(ValueError, match="does not have the layers"):
+        other.load_weights(fewer, tmp_path)
+
+
+def test_an_adapter_of_another_rank_is_refused(tmp_path: Path) -> None:
+    policy, other = CASES["sd3"].policy(tiny_sd3()), CASES["sd3"].policy(tiny_sd3())
+    policy.save_weights(add_lora(policy), tmp_path)
+    config = LoraConfig(r=8, target_modules=other.lora_target_modules)
+    with pytest.raises((ValueError, RuntimeError)):
+        other.load_weights(get_peft_model(other.pipeline.transformer, config), tmp_path)
+
+
+# Building
+
+
+@pytest.mark.parametrize(("build", "expected"), [(tiny_sd3, SD3Policy), (tiny_flux, FluxPolicy)])
+def test_a_pipeline_gets_the_policy_of_its_family(
+    build: Callable[[], DiffusionPipeline], expected: type[FlowPolicy]
+) -> None:
+    assert type(build_policy(build(), Guidance(32, 32, 1.0))) is expected
+
+
+def test_an_unsupported_pipeline_is_refused_with_those_that_are_supported() -> None:
+    unet = UNet2DModel(
+        8, block_out_channels=(8,), norm_num_groups=4, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+    )
+    with pytest.raises(ValueError, match="DDPMPipeline.*StableDiffusion3Pipeline, FluxPipeline"):
+        build_policy(DDPMPipeline(unet, DDPMScheduler()), Guidance(32, 32, 1.0))
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize(
+    ("name", "size"), [("height", {"height": 28, "width": 32}), ("width", {"height": 32, "width": 20})]
+)
+def test_a_size_that_the_pipeline_cannot_make_is_named(family: str, name: str, size: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be a multiple of 8.*{size[name]}"):
+        build_policy(built(family), Guidance(**size, guidance_scale=1.0))
+
+
+# Loading
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of pipelines, one with T5, one without, and one of FLUX."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("sd3", "sd3-no-t5-cfg", "flux")}
+    for name, folder in folders.items():
+        CASES[name].pipeline().save_pretrained(folder)
+    return folders
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3-no-t5-cfg", "flux"])
+def test_a_pipeline_comes_back_from_its_folder(name: str, saved: dict[str, Path]) -> None:
+    case, loaded = CASES[name], load_pipeline(saved[name])
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is type(case.pipeline())
+    expected = call_pipeline(case.pipeline(), case.policy(), output_type="latent")
+    assert torch.equal(call_pipeline(loaded, case.policy(loaded), output_type="latent"), expected)
+
+
+def test_a_part_that_was_not_saved_stays_absent(saved: dict[str, Path]) -> None:
+    loaded = load_pipeline(str(saved["sd3-no-t5-cfg"]))
+    assert loaded.text_encoder_3 is None
+    assert loaded.tokenizer_3 is None
+
+
+def test_parts_can_be_left_out(saved: dict[str, Path]) -> None:
+    loaded = load_pipeline(saved["sd3"], text_encoder_3=None, tokenizer_3=None)
+    assert loaded.text_encoder_3 is None
+    assert loaded.text_encoder is not None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("bfloat16", torch.bfloat16), ("torch.float16", torch.float16), (torch.bfloat16, torch.bfloat16)],
+)
+def test_dtype_is_that_of_all_parts(dtype: str | torch.dtype, expected: torch.dtype, saved: dict[str, Path]) -> None:
+    loaded = load_pipeline(saved["sd3"], dtype=dtype)
+    assert loaded.transformer.dtype == loaded.vae.dtype == loaded.text_encoder.dtype == expected
+    assert CASES["sd3"].policy(loaded).dtype == expected
+
+
+def test_dtype_is_float32_unless_told(saved: dict[str, Path]) -> None:
+    assert load_pipeline(saved["flux"]).transformer.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat17", "nn", ""])
+def test_a_dtype_that_is_none_is_named(dtype: str, saved: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=f"dtype.*'{dtype}'"):
+        load_pipeline(saved["sd3"], dtype=dtype)
+
+
+def test_a_folder_that_holds_no_pipeline_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError):
+        load_pipeline(tmp_path)
