@@ -15,6 +15,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     StableDiffusion3Pipeline,
     UNet2DModel,
@@ -97,6 +98,7 @@ CASES = {
     "flux-true-cfg": Case("flux", guidance=DISTILLED | NEGATIVE | {"true_cfg_scale": 2.5}),
     "flux-schnell-true-cfg": Case("flux", {"guidance_embeds": False}, NEGATIVE | {"true_cfg_scale": 2.5}),
     "flux-true-cfg-without-negative": Case("flux", guidance=DISTILLED | {"true_cfg_scale": 2.5}),
+    "flux-negative-without-true-cfg": Case("flux", guidance=DISTILLED | NEGATIVE),
     "flux-default-length": Case("flux", guidance=DISTILLED | {"max_sequence_length": None}),
     "flux-oblong": Case("flux", guidance=DISTILLED | {"width": 16}),
     "flux-bf16": Case("flux", BF16, DISTILLED),
@@ -234,6 +236,7 @@ def test_shapes_of_flux() -> None:
         ("flux", False),
         ("flux-true-cfg", True),
         ("flux-true-cfg-without-negative", False),
+        ("flux-negative-without-true-cfg", False),
     ],
 )
 def test_negative_prompts_are_encoded_only_under_classifier_free_guidance(name: str, guided: bool) -> None:
@@ -280,6 +283,22 @@ def test_schedule_is_what_the_pipeline_leaves_in_its_scheduler(name: str, num_st
     assert computed.sigmas.shape == (num_steps + 1,)
     assert computed.sigmas[-1] == 0
     assert (computed.sigmas.diff() < 0).all()
+
+
+@pytest.mark.parametrize("name", ["sd3-dynamic-shift", "flux"])
+@pytest.mark.parametrize(
+    "changed", [{"base_shift": 0.9}, {"max_shift": 1.9}, {"base_image_seq_len": 8}, {"max_image_seq_len": 512}]
+)
+def test_schedule_follows_the_shift_of_the_scheduler(name: str, changed: dict[str, float]) -> None:
+    case = CASES[name]
+    usual = case.policy().schedule(NUM_STEPS)
+    pipeline = fresh(case.family, **case.build)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, **changed)
+    policy = case.policy(pipeline)
+    call_pipeline(pipeline, policy, output_type="latent")
+    expected = pipeline.scheduler.sigmas.clone()
+    assert torch.equal(policy.schedule(NUM_STEPS).sigmas, expected)
+    assert not torch.equal(usual.sigmas, expected)
 
 
 @one_of_each_family
@@ -400,6 +419,28 @@ def test_velocity_stays_in_the_pipelines_dtype_under_a_float32_adapter(case: Cas
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert policy.velocity(model, latents, timestep, conditioning).dtype == policy.dtype == torch.bfloat16
     assert latents.dtype == conditioning.prompt_embeds.dtype == torch.bfloat16
+
+
+class OutputsInFloat32(torch.nn.Module):
+    """What a model is once accelerate has prepared it for mixed precision."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(output.float() for output in self.model(**inputs))
+
+
+@pytest.mark.parametrize("name", ["sd3-cfg", "flux", "flux-true-cfg"])
+def test_rollout_through_a_prepared_model_equals_the_pipeline_under_autocast_to_the_bit(name: str) -> None:
+    policy, model = with_lora(name, torch.bfloat16)
+    schedule, noise = policy.schedule(NUM_STEPS), policy.initial_noise(seeded())
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = velocity_of(policy, OutputsInFloat32(model), schedule, policy.encode(list(PROMPTS)))
+        computed = roll_out(velocity, noise, schedule.sigmas).final_latents[:, 0]
+        expected = call_pipeline(policy.pipeline, policy, output_type="latent")
+    assert torch.equal(computed, expected.float())
 
 
 # LoRA and weights on disk

@@ -19,7 +19,7 @@ WINDOWS = [(0, 9), (0, 4), (3, 7), (5, 6)]
 
 
 def velocity(latents: Tensor, step: int, rows: Tensor) -> Tensor:
-    """Nonlinear, another one at each step and for each trajectory; of exact operations only, so that bits are equal."""
+    """Nonlinear, another one at each step and for each trajectory; of exact operations, so that bits are equal."""
     offset = (rows.float() - 1).view(-1, *[1] * (latents.ndim - 1))
     return latents / (1 + latents * latents) + 0.25 * offset * latents - 0.125 * step
 

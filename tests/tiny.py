@@ -74,7 +74,7 @@ def tiny_flux(guidance_embeds: bool = True, dtype: torch.dtype = torch.float32, 
     """A FLUX.1 pipeline: one double and one single block, sigmas shifted by the resolution.
 
     Args:
-        guidance_embeds: Whether the transformer takes the guidance scale as an input (FLUX.1-dev does, schnell does not).
+        guidance_embeds: Whether the transformer is given the guidance scale (FLUX.1-dev is, schnell is not).
         dtype: Of every module.
         seed: Of the weights.
     """

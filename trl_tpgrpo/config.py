@@ -250,7 +250,7 @@ class TPGRPOConfig(_BaseConfig):
     advantage_baseline: str = field(
         default="group", metadata={"help": "What is subtracted from credit.", "choices": list(BASELINES)}
     )
-    scale_rewards: str | bool = field(
+    scale_rewards: str = field(
         default="group", metadata={"help": "Spread that credit is divided by: 'group', 'batch' or 'none'."}
     )
     advantage_scope: str = field(
@@ -275,9 +275,8 @@ class TPGRPOConfig(_BaseConfig):
         self._check_trainer()
 
     def _set_derived_defaults(self) -> None:
-        self.scale_rewards = {True: "group", False: "none", "True": "group", "False": "none"}.get(
-            self.scale_rewards, self.scale_rewards
-        )
+        given = str(self.scale_rewards)
+        self.scale_rewards = {"true": "group", "false": "none"}.get(given.lower(), given)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
@@ -469,7 +468,7 @@ class TPGRPOConfig(_BaseConfig):
             deadzone=self.turning_point_deadzone,
             balanced=self.turning_point_balance,
             baseline=self.advantage_baseline,
-            scale=str(self.scale_rewards),
+            scale=self.scale_rewards,
             scope=self.advantage_scope,
             aggregation=self.multi_objective_aggregation,
         )

@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
         launch = launch_command_parser().parse_args([*launch_options, "--module", "trl_tpgrpo", "train", *own_options])
         launch_command(launch)
         return 0
-    run(*configs)
+    run(*configs[:4])  # what follows is the namespace with --config
     return 0
 
 

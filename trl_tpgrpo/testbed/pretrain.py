@@ -41,6 +41,7 @@ BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
 CAPTION_DROPOUT = 0.1
 EMA_DECAY = 0.998
+WARM_UP = 100
 
 
 def pretrain(output_dir: Path, vae_steps: int, transformer_steps: int, num_pictures: int, seed: int) -> None:
@@ -214,7 +215,7 @@ def train_transformer(
     parameters = [parameter for module in trained for parameter in module.parameters()]
     optimizers = build_optimizers(trained)
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(one, lambda step: _warm_up_and_decay(step, steps)) for one in optimizers
+        torch.optim.lr_scheduler.LambdaLR(one, lambda step: min(1.0, (step + 1) / WARM_UP)) for one in optimizers
     ]
     ema = EMAModel(parameters, decay=EMA_DECAY)
     scale, shift = pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor
@@ -269,10 +270,6 @@ def build_optimizers(modules: list[torch.nn.Module]) -> list[torch.optim.Optimiz
     ]
 
 
-def _warm_up_and_decay(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / 100, 5.0 * (steps - step) / steps)
-
-
 def save_in_float16(pipeline: StableDiffusion3Pipeline, output_dir: Path) -> None:
     smaller = StableDiffusion3Pipeline(**{
         name: copy.deepcopy(part).to(torch.float16) if isinstance(part, torch.nn.Module) else part
@@ -284,8 +281,8 @@ def save_in_float16(pipeline: StableDiffusion3Pipeline, output_dir: Path) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--vae_steps", type=int, default=8_000)
-    parser.add_argument("--transformer_steps", type=int, default=2_500)
+    parser.add_argument("--vae_steps", type=int, default=7_000)
+    parser.add_argument("--transformer_steps", type=int, default=2_800)
     parser.add_argument("--num_pictures", type=int, default=60_000)
     parser.add_argument("--seed", type=int, default=0)
     pretrain(**vars(parser.parse_args()))

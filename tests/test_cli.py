@@ -1,0 +1,183 @@
+"""The command line as a person calls it: help, a recipe, overrides, pictures, and the messages of wrong calls."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset
+from PIL import Image
+
+from trl_tpgrpo import cli
+from trl_tpgrpo.commands import demo, sample, train
+from trl_tpgrpo.rewards import jpeg_compressibility
+from trl_tpgrpo.testbed.checker import shapes_reward
+
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--num_generations", "2", "--per_device_train_batch_size", "4", "--max_steps", "1", "--disable_tqdm", "true"]
+
+
+def recipe(tmp_path: Path, **changes: object) -> str:
+    settings = yaml.safe_load((ROOT / "examples/recipes/testbed.yaml").read_text())
+    settings.update(output_dir=str(tmp_path / "out"), use_cpu=True, num_inference_steps=4, **changes)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def test_the_program_lists_its_commands(capsys) -> None:
+    assert cli.main([]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in cli.COMMANDS)
+
+
+def test_unknown_command_is_refused(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["tune"])
+    assert "invalid choice: 'tune'" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module() -> None:
+    run = subprocess.run([sys.executable, "-m", "trl_tpgrpo", "--help"], capture_output=True, text=True, check=True)
+    assert "trl-tpgrpo" in run.stdout
+
+
+def test_help_of_train_is_in_groups(capsys) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    titles = [
+        "Script:",
+        "Model:",
+        *(f"{title}:" for title in train.GROUPS.values()),
+        "transformers.TrainingArguments:",
+    ]
+    places = [text.index(f"\n{title}") for title in titles]
+    assert places == sorted(places)
+    sampling = text[text.index("TP-GRPO: sampling") : text.index("TP-GRPO: SDE")]
+    assert "--guidance_scale" in sampling and "--learning_rate" not in sampling
+
+
+def test_recipe_trains_and_options_override_it(tmp_path: Path) -> None:
+    train.main(["--config", recipe(tmp_path), *SMALL, "--lora_r", "2", "--lora_target_modules", "to_q"])
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+    from safetensors.torch import load_file
+
+    weights = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert all(".to_q.lora_" in name for name in weights)
+    assert {min(value.shape) for value in weights.values()} == {2}
+
+
+def test_the_recipe_of_the_examples_is_valid() -> None:
+    parser = train.make_parser()
+    parser.parse_args_and_config(["--config", str(ROOT / "examples/recipes/testbed.yaml"), "--use_cpu", "true"])
+
+
+def test_launch_options_go_to_accelerate(tmp_path: Path, monkeypatch) -> None:
+    launched = []
+    monkeypatch.setattr(train, "launch_command", launched.append)
+    train.main(["--config", recipe(tmp_path), "--num_processes", "2", *SMALL])
+    (arguments,) = launched
+    assert arguments.num_processes == 2 and arguments.module
+    assert arguments.training_script == "trl_tpgrpo"
+    assert arguments.training_script_args == ["train", "--config", recipe(tmp_path), *SMALL]
+
+
+def test_rewards_are_found_by_name_and_by_path(tmp_path: Path, monkeypatch) -> None:
+    assert train.load_reward("shapes_reward") is shapes_reward
+    assert train.load_reward("trl_tpgrpo.rewards.jpeg_compressibility") is jpeg_compressibility
+    (tmp_path / "my_rewards.py").write_text("def mine(images, **columns):\n    return [1.0] * len(images)\n")
+    monkeypatch.chdir(tmp_path)
+    assert train.load_reward("my_rewards.mine")([0, 0]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("beauty", "No reward function 'beauty': use one of"),
+        ("no_such_module.reward", "module of the reward function 'no_such_module.reward' cannot be imported"),
+        ("trl_tpgrpo.rewards.beauty", "'trl_tpgrpo.rewards' has no reward function 'beauty'"),
+    ],
+)
+def test_unknown_rewards_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train.load_reward(name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output_dir", "x"], "--model_name_or_path is missing"),
+        (["--output_dir", "x", "--model_name_or_path", "testbed"], "--reward_funcs is missing"),
+        (
+            ["--output_dir", "x", "--model_name_or_path", "testbed", "--reward_funcs", "shapes_reward"],
+            "--dataset_name is missing",
+        ),
+        (["--output_dir", "x", "--load_in_4bit", "true"], "load_in_8bit and load_in_4bit are not supported yet"),
+        (["--output_dir", "x", "--attn_implementation", "eager"], "attn_implementation is for language models"),
+        (["--output_dir", "x", "--noise_level", "0"], "noise_level must be above 0"),
+    ],
+)
+def test_wrong_calls_name_the_option(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train.main([*arguments, "--use_cpu", "true"])
+
+
+def test_missing_split_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict({"prompt": ["a red circle"] * 8}).to_json(tmp_path / "data" / "train.jsonl")
+    arguments = ["--config", recipe(tmp_path), *SMALL, "--dataset_name", str(tmp_path / "data")]
+    with pytest.raises(ValueError, match=r"no split 'tests', only \['train'\]"):
+        train.main([*arguments, "--dataset_train_split", "tests"])
+    train.main(arguments)
+
+
+def test_sample_writes_the_same_pictures_again(tmp_path: Path) -> None:
+    options = ["--model_name_or_path", "testbed", "--prompt", "a red circle", "--prompt", "two blue squares"]
+    options += ["--num_inference_steps", "4", "--guidance_scale", "1", "--device", "cpu"]
+    sample.main([*options, "--num_images_per_prompt", "2", "--output_dir", str(tmp_path / "two")])
+    sample.main([*options, "--num_images_per_prompt", "1", "--output_dir", str(tmp_path / "one")])
+    names = sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert names == [
+        "000-a-red-circle-0.png", "000-a-red-circle-1.png", "001-two-blue-squares-0.png", "001-two-blue-squares-1.png",
+    ]  # fmt: skip
+    one, two = (Image.open(tmp_path / folder / names[0]) for folder in ("one", "two"))
+    assert one.size == (32, 32) and list(one.getdata()) == list(two.getdata())
+
+
+@pytest.mark.parametrize("extra", [["--use_peft", "true"], ["--use_peft", "false", "--learning_rate", "1e-4"]])
+def test_sample_takes_what_train_has_saved(extra: list[str], tmp_path: Path) -> None:
+    train.main(["--config", recipe(tmp_path), *SMALL, *extra])
+    options = ["--model_name_or_path", "testbed", "--prompt", "a red circle", "--num_inference_steps", "4"]
+    options += ["--guidance_scale", "1", "--device", "cpu"]
+    sample.main([*options, "--output_dir", str(tmp_path / "plain")])
+    sample.main([*options, "--adapter", str(tmp_path / "out"), "--output_dir", str(tmp_path / "trained")])
+    plain, trained = (Image.open(tmp_path / folder / "000-a-red-circle-0.png") for folder in ("plain", "trained"))
+    assert list(plain.getdata()) != list(trained.getdata())
+
+
+def test_sample_without_a_prompt_is_refused() -> None:
+    with pytest.raises(SystemExit, match="no prompt: use --prompt or --prompts_file"):
+        sample.main(["--model_name_or_path", "testbed"])
+
+
+def test_demo_trains_reports_and_draws(tmp_path: Path, capsys) -> None:
+    demo.main(["--output_dir", str(tmp_path), "--max_steps", "2", "--num_eval_prompts", "16", "--num_threads", "1"])
+    text = capsys.readouterr().out
+    assert "largest difference of a pixel: 0 of 255" in text
+    assert all(kind in text for kind in ("single", "count", "pair", "position", "all"))
+    pictures = {"before_after.png", "reward.png", "step_reward_spread.png", "trajectory.png"}
+    assert pictures == {path.name for path in tmp_path.glob("*.png")}
+    assert all(min(Image.open(tmp_path / name).size) > 200 for name in pictures)
+    assert (tmp_path / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_the_example_script_runs(tmp_path: Path) -> None:
+    script = (ROOT / "examples/tpgrpo.py").read_text()
+    assert script.count("\n") <= 45
+    script = script.replace("max_steps=10", "max_steps=1, use_cpu=True, num_inference_steps=4")
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "outputs/tpgrpo/pytorch_lora_weights.safetensors").exists()
