@@ -114,9 +114,6 @@ def test_flow_sde_is_finite_at_sigma_one_and_divides_by_the_next(sigma_next: flo
     )
 
 
-@pytest.mark.xfail(
-    reason="the test for sigma = 1 is exact, and these shifts round the first sigma away from 1", strict=True
-)
 @pytest.mark.parametrize("shift", [1.18, 1.32])
 def test_flow_sde_survives_a_first_sigma_that_is_rounded(shift: float) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)

@@ -98,7 +98,7 @@ class TPGRPOConfig(_BaseConfig):
             Weight of each reward function. `None`: 1 each.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
             `"sum_then_normalize"`: credit and advantages of the weighted sum. `"normalize_then_sum"`: weighted sum of each
-            function's own advantages, then scaled by the batch (GDPO, arXiv 2601.05242).
+            function's own advantages, scaled by the batch unless `scale_rewards` is `"none"` (GDPO, arXiv 2601.05242).
         credit (`str`, *optional*, defaults to `"consistent"`):
             What a step is credited with: `"consistent"` and `"turning_point"` (the whole following gain at turning points
             of the stricter or the plain definition, the step's own gain elsewhere), `"incremental"` (the step's own gain),

@@ -146,19 +146,20 @@ def advantages(credits: Tensor, num_generations: int, rule: CreditRule) -> Tenso
         num_generations: G, the group's size.
         rule: Baseline, scale and scope.
 
-    A row that is NaN (no function applies) stays so and is left out of every mean.
+    A row that is NaN (no function applies) stays so and is left out of every mean. Computed in float64: the rounding of a
+    mean in float32 would not be small against the 1e-4 that is added to a spread of 0.
     """
-    grouped = credits.unflatten(0, (-1, num_generations))  # (B / G, G, K)
+    grouped = credits.double().unflatten(0, (-1, num_generations))  # (B / G, G, K)
     scope = (1,) if rule.scope == "step" else (1, 2)
     centred = grouped - grouped.nanmean(scope, keepdim=True) if rule.baseline == "group" else grouped
     if rule.scale == "none":
-        return centred.flatten(0, 1)
+        return centred.flatten(0, 1).to(credits.dtype)
     if rule.scale == "group":
         spread = centred.square().nanmean(scope, keepdim=True).sqrt()
     else:
         whole = grouped - grouped.nanmean((0, *scope), keepdim=True) if rule.baseline == "group" else grouped
         spread = whole.square().nanmean((0, *scope), keepdim=True).sqrt()
-    return (centred / (spread + EPSILON)).flatten(0, 1)
+    return (centred / (spread + EPSILON)).flatten(0, 1).to(credits.dtype)
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class RewardTable:
             return self._advantages(self.rewards)
         each = [self._advantages(rewards) for rewards in self.rewards_per_func.unbind(1)]
         summed = (torch.stack(each, 1) * self.reward_weights[:, None]).nansum(1)
-        return summed / (summed.square().mean().sqrt() + EPSILON)
+        return summed if self.rule.scale == "none" else summed / (summed.square().mean().sqrt() + EPSILON)
 
     def _advantages(self, rewards: Tensor) -> Tensor:
         return advantages(credit(rewards, self.rule, self.num_steps), self.num_generations, self.rule)

@@ -35,10 +35,12 @@ CARD = """# {model_name}
 ## Citations
 
 ```bibtex
-@article{{turningpointgrpo2026,
-    title  = {{TurningPoint-GRPO}},
-    year   = 2026,
-    eprint = {{arXiv:2602.06422}},
+@article{{tong2026alleviating,
+    title   = {{Alleviating Sparse Rewards by Modeling Step-Wise and Long-Term Sampling Effects in Flow-Based GRPO}},
+    author  = {{Yunze Tong and Mushui Liu and Canyu Zhao and Wanggui He and Shiyi Zhang and Hongwei Zhang and Peng Zhang
+               and Jinlong Liu and Ju Huang and Jiamang Wang and Hao Jiang and Pipei Huang}},
+    year    = 2026,
+    journal = {{arXiv preprint arXiv:2602.06422}},
 }}
 ```
 

@@ -86,7 +86,7 @@ def roll_out(
         FloatingPointError: If a prediction is not finite.
     """
     num_steps = len(sigmas) - 1
-    _check(window, sigmas, generators)
+    _check(window, sigmas, generators, len(initial_noise))
     trajectory = initial_noise.float()
     completions = trajectory.new_empty(0, *trajectory.shape)  # (started so far, B, ...)
     rows = torch.arange(len(trajectory), device=trajectory.device)
@@ -123,7 +123,7 @@ def roll_out(
     )
 
 
-def _check(window: Window | None, sigmas: Tensor, generators: list[torch.Generator] | None) -> None:
+def _check(window: Window | None, sigmas: Tensor, generators: list[torch.Generator] | None, number: int) -> None:
     if window is None:
         return
     num_steps = len(sigmas) - 1
@@ -134,8 +134,9 @@ def _check(window: Window | None, sigmas: Tensor, generators: list[torch.Generat
         )
     if window.noise_level <= 0:
         raise ValueError(f"An SDE step needs noise: noise_level must be above 0, got {window.noise_level}.")
-    if generators is None:
-        raise ValueError("SDE steps need `generators`, one for each trajectory.")
+    if generators is None or len(generators) != number:
+        given = "none" if generators is None else len(generators)
+        raise ValueError(f"SDE steps need generators, one for each of {number} trajectories; got {given}.")
 
 
 def _predict(

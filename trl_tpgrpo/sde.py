@@ -15,6 +15,9 @@ from torch import Tensor
 
 
 SDE_TYPES = ("flow_sde", "cps", "dance_sde")
+PURE_NOISE = 1 - 1e-6
+"""From here on `sigma` means 1: schedulers that shift their sigmas round the first one up or down."""
+
 LOG_PROB_TYPES = ("gaussian", "squared_error")
 
 
@@ -78,7 +81,7 @@ def transition(
 
 def _flow_sde(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, alpha: float) -> Transition:
     dt = sigma_next - sigma
-    s = alpha * torch.sqrt(sigma / (1 - (sigma_next if sigma == 1 else sigma)))
+    s = alpha * torch.sqrt(sigma / (1 - (sigma_next if sigma > PURE_NOISE else sigma)))
     drift = s**2 / (2 * sigma)
     mean = x * (1 + drift * dt) + v * ((1 + drift * (1 - sigma)) * dt)
     return Transition(mean, s * torch.sqrt(-dt))

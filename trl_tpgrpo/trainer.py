@@ -111,7 +111,10 @@ class TPGRPOTrainer(_BaseTrainer):
 
     _tag_names = ["trl", "tp-grpo"]
     _name = "TP-GRPO"
-    _paper = {"title": "TurningPoint-GRPO", "id": "2602.06422"}
+    _paper = {
+        "title": "Alleviating Sparse Rewards by Modeling Step-Wise and Long-Term Sampling Effects in Flow-Based GRPO",
+        "id": "2602.06422",
+    }
     loss_is_scaled_for_ga = False
 
     def __init__(

@@ -46,9 +46,8 @@ def load_pipeline(
         if not isinstance(named, torch.dtype):
             raise ValueError(f"dtype must be the name of a torch dtype such as 'bfloat16', got {dtype!r}.")
         dtype = named
-    hub_kwargs = {
-        key: model_init_kwargs[key] for key in ("revision", "token", "cache_dir") if key in model_init_kwargs
-    }
+    of_hub = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+    hub_kwargs = {key: model_init_kwargs[key] for key in of_hub if key in model_init_kwargs}
     parts = DiffusionPipeline.load_config(str(model), **hub_kwargs)
     absent = {name: None for name, part in parts.items() if isinstance(part, list) and part == [None, None]}
     return DiffusionPipeline.from_pretrained(str(model), dtype=dtype, **{**absent, **model_init_kwargs})

@@ -4,6 +4,7 @@ Shapes: `N` samples, `S` text tokens, `...` the dimensions of a latent (SD3: cha
 channels).
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_METADATA = "lora_adapter_metadata"
 TRANSFORMER_FOLDER = "transformer"
 
 
@@ -185,9 +187,22 @@ class FlowPolicy(ABC):
         if not peft:
             model.load_state_dict(type(model).from_pretrained(source).state_dict())
             return
-        state = {
-            f"base_model.model.{name.removeprefix('transformer.')}": value for name, value in load_file(source).items()
+        with safe_open(source, framework="pt") as file:
+            state = {
+                f"base_model.model.{name.removeprefix('transformer.')}": file.get_tensor(name) for name in file.keys()
+            }
+            saved = json.loads(file.metadata()[LORA_METADATA])
+        own = get_peft_model_state_dict(model)
+        same_shapes = {name: value.shape for name, value in state.items()} == {
+            name: value.shape for name, value in own.items()
         }
-        if state.keys() != get_peft_model_state_dict(model).keys():
-            raise ValueError(f"The adapter in {input_dir} does not have the layers of the one that is being trained.")
+        if not same_shapes:
+            raise ValueError(
+                f"The adapter in {input_dir} does not have the layers and ranks of the one that is trained."
+            )
+        alpha, saved_alpha = model.peft_config["default"].lora_alpha, saved["transformer.lora_alpha"]
+        if alpha != saved_alpha:
+            raise ValueError(
+                f"The adapter in {input_dir} has lora_alpha={saved_alpha}, the one that is trained {alpha}."
+            )
         set_peft_model_state_dict(model, state)

@@ -40,7 +40,7 @@ def reward_names(reward_funcs: list[RewardFunc]) -> list[str]:
     for reward_func in reward_funcs:
         if not callable(reward_func):
             raise TypeError(f"reward_funcs must be callables, got {reward_func!r} ({type(reward_func).__name__}).")
-        if inspect.iscoroutinefunction(reward_func) or inspect.iscoroutinefunction(reward_func.__call__):
+        if inspect.iscoroutinefunction(reward_func) or inspect.iscoroutinefunction(type(reward_func).__call__):
             raise TypeError(f"The reward function {reward_name(reward_func)!r} is async; make it a plain function.")
     names = [reward_name(reward_func) for reward_func in reward_funcs]
     if len(set(names)) < len(names):

@@ -9,7 +9,6 @@ residual branches for the VAE, zero-initialised modulation and Muon for the tran
 
 import argparse
 import copy
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from diffusers import (
 )
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
@@ -42,6 +40,7 @@ LEARNING_RATE = 2e-3
 CAPTION_DROPOUT = 0.1
 EMA_DECAY = 0.998
 WARM_UP = 100
+COOL_DOWN = 0.2
 
 
 def pretrain(output_dir: Path, vae_steps: int, transformer_steps: int, num_pictures: int, seed: int) -> None:
@@ -52,8 +51,8 @@ def pretrain(output_dir: Path, vae_steps: int, transformer_steps: int, num_pictu
     pipeline = build_pipeline()
     train_vae(pipeline.vae, pictures, vae_steps)
     latents = encode_pictures(pipeline.vae, pictures)
-    reconstructions = decode_latents(pipeline, latents[:512])
-    tqdm.write(f"Strict score of the VAE's reconstructions: {mean_strict(reconstructions, captions[:512]):.3f}")
+    reconstructions = decode_latents(pipeline, latents[:2048])
+    tqdm.write(f"Strict score of the VAE's reconstructions: {mean_strict(reconstructions, captions[:2048]):.3f}")
     for steps_done in train_transformer(pipeline, latents, captions, transformer_steps):
         save_in_float16(pipeline, output_dir)
         strict = mean_strict(sample(pipeline, captions[:512]), captions[:512])
@@ -92,18 +91,35 @@ def build_pipeline() -> StableDiffusion3Pipeline:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose vocabulary is the 19 words of the shapes world and the pieces they are merged from."""
+    """A CLIP tokenizer that knows the 19 words of the shapes world as one token each.
+
+    Byte-pair merges are made word by word: what the merges so far leave of a word is joined from left to right. Merges that
+    come later rank lower, so they do not touch the words before.
+    """
     words = sorted({word for caption in all_captions() for word in str(caption).split()})
-    pairs = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    pairs.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=0, end_of_word_suffix="</w>", special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        show_progress=False,
-    )  # fmt: skip
-    pairs.train_from_iterator(words, trainer)
-    learned = json.loads(pairs.to_str())["model"]
-    merges = [tuple(merge) for merge in learned["merges"]]
-    return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=PROMPT_LENGTH)
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        pieces = _apply_merges([*word[:-1], word[-1] + "</w>"], merges)
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces = _apply_merges(pieces, merges)
+    letters = sorted({letter for word in words for letter in word})
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    tokens += dict.fromkeys("".join(merge) for merge in merges)
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=PROMPT_LENGTH
+    )
+
+
+def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
+    """Byte-pair encoding: join the pair of the lowest rank until none is left."""
+    while True:
+        ranked = [merges.index(pair) for pair in zip(pieces, pieces[1:], strict=False) if pair in merges]
+        if not ranked:
+            return pieces
+        first, second = merges[min(ranked)]
+        at = next(i for i in range(len(pieces) - 1) if (pieces[i], pieces[i + 1]) == (first, second))
+        pieces = [*pieces[:at], first + second, *pieces[at + 2 :]]
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
@@ -215,7 +231,10 @@ def train_transformer(
     parameters = [parameter for module in trained for parameter in module.parameters()]
     optimizers = build_optimizers(trained)
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(one, lambda step: min(1.0, (step + 1) / WARM_UP)) for one in optimizers
+        torch.optim.lr_scheduler.LambdaLR(
+            one, lambda step: min(1.0, (step + 1) / WARM_UP, (steps - step) / (COOL_DOWN * steps))
+        )
+        for one in optimizers
     ]
     ema = EMAModel(parameters, decay=EMA_DECAY)
     scale, shift = pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor
@@ -281,8 +300,8 @@ def save_in_float16(pipeline: StableDiffusion3Pipeline, output_dir: Path) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--vae_steps", type=int, default=7_000)
-    parser.add_argument("--transformer_steps", type=int, default=2_800)
+    parser.add_argument("--vae_steps", type=int, default=12_000)
+    parser.add_argument("--transformer_steps", type=int, default=3_000)
     parser.add_argument("--num_pictures", type=int, default=60_000)
     parser.add_argument("--seed", type=int, default=0)
     pretrain(**vars(parser.parse_args()))
