@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 
 
@@ -28,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     command = parser.parse_args(argv[:1]).command
+    if command != "train":  # notices of libraries would hide the little that these commands print
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     return importlib.import_module(f"trl_tpgrpo.commands.{command}").main(argv[1:])
 
 

@@ -101,7 +101,7 @@ def save_trajectory(
             xytext=(0, 12), ha="center", fontsize=8, color=colour,
         )  # fmt: skip
     axis.set_xlim(-0.5, number - 0.5)
-    axis.margins(y=0.25)
+    axis.margins(y=0.35)
     axis.set_xticks(range(number))
     axis.set(xlabel="SDE steps before the ODE completes the image", ylabel="reward", title=prompt)
     _plain(axis)

@@ -533,12 +533,14 @@ class TPGRPOTrainer(_BaseTrainer):
             self._record(f"completion_reward/state_{state}", reward)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics recorded since the last log, averaged over processes; counts and seconds are summed over time."""
+        """Add the metrics recorded since the last log: averaged over processes, but counts, which are summed."""
         recorded = self._metrics[self._mode]
         names = sorted(recorded)
         if names:
             values = torch.stack([_summary(name, recorded[name]).to(self.args.device) for name in names])
             values = self.accelerator.reduce(values, "mean")
+            counts = torch.tensor([name.startswith("num_") for name in names], device=values.device)
+            values = torch.where(counts, values * self.accelerator.num_processes, values)
             prefix = f"{self._eval_prefix}_" if self._mode == "eval" else ""
             logs.update({f"{prefix}{name}": value for name, value in zip(names, values.tolist(), strict=True)})
         recorded.clear()

@@ -2,7 +2,9 @@
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +13,10 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from PIL import Image
 from tqdm import tqdm
+from transformers import ProgressCallback
 
 from ..config import TPGRPOConfig
+from ..credit import aggregated_rewards, turning_points
 from ..figures import save_before_after, save_reward_curve, save_step_reward_spread, save_trajectory
 from ..policies import load_pipeline
 from ..testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
@@ -24,6 +28,16 @@ from ..trainer import TPGRPOTrainer
 NUM_INFERENCE_STEPS = 8
 IMAGES_PER_PROMPT = 4
 PICTURED_PROMPTS = 6
+
+
+class RewardBar(ProgressCallback):
+    """The Trainer's progress bar, with the rollouts' reward at its end instead of a line of metrics for each update."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "reward" in logs:
+            self.training_bar.set_postfix(
+                reward=f"{logs['reward']:.3f}", turning_points=f"{logs['turning_points/rate']:.0%}"
+            )
 
 
 def main(argv: list[str]) -> int:
@@ -90,13 +104,16 @@ def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
         logging_strategy="steps",
         seed=seed,
     )
-    return TPGRPOTrainer(
+    trainer = TPGRPOTrainer(
         model=TESTBED,
         reward_funcs=shapes_reward,
         args=config,
         train_dataset=prompt_dataset("train"),
         peft_config=LoraConfig(r=32, lora_alpha=64),
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(RewardBar)
+    return trainer
 
 
 def repeated(dataset: Dataset) -> list[str]:
@@ -159,16 +176,14 @@ def draw_figures(
 
 
 def draw_trajectory(path: Path, trainer: TPGRPOTrainer, rows: list[dict]) -> None:
-    """The most eventful of a few trajectories: the one whose turning points carry the most gain."""
+    """Of a few trajectories of SDE steps, all but the last, the one whose turning points gain most."""
     generators = [torch.Generator().manual_seed(index) for index in range(len(rows))]
     args = trainer.args
-    _, _, images, rewards = trainer.sample_and_score(
-        rows, generators, args.num_inference_steps, args.window_at(args.window_starts[0])
-    )
+    window = replace(args.window_at(0), stop=args.num_inference_steps - 1)
+    _, _, images, rewards = trainer.sample_and_score(rows, generators, args.num_inference_steps, window)
     rewards = rewards[:, 0]  # the one reward function
-    turning = args.credit_rule.turning_points(rewards)
-    gains = ((rewards[:, -1:] - rewards[:, :-1]).abs() * turning).sum(1)
-    chosen = int(gains.argmax())
+    turning = turning_points(rewards)
+    chosen = int((aggregated_rewards(rewards) * turning).sum(1).argmax())
     each = rewards.shape[1]
     save_trajectory(
         path,

@@ -1,0 +1,55 @@
+"""Two processes train as one does at the same global batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+TESTS = Path(__file__).parent
+SCRIPT = """
+import os, sys
+from pathlib import Path
+import torch
+from test_trainer import build, prompts, trained
+
+out, world = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1))
+trainer = build(
+    out / "run", max_steps=4, num_generations=4, per_device_train_batch_size=12 // world, steps_per_generation=2,
+    gradient_accumulation_steps=1, sde_window_size=2, sde_window_range=[0, 3], beta=0.1, optim="sgd", learning_rate=1.0,
+    eval_dataset=prompts(4), num_generations_eval=2, per_device_eval_batch_size=4,
+)
+if world > 1:
+    trainer.evaluate()  # must not keep the gradients from being exchanged
+trainer.train()
+torch.save((trained(trainer), trainer.state.log_history), out / f"{world}-{os.environ.get('RANK', 0)}.pt")
+"""
+
+
+def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
+    """With CFG, KL, balance and a window that moves; groups of 4 straddle the processes' micro-batches of 6.
+
+    Gradients are sums in another order and batches of another size, so weights agree to float32 rounding: 1e-5 of updates
+    of 1e-3, with plain SGD, whose steps are proportional to the gradients.
+    """
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    for command in ([sys.executable], launch):
+        run = subprocess.run(
+            [*command, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+    saved = {name: torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in ("1-0", "2-0", "2-1")}
+    (one, history), (first, other_history), (second, _) = saved.values()
+    assert max(float(value.abs().max()) for name, value in one.items() if "lora_B" in name) > 1e-3
+    for name, value in one.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-5)
+    for metric in ("reward", "num_evaluations", "turning_points/rate"):
+        values = [[entry[metric] for entry in entries if metric in entry] for entries in (history, other_history)]
+        assert len(values[0]) >= 2
+        torch.testing.assert_close(torch.tensor(values[1]), torch.tensor(values[0]), rtol=0, atol=1e-5)
