@@ -78,11 +78,17 @@ def test_the_recipe_of_the_examples_is_valid() -> None:
 def test_launch_options_go_to_accelerate(tmp_path: Path, monkeypatch) -> None:
     launched = []
     monkeypatch.setattr(train, "launch_command", launched.append)
+    train.main(["--config", recipe(tmp_path, num_processes=2), *SMALL])
     train.main(["--config", recipe(tmp_path), "--num_processes", "2", *SMALL])
-    (arguments,) = launched
-    assert arguments.num_processes == 2 and arguments.module
+    from_recipe, arguments = launched
+    assert from_recipe.num_processes == arguments.num_processes == 2 and arguments.module
     assert arguments.training_script == "trl_tpgrpo"
     assert arguments.training_script_args == ["train", "--config", recipe(tmp_path), *SMALL]
+
+
+def test_a_misspelt_key_of_a_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Unknown options: --lerning_rate"):
+        train.main(["--config", recipe(tmp_path, lerning_rate=1.0)])
 
 
 def test_rewards_are_found_by_name_and_by_path(tmp_path: Path, monkeypatch) -> None:
@@ -118,6 +124,8 @@ def test_unknown_rewards_are_refused(name: str, message: str) -> None:
         (["--output_dir", "x", "--load_in_4bit", "true"], "load_in_8bit and load_in_4bit are not supported yet"),
         (["--output_dir", "x", "--attn_implementation", "eager"], "attn_implementation is for language models"),
         (["--output_dir", "x", "--noise_level", "0"], "noise_level must be above 0"),
+        (["--output_dir", "x", "--lerning_rate", "1"], "Unknown options: --lerning_rate"),
+        (["--output_dir", "x", "--dataset_streaming", "true"], "--dataset_streaming is not supported"),
     ],
 )
 def test_wrong_calls_name_the_option(arguments: list[str], message: str) -> None:

@@ -136,13 +136,30 @@ WRONG = [
         {"num_generations": 1, "gradient_accumulation_steps": 1, "advantage_baseline": "completion"},
         "use scale_rewards='batch' or 'none'",
     ),
-    ({"num_generations": 0, "gradient_accumulation_steps": 1}, "num_generations must be at least 1"),
+    (
+        {"num_generations": 0, "num_generations_eval": 1, "gradient_accumulation_steps": 1},
+        "num_generations must be at least 1",
+    ),
     ({"generation_batch_size": 48, "steps_per_generation": 2}, "set one of them"),
+    (
+        {
+            "per_device_train_batch_size": 24,
+            "steps_per_generation": 2,
+            "gradient_accumulation_steps": 4,
+            "num_iterations": 3,
+        },
+        "so that updates and rollouts end together",
+    ),
+    ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+    ({"steps_per_generation": 0}, "steps_per_generation must be at least 1"),
+    ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps must be at least 1"),
+    ({"generation_batch_size": -24}, "generation_batch_size must be at least 1"),
+    ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size must be at least 1"),
     ({"generation_batch_size": 50}, "must be a multiple of the global batch size"),
     ({"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3}, "must be a multiple of num_generations"),
     (
         {"per_device_train_batch_size": 24, "steps_per_generation": 4, "gradient_accumulation_steps": 3},
-        "one must be a multiple of the other",
+        "so that updates and rollouts end together",
     ),
     (
         {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 3},

@@ -14,6 +14,8 @@ MAY_IMPORT = {
     "credit": set(),
     "losses": set(),
     "compat": set(),
+    "metrics": set(),
+    "sampler": set(),
     "model_card": set(),
     "figures": set(),
     "rollout": {"sde"},
@@ -24,7 +26,7 @@ MAY_IMPORT = {
     "config": {"credit", "rollout", "sde"},
     "checks": {"config", "rewards"},
 }
-MAY_TOUCH_TRL = {"config", "trainer", "commands"}
+MAY_TOUCH_TRL = {"config", "sampler", "trainer", "commands"}
 
 
 def part_of(path: Path) -> str:

@@ -85,7 +85,6 @@ CASES = {
     "sd3": Case("sd3"),
     "sd3-cfg": Case("sd3", guidance=CFG),
     "sd3-cfg-negative": Case("sd3", guidance=CFG | NEGATIVE),
-    "sd3-negative-without-cfg": Case("sd3", guidance=NEGATIVE),
     "sd3-unshifted": Case("sd3", {"shift": 1.0}, CFG),
     "sd3-dynamic-shift": Case("sd3", {"dynamic_shift": True}, CFG),
     "sd3-no-t5": Case("sd3", NO_T5, {"max_sequence_length": 0}),
@@ -97,8 +96,6 @@ CASES = {
     "flux-schnell": Case("flux", {"guidance_embeds": False}),
     "flux-true-cfg": Case("flux", guidance=DISTILLED | NEGATIVE | {"true_cfg_scale": 2.5}),
     "flux-schnell-true-cfg": Case("flux", {"guidance_embeds": False}, NEGATIVE | {"true_cfg_scale": 2.5}),
-    "flux-true-cfg-without-negative": Case("flux", guidance=DISTILLED | {"true_cfg_scale": 2.5}),
-    "flux-negative-without-true-cfg": Case("flux", guidance=DISTILLED | NEGATIVE),
     "flux-default-length": Case("flux", guidance=DISTILLED | {"max_sequence_length": None}),
     "flux-oblong": Case("flux", guidance=DISTILLED | {"width": 16}),
     "flux-bf16": Case("flux", BF16, DISTILLED),
@@ -232,11 +229,8 @@ def test_shapes_of_flux() -> None:
     [
         ("sd3", False),
         ("sd3-cfg", True),
-        ("sd3-negative-without-cfg", False),
         ("flux", False),
         ("flux-true-cfg", True),
-        ("flux-true-cfg-without-negative", False),
-        ("flux-negative-without-true-cfg", False),
     ],
 )
 def test_negative_prompts_are_encoded_only_under_classifier_free_guidance(name: str, guided: bool) -> None:

@@ -111,13 +111,15 @@ def test_wrong_reward_functions_are_refused(functions: list, error: type, messag
 
 def test_applicability_may_depend_on_the_prompt_only() -> None:
     nan = math.nan
-    check_applicability(torch.tensor([[[1.0, 2.0], [nan, nan]], [[nan, nan], [1.0, 2.0]]]), ["a", "b"], ["one", "two"])
+    fine = torch.tensor([[[1.0, 2.0], [nan, nan]], [[nan, nan], [1.0, 2.0]]])
+    check_applicability(fine, ["a", "b"], ["one", "two"], 1)
+    check_applicability(fine, ["a", "b"], ["same", "same"], 1)  # two rows of a dataset may have the same prompt
     with pytest.raises(RewardError, match="'b' returned None for some images of the prompt 'one'"):
-        check_applicability(torch.tensor([[[1.0, 2.0], [nan, 1.0]]]), ["a", "b"], ["one"])
-    with pytest.raises(RewardError, match="'a' returned None for some images of the prompt 'one'"):
-        check_applicability(torch.tensor([[[1.0, 2.0]], [[nan, nan]]]), ["a"], ["one", "one"])
+        check_applicability(torch.tensor([[[1.0, 2.0], [nan, 1.0]]]), ["a", "b"], ["one"], 1)
+    with pytest.raises(RewardError, match="'a' returned None for some images of the prompt 'same'"):
+        check_applicability(fine, ["a", "b"], ["same", "same"], 2)
     with pytest.raises(RewardError, match="Every reward function returned None for row 1, prompt 'two'"):
-        check_applicability(torch.tensor([[[1.0, 2.0]], [[nan, nan]]]), ["a"], ["one", "two"])
+        check_applicability(torch.tensor([[[1.0, 2.0]], [[nan, nan]]]), ["a"], ["one", "two"], 1)
 
 
 def test_jpeg_rewards_tell_plain_from_busy_images() -> None:

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UNet2DModel,
+)
 from peft import LoraConfig
 from PIL import Image
 from tiny import tiny_flux, tiny_sd3
@@ -160,7 +167,7 @@ def test_reward_rises(tmp_path: Path) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_ratio_is_exactly_one_before_the_first_update(family, checkpointing: bool, tmp_path: Path) -> None:
     trainer = build(
-        tmp_path, family(), per_device_rollout_batch_size=4, max_steps=2, activation_checkpointing=checkpointing,
+        tmp_path, family(), max_steps=2, activation_checkpointing=checkpointing,
         steps_per_generation=2, gradient_accumulation_steps=1, per_device_train_batch_size=4,
     )  # fmt: skip
     trainer.train()
@@ -170,7 +177,7 @@ def test_ratio_is_exactly_one_before_the_first_update(family, checkpointing: boo
 
 
 def test_model_calls_and_images_are_counted(tmp_path: Path) -> None:
-    trainer = build(tmp_path, num_inference_steps=10, max_steps=1)
+    trainer = build(tmp_path, num_inference_steps=10, max_steps=1, per_device_rollout_batch_size=40)
     trainer.train()
     counts = {
         name: logged(trainer, f"num_{name}") for name in ("evaluations", "calls", "decoded_images", "scored_images")
@@ -178,6 +185,7 @@ def test_model_calls_and_images_are_counted(tmp_path: Path) -> None:
     assert counts == {
         "evaluations": [55 * 4], "calls": [10], "decoded_images": [10 * 4], "scored_images": [10 * 4],
     }  # fmt: skip
+    assert logged(trainer, "num_train_evaluations") == [9 * 4 * 2]  # with the reference's, as beta > 0
 
 
 def test_outcome_credit_computes_no_completion(tmp_path: Path) -> None:
@@ -221,7 +229,7 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path: Path) -> None:
 
 def test_rollout_batch_size_changes_nothing_but_rounding(tmp_path: Path) -> None:
     tables = []
-    for size in (None, 4, 1):
+    for size in (16, 4, 1):
         trainer = build(tmp_path, per_device_rollout_batch_size=size)
         trainer.model.train()
         tables.append(trainer._prepare_inputs([{"prompt": PROMPTS[0], "topic": 0}] * 4).table.rewards)
@@ -399,6 +407,9 @@ CASES = {
     "between the passes over a rollout": {"num_iterations": 2, "save_steps": 3},
     "in the second epoch": {"per_device_train_batch_size": 6, "save_steps": 3},
     "all weights": {"save_steps": 2, "full": True, "learning_rate": 1e-3},
+    "after an epoch with a short update": {
+        "per_device_train_batch_size": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 4, "save_steps": 3,
+    },
 }  # fmt: skip
 
 
@@ -566,6 +577,13 @@ def test_wrong_eval_datasets_are_refused(tmp_path: Path) -> None:
         (lora(task_type="CAUSAL_LM"), ValueError, "task_type is for language models"),
         ("lora", TypeError, "peft_config must be a peft.LoraConfig, got str"),
         (lora(target_modules=["nothing_like_it"]), ValueError, "nothing_like_it"),
+        (
+            lora(init_lora_weights="pissa"),
+            ValueError,
+            "init_lora_weights must be True, False or 'gaussian', got 'pissa'",
+        ),
+        (lora(bias="lora_only"), ValueError, "bias must be 'none'"),
+        (lora(modules_to_save=["proj_out"]), ValueError, "modules_to_save None"),
     ],
 )
 def test_wrong_adapters_are_refused(peft_config: object, error: type, message: str, tmp_path: Path) -> None:
@@ -584,6 +602,8 @@ def test_wrong_models_are_refused(tmp_path: Path) -> None:
         build(tmp_path, tiny_sd3().transformer)
     with pytest.raises(ValueError, match="height must be a multiple of 8 for this pipeline, got 20"):
         build(tmp_path, height=20)
+    with pytest.raises(ValueError, match="in their own dtype, and torch.bfloat16 has not the precision"):
+        build(tmp_path, tiny_sd3(dtype=torch.bfloat16), full=True)
     with pytest.raises(ValueError, match="model_init_kwargs is for a model given by name"):
         build(tmp_path, model_init_kwargs={"dtype": "bfloat16"})
     with pytest.raises(OSError, match="nowhere"):
@@ -597,6 +617,62 @@ def test_wrong_models_are_refused(tmp_path: Path) -> None:
 def test_wrong_rewards_are_refused(functions: object, error: type, message: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):
         build(tmp_path, reward_funcs=functions)
+
+
+def test_a_reward_that_cannot_take_the_columns_is_refused_before_sampling(tmp_path: Path) -> None:
+    def narrow(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        raise AssertionError("never called")
+
+    with pytest.raises(TypeError, match="'narrow' cannot be called with .*'topic'.*Let it take"):
+        build(tmp_path, reward_funcs=narrow)
+
+
+def test_a_pipeline_with_an_adapter_is_refused(tmp_path: Path) -> None:
+    trainer = build(tmp_path, max_steps=1)
+    trainer.save_model()
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        build(tmp_path, trainer.policy.pipeline)
+    pipeline = tiny_sd3()
+    pipeline.load_lora_weights(tmp_path)
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        build(tmp_path, pipeline)
+
+
+def test_an_optimizer_that_would_train_nothing_is_refused(tmp_path: Path) -> None:
+    pipeline = tiny_sd3()
+    optimizer = torch.optim.SGD(pipeline.transformer.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="none of the optimizer's parameters is trained"):
+        TPGRPOTrainer(
+            pipeline, brightness, config(tmp_path), prompts(), peft_config=lora(), optimizers=(optimizer, None)
+        )
+
+
+def test_other_schedulers_are_refused(tmp_path: Path) -> None:
+    pipeline = tiny_sd3()
+    pipeline.scheduler = FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(ValueError, match="must be a FlowMatchEulerDiscreteScheduler, got FlowMatchHeun"):
+        build(tmp_path, pipeline)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    with pytest.raises(ValueError, match="option stochastic_sampling is not supported"):
+        build(tmp_path, pipeline)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        (tiny_sd3, {"true_cfg_scale": 4.0}, "true_cfg_scale is for FLUX"),
+        (
+            tiny_sd3,
+            {"negative_prompt": "blur", "guidance_scale": 1.0},
+            "negative_prompt has no effect without guidance",
+        ),
+        (tiny_flux, {"true_cfg_scale": 4.0}, "have an effect only together"),
+        (tiny_flux, {"negative_prompt": "blur"}, "have an effect only together"),
+    ],
+)
+def test_guidance_without_effect_is_refused(family, changes: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, family(), **changes)
 
 
 def test_wrong_reward_weights_are_refused(tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 import copy
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 
 from .config import TPGRPOConfig
-from .rewards.scoring import RESERVED_COLUMNS
+from .rewards.scoring import RESERVED_COLUMNS, RewardFunc, check_signature
 
 
 def checked_peft_config(peft_config: LoraConfig, default_targets: list[str]) -> LoraConfig:
@@ -27,23 +28,55 @@ def checked_peft_config(peft_config: LoraConfig, default_targets: list[str]) -> 
             f"peft_config.lora_dropout must be 0, got {peft_config.lora_dropout}: with dropout the policy that is trained "
             "is not the one that sampled."
         )
+    if peft_config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"peft_config.init_lora_weights must be True, False or 'gaussian', got {peft_config.init_lora_weights!r}: the "
+            "others change the base weights, which are the reference and are not saved."
+        )
+    if peft_config.bias != "none" or peft_config.modules_to_save is not None:
+        raise ValueError(
+            "peft_config.bias must be 'none' and modules_to_save None: diffusers' adapters hold LoRA weights only, got "
+            f"bias={peft_config.bias!r}, modules_to_save={peft_config.modules_to_save}."
+        )
     peft_config = copy.deepcopy(peft_config)
     if peft_config.target_modules is None:
         peft_config.target_modules = default_targets
     return peft_config
 
 
-def check_datasets(train: Dataset | None, evaluation: Dataset | dict | None, args: TPGRPOConfig) -> None:
-    """Refuse datasets that cannot be trained or evaluated on.
+def check_optimizer(optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse a user's optimizer that would train nothing.
 
     Raises:
-        TypeError: If one is no `datasets.Dataset`.
+        ValueError: If none of its parameters is trained.
+    """
+    if optimizer is None:
+        return
+    if not any(parameter.requires_grad for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            "optimizers: none of the optimizer's parameters is trained. The weights of an adapter exist only since "
+            "peft_config was applied: choose the optimizer by args.optim."
+        )
+
+
+def check_datasets(
+    train: Dataset | None,
+    evaluation: Dataset | dict | None,
+    reward_funcs: list[RewardFunc],
+    args: TPGRPOConfig,
+) -> None:
+    """Refuse datasets that cannot be trained or evaluated on with these reward functions.
+
+    Raises:
+        TypeError: If one is no `datasets.Dataset`, or a function does not take its columns.
         ValueError: If one is missing, too small, or has the wrong columns.
     """
     named = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
     for name, dataset in {"train_dataset": train, **named}.items():
         if dataset is not None:
             _check_dataset(name, dataset)
+            for reward_func in reward_funcs:
+                check_signature(reward_func, [column for column in dataset.column_names if column != "prompt"])
     if evaluation is None and args.eval_strategy != "no":
         raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset.")
     num_prompts = args.prompts_per_generation

@@ -73,9 +73,10 @@ class TPGRPOConfig(_BaseConfig):
             Tokens of the T5 encoder. `None` uses the pipeline's default; `0` for an SD3 pipeline without T5 leaves out
             the zeros that diffusers puts in its place.
         per_device_rollout_batch_size (`int`, *optional*):
-            How many latents the model, and images the VAE, are given at once in a rollout. `None`: all that stand at the
-            same step, the fewest calls. Does not change the mathematics. Set to `per_device_train_batch_size`, the
-            probability ratio before the first update is 1 to the last bit.
+            How many latents the model, and images the VAE, are given at once in a rollout. `None` uses
+            `per_device_train_batch_size`: then the probability ratio before the first update is 1 to the last bit. Does not
+            change the mathematics; a small model is faster with a large one, up to all latents that stand at the same step,
+            `generation_batch_size * (K + 1)` over all processes.
 
         > Parameters that control the SDE
 
@@ -209,7 +210,7 @@ class TPGRPOConfig(_BaseConfig):
         default=None, metadata={"help": "Tokens of the T5 encoder. None: the pipeline's default."}
     )
     per_device_rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Latents per model call in a rollout. None: as many as there are."}
+        default=None, metadata={"help": "Latents per model call in a rollout. None: per_device_train_batch_size."}
     )
 
     # Parameters that control the SDE
@@ -287,6 +288,8 @@ class TPGRPOConfig(_BaseConfig):
             self.epsilon_high = self.epsilon
         if self.num_generations_eval is None:
             self.num_generations_eval = self.num_generations
+        if self.per_device_rollout_batch_size is None:
+            self.per_device_rollout_batch_size = self.per_device_train_batch_size
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.num_generations_eval
         self._accumulation_is_ours = self.gradient_accumulation_steps is None
@@ -295,6 +298,15 @@ class TPGRPOConfig(_BaseConfig):
 
     def _set_batch_sizes(self) -> None:
         """GRPO's rules, but that a config which says nothing of batches gets the paper's."""
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "generation_batch_size",
+            "steps_per_generation",
+        ):
+            if getattr(self, name) is not None:
+                self._require_at_least(name, 1)
         if self.generation_batch_size is not None and self.steps_per_generation is not None:
             raise ValueError(
                 "generation_batch_size and steps_per_generation both set the size of a rollout "
@@ -341,8 +353,7 @@ class TPGRPOConfig(_BaseConfig):
         self._require_at_least("true_cfg_scale", 0)
         if self.max_sequence_length is not None:
             self._require_at_least("max_sequence_length", 0)
-        if self.per_device_rollout_batch_size is not None:
-            self._require_at_least("per_device_rollout_batch_size", 1)
+        self._require_at_least("per_device_rollout_batch_size", 1)
         largest = 1.0 if self.sde_type == "cps" else math.inf
         if not 0 < self.noise_level <= largest:
             raise ValueError(
@@ -382,8 +393,8 @@ class TPGRPOConfig(_BaseConfig):
             )
 
     def _check_batch_sizes(self) -> None:
-        self._require_at_least("num_generations", 1)
-        self._require_at_least("num_generations_eval", 1)
+        for name in ("num_generations", "num_generations_eval", "num_iterations"):
+            self._require_at_least(name, 1)
         if self.num_generations == 1 and self.advantage_baseline == "group":
             raise ValueError(
                 "num_generations=1 leaves nothing of a group's advantage: use at least 2, or "
@@ -400,10 +411,13 @@ class TPGRPOConfig(_BaseConfig):
                 f"({self.num_generations}), so that every prompt's group is whole."
             )
         steps, accumulation = self.steps_per_generation, self.gradient_accumulation_steps
-        if steps % accumulation and accumulation % steps:
+        whole_updates = steps % accumulation == 0
+        whole_rollouts = accumulation % (steps * self.num_iterations) == 0
+        if not (whole_updates or whole_rollouts):
             raise ValueError(
-                f"Of steps_per_generation ({steps}) and gradient_accumulation_steps ({accumulation}) one must be a "
-                "multiple of the other, so that updates and rollouts end together."
+                f"steps_per_generation ({steps}) must be a multiple of gradient_accumulation_steps ({accumulation}), or that "
+                f"a multiple of steps_per_generation x num_iterations ({steps} x {self.num_iterations}), so that updates and "
+                "rollouts end together."
             )
         if (
             self.eval_strategy != "no"
@@ -416,7 +430,6 @@ class TPGRPOConfig(_BaseConfig):
 
     def _check_trainer(self) -> None:
         self._require_at_least("beta", 0)
-        self._require_at_least("num_iterations", 1)
         for name in ("epsilon", "epsilon_high"):
             if not getattr(self, name) > 0:
                 raise ValueError(

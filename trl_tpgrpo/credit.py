@@ -141,13 +141,13 @@ def advantages(credits: Tensor, num_generations: int, rule: CreditRule) -> Tenso
     With the group's mean as baseline the spread is the population's standard deviation; with no baseline it is the root
     mean square, as nothing is subtracted. A group without spread gets 0.
 
+    A row that is NaN (the function does not apply) stays so and is left out of every mean. Computed in float64: the rounding
+    of a mean in float32 would not be small against the 1e-4 that is added to a spread of 0.
+
     Args:
         credits: (B, K); rows of one prompt are adjacent.
         num_generations: G, the group's size.
         rule: Baseline, scale and scope.
-
-    A row that is NaN (no function applies) stays so and is left out of every mean. Computed in float64: the rounding of a
-    mean in float32 would not be small against the 1e-4 that is added to a spread of 0.
     """
     grouped = credits.double().unflatten(0, (-1, num_generations))  # (B / G, G, K)
     scope = (1,) if rule.scope == "step" else (1, 2)
@@ -194,6 +194,14 @@ class RewardTable:
         each = [self._advantages(rewards) for rewards in self.rewards_per_func.unbind(1)]
         summed = (torch.stack(each, 1) * self.reward_weights[:, None]).nansum(1)
         return summed if self.rule.scale == "none" else summed / (summed.square().mean().sqrt() + EPSILON)
+
+    @cached_property
+    def turning_points(self) -> Tensor:
+        """Share of the functions whose credit takes the step for a turning point: (B, K), 0 or 1 for a sum of functions."""
+        if self.rule.aggregation == "sum_then_normalize":
+            return self.rule.turning_points(self.rewards).float()
+        each = [self.rule.turning_points(rewards) for rewards in self.rewards_per_func.unbind(1)]
+        return torch.stack(each).float().mean(0)
 
     def _advantages(self, rewards: Tensor) -> Tensor:
         return advantages(credit(rewards, self.rule, self.num_steps), self.num_generations, self.rule)

@@ -19,7 +19,7 @@ image = pipeline("{prompt}", guidance_scale={guidance_scale}).images[0]"""
 
 CARD = """# {model_name}
 
-{what} of [{base_model}](https://huggingface.co/{base_model}), fine-tuned by reinforcement learning with
+{what}, fine-tuned by reinforcement learning with
 [TurningPoint-GRPO](https://huggingface.co/papers/2602.06422) and `trl-tpgrpo`.
 
 ## Quick start
@@ -60,7 +60,7 @@ def build_model_card(
     *,
     model_name: str,
     repo: str,
-    base_model: str,
+    base_model: str | None,
     transformer_class: str,
     is_lora: bool,
     settings: dict[str, object],
@@ -68,7 +68,10 @@ def build_model_card(
     tags: list[str],
     prompt: str,
 ) -> ModelCard:
-    """Compose the card: metadata in the Hub's conventions for diffusers, a usage snippet and the run's settings."""
+    """Compose the card: metadata in the Hub's conventions for diffusers, a usage snippet and the run's settings.
+
+    `base_model` is a Hub id, or `None` for a local model, which nobody else could load.
+    """
     data = ModelCardData(
         base_model=base_model,
         library_name="diffusers",
@@ -76,10 +79,10 @@ def build_model_card(
         datasets=dataset_name,
         model_name=model_name,
         tags=sorted({*tags, "text-to-image", "diffusers", *(["lora"] if is_lora else [])}),
-        instance_prompt=None,
     )
+    origin = f" of [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
     usage = (USAGE_OF_LORA if is_lora else USAGE_OF_TRANSFORMER).format(
-        base_model=base_model,
+        base_model=base_model or "the base model",
         repo=repo,
         transformer_class=transformer_class,
         prompt=prompt.replace('"', '\\"'),
@@ -87,8 +90,7 @@ def build_model_card(
     )
     body = CARD.format(
         model_name=model_name,
-        what="A LoRA adapter" if is_lora else "A transformer",
-        base_model=base_model,
+        what=("A LoRA adapter" if is_lora else "A transformer") + origin,
         usage=usage,
         settings="\n".join(f"- `{name}`: {value}" for name, value in settings.items()),
     )

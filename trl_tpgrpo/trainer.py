@@ -4,8 +4,6 @@ It reads in that order, under the names of TRL's GRPOTrainer. Mathematics and mo
 """
 
 import copy
-import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,55 +11,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
-from .checks import check_datasets, checked_peft_config
+from .checks import check_datasets, check_optimizer, checked_peft_config
 from .compat import adapt_for_trainer
 from .config import TPGRPOConfig
 from .credit import RewardTable, step_rewards
 from .losses import clipped_surrogate
+from .metrics import Metrics
 from .model_card import build_model_card
 from .policies import Conditioning, FlowPolicy, Guidance, build_policy, load_pipeline
 from .rewards.scoring import RewardFunc, check_applicability, reward_names, score
 from .rollout import Rollout, Window, roll_out
+from .sampler import EpochSampler, SetEpoch
 from .sde import Transition, kl_divergence, log_prob, transition
 from .trajectories import Trajectories, Transitions
 
 
 NOISE, WINDOW, EVALUATION = range(3)
 """What a seed is for; the random numbers of one never depend on how many another took."""
-
-
-class EpochSampler(RepeatSampler):
-    """TRL's `RepeatSampler`, with an order that depends on the epoch alone and so survives a resume."""
-
-    epoch = 0
-
-    def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
-
-
-class _SetEpoch(TrainerCallback):
-    """Tells the sampler the epoch; accelerate's own way does not reach through its wrappers on several processes."""
-
-    def __init__(self, trainer: "TPGRPOTrainer"):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        assert self.trainer.train_sampler is not None
-        self.trainer.train_sampler.epoch = int(state.epoch + 1e-6)
 
 
 class TPGRPOTrainer(_BaseTrainer):
@@ -110,12 +88,6 @@ class TPGRPOTrainer(_BaseTrainer):
     """
 
     _tag_names = ["trl", "tp-grpo"]
-    _name = "TP-GRPO"
-    _paper = {
-        "title": "Alleviating Sparse Rewards by Modeling Step-Wise and Long-Term Sampling Effects in Flow-Based GRPO",
-        "id": "2602.06422",
-    }
-    loss_is_scaled_for_ga = False
 
     def __init__(
         self,
@@ -135,14 +107,14 @@ class TPGRPOTrainer(_BaseTrainer):
             raise ValueError(
                 f"reward_weights has {len(args.reward_weights)} entries for {len(self.reward_funcs)} reward functions."
             )
-        check_datasets(train_dataset, eval_dataset, args)
+        check_datasets(train_dataset, eval_dataset, self.reward_funcs, args)
         set_seed(args.seed)  # before the adapter's random weights
         self.policy = self._load_policy(model, args, use_lora=peft_config is not None)
         transformer = self._prepare_transformer(peft_config, args.beta)
-        self.train_sampler: EpochSampler | None = None
+        self._set_epoch = SetEpoch()
         self._step = 0
         self._buffered_inputs: list[Trajectories] | None = None
-        self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._metrics = {"train": Metrics(), "eval": Metrics()}
         self._eval_prefix, self._num_evaluated = "eval", 0
         args.ddp_find_unused_parameters = args.ddp_find_unused_parameters or False
         super().__init__(
@@ -156,11 +128,12 @@ class TPGRPOTrainer(_BaseTrainer):
         )
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: launch one process per GPU with `accelerate launch`.")
+        check_optimizer(self.optimizer)
         self.policy.to(args.device)
-        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_funcs), device=args.device)
+        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_funcs))
         if self.reference is not None:
             self.reference.to(args.device)
-        self.add_callback(_SetEpoch(self))
+        self.add_callback(self._set_epoch)
 
     # ---------------------------------------------------------------------------------------------------- the model
 
@@ -187,6 +160,11 @@ class TPGRPOTrainer(_BaseTrainer):
         adapt_for_trainer(transformer)
         self.reference = None
         if peft_config is None:
+            if transformer.dtype in (torch.float16, torch.bfloat16):
+                raise ValueError(
+                    f"Without peft_config all weights are trained, in their own dtype, and {transformer.dtype} has not the "
+                    "precision for that: load the model in float32 (bf16=True still computes in bfloat16)."
+                )
             transformer.requires_grad_(True)
             if beta > 0:
                 self.reference = copy.deepcopy(transformer).requires_grad_(False).eval()
@@ -212,7 +190,7 @@ class TPGRPOTrainer(_BaseTrainer):
         )
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
-        self.train_sampler = EpochSampler(
+        self._set_epoch.sampler = EpochSampler(
             data_source=dataset if dataset is not None else self.train_dataset,
             mini_repeat_count=self.args.num_generations,
             batch_size=self.args.prompts_per_generation,
@@ -220,7 +198,7 @@ class TPGRPOTrainer(_BaseTrainer):
             shuffle=self.args.shuffle_dataset,
             seed=self.args.seed,
         )
-        return self.train_sampler
+        return self._set_epoch.sampler
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> RepeatSampler:
         return RepeatSampler(eval_dataset, mini_repeat_count=self.args.num_generations_eval, shuffle=False)
@@ -241,7 +219,7 @@ class TPGRPOTrainer(_BaseTrainer):
             updates = max(1, self.args.steps_per_generation // self.args.gradient_accumulation_steps)
             # Each update gets every so-manieth trajectory: a share of each group, the same for any number of processes.
             order = torch.arange(len(trajectories)).view(-1, updates).T.flatten()
-            chunks = order.to(self.args.device).chunk(self.args.steps_per_generation)
+            chunks = order.chunk(self.args.steps_per_generation)
             self._buffered_inputs = [trajectories[chunk] for chunk in chunks]
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
@@ -254,19 +232,14 @@ class TPGRPOTrainer(_BaseTrainer):
         conditioning, rollout, _, rewards = self.sample_and_score(
             rows, generators, self.args.num_inference_steps, window, complete=self.args.credit != "outcome"
         )
-        table = RewardTable(
-            self.accelerator.gather(rewards),
-            self.reward_weights,
-            self.args.num_generations,
-            len(window),
-            self.args.credit_rule,
-        )
+        group = self.args.num_generations
+        gathered = self.accelerator.gather(rewards.to(self.args.device)).cpu()
+        check_applicability(gathered, self.reward_func_names, gather_object([row["prompt"] for row in rows]), group)
+        table = RewardTable(gathered, self.reward_weights, group, len(window), self.args.credit_rule)
         self._record_rewards(table)
         schedule = self.policy.schedule(self.args.num_inference_steps)
-        places = torch.arange(first, first + len(rows), device=self.args.device)
-        return Trajectories(
-            rollout.states, rollout.log_probs, window, schedule.sigmas, schedule.timesteps, conditioning, places, table
-        )
+        places = torch.arange(first, first + len(rows))
+        return Trajectories(rollout.states, rollout.log_probs, window, schedule, conditioning, places, table)
 
     def sample_and_score(
         self,
@@ -286,19 +259,25 @@ class TPGRPOTrainer(_BaseTrainer):
             complete: Whether each state in the window is completed by the ODE.
 
         Returns:
-            The encoded prompts; the rollout; its B x (K + 1) images, row by row; the rewards, float32 (B, F, K + 1).
+            The encoded prompts; the rollout; its B x (K + 1) images, row by row; the rewards, float32 (B, F, K + 1) on the
+            CPU, NaN where a function does not apply.
+
+        Raises:
+            RewardError: If a reward function fails.
+            FloatingPointError: If a prediction is not finite.
         """
         prompts = [row["prompt"] for row in rows]
-        with self._phase("rollout"):
+        metrics = self._metrics[self._mode]
+        with metrics.seconds("rollout"):
             conditioning = self._encode(prompts)
             rollout = self._roll_out(conditioning, generators, num_inference_steps, window, complete)
-        with self._phase("decode"):
+        with metrics.seconds("decode"):
             images = self.policy.decode(rollout.final_latents.flatten(0, 1), self.args.per_device_rollout_batch_size)
-        with self._phase("score"):
+        with metrics.seconds("score"):
             rewards = self._calculate_rewards(rows, images)
         counts = {"evaluations": rollout.num_evaluations, "calls": rollout.num_calls}
         for name, value in {**counts, "decoded_images": len(images), "scored_images": len(images)}.items():
-            self._record(f"num_{name}", value)
+            metrics.record(f"num_{name}", value, "sum")
         return conditioning, rollout, images, rewards
 
     def _encode(self, prompts: list[str]) -> Conditioning:
@@ -335,16 +314,14 @@ class TPGRPOTrainer(_BaseTrainer):
             )
 
     def _calculate_rewards(self, rows: list[dict[str, Any]], images: list) -> Tensor:
-        """Rewards of B x (K + 1) images: float32, (B, F, K + 1), NaN where a function does not apply."""
+        """Rewards of B x (K + 1) images: float32, (B, F, K + 1), on the CPU, NaN where a function does not apply."""
         each = len(images) // len(rows)
         repeated = [row for row in rows for _ in range(each)]
         prompts = [row["prompt"] for row in repeated]
         columns = {name: [row[name] for row in repeated] for name in rows[0] if name != "prompt"}
-        extra = {"trainer_state": self.state, "log_metric": self._record}
+        extra = {"trainer_state": self.state, "log_metric": self._metrics[self._mode].record}
         scores = [score(function, images, prompts, columns, **extra) for function in self.reward_funcs]
-        rewards = torch.stack(scores).view(len(scores), len(rows), each).transpose(0, 1)
-        check_applicability(rewards, self.reward_func_names, prompts[::each])
-        return rewards.to(self.args.device)
+        return torch.stack(scores).view(len(scores), len(rows), each).transpose(0, 1)
 
     def _draw_window(self, generation: int) -> Window:
         """The rollout's SDE window, the same on all processes."""
@@ -374,19 +351,15 @@ class TPGRPOTrainer(_BaseTrainer):
     ) -> Tensor:
         """One forward and backward for each SDE step of a micro-batch, so that memory does not grow with their number."""
         model.train()
-        if hasattr(self.optimizer, "train"):  # schedule-free optimizers
-            self.optimizer.train()
+        getattr(self.optimizer, "train", lambda: None)()  # schedule-free optimizers have modes too
         trajectories = self._prepare_inputs(inputs)
-        num_steps = len(trajectories.window)
-        total = torch.zeros((), device=self.args.device)
-        with self._phase("train"):
-            for position in range(num_steps):
-                with self._gradient_sync(model, last=position == num_steps - 1):
-                    with self.compute_loss_context_manager():
-                        loss = self.compute_loss(model, trajectories.transitions(position))
-                    loss = loss / (num_steps * self.current_gradient_accumulation_steps)
-                    self._backward(loss)
-                total += loss.detach()
+        last = len(trajectories.window) - 1
+        with self._metrics["train"].seconds("train"):
+            losses = [
+                self._backward_of_one_step(model, trajectories.transitions(position), is_last=position == last)
+                for position in range(last + 1)
+            ]
+            total = torch.stack(losses).sum()
             if not torch.isfinite(total):
                 raise FloatingPointError(
                     f"The loss at update {self.state.global_step} is {total.item()}: the last update has probably been too "
@@ -395,6 +368,14 @@ class TPGRPOTrainer(_BaseTrainer):
         self._step += 1
         return total
 
+    def _backward_of_one_step(self, model: torch.nn.Module, transitions: Transitions, is_last: bool) -> Tensor:
+        with self._gradient_sync(model, is_last):
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, transitions)
+            loss = loss / (len(transitions.window) * self.current_gradient_accumulation_steps)
+            self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
+        return loss.detach()
+
     @contextmanager
     def _gradient_sync(self, model: torch.nn.Module, last: bool) -> Iterator[None]:
         """Let gradients be exchanged only in the last backward of the last micro-batch of an update.
@@ -402,18 +383,13 @@ class TPGRPOTrainer(_BaseTrainer):
         DeepSpeed steps after every backward that sees `sync_gradients`, so for it the flag itself is held back.
         """
         sync = self.accelerator.sync_gradients
-        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        if deepspeed:
+        if self.is_deepspeed_enabled:
             self.accelerator.gradient_state._set_sync_gradients(sync and last)
         try:
-            with nullcontext() if deepspeed or (sync and last) else self.accelerator.no_sync(model):
+            with nullcontext() if self.is_deepspeed_enabled or (sync and last) else self.accelerator.no_sync(model):
                 yield
         finally:
             self.accelerator.gradient_state._set_sync_gradients(sync)
-
-    def _backward(self, loss: Tensor) -> None:
-        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
 
     def compute_loss(
         self,
@@ -429,27 +405,32 @@ class TPGRPOTrainer(_BaseTrainer):
         """
         if return_outputs:
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
-        advantages = inputs.table.advantages[inputs.rows, inputs.position]
         step = self._transition(model, inputs)
         log_probs = log_prob(step, inputs.next_latents, inputs.window.log_prob_type)
         surrogate = clipped_surrogate(
-            log_probs, inputs.old_log_probs, advantages, self.args.epsilon, self.args.epsilon_high
+            log_probs, inputs.old_log_probs, inputs.advantages, self.args.epsilon, self.args.epsilon_high
         )
-        loss = surrogate.loss.mean()
+        loss, metrics = surrogate.loss.mean(), self._metrics["train"]
         if self.args.beta > 0:
             kl = kl_divergence(step, self._reference_transition(inputs)).mean()
             loss = loss + self.args.beta * kl
-            self._record("kl", kl)
-        self._record("ratio/mean", surrogate.ratio.mean())
-        self._record("ratio/max_deviation", (surrogate.ratio - 1).abs().max())
-        self._record("clip_ratio", surrogate.clipped.float().mean())
+            metrics.record("kl", kl)
+        metrics.record("ratio/mean", surrogate.ratio.mean())
+        metrics.record("ratio/max_deviation", (surrogate.ratio - 1).abs().max(), "max")
+        metrics.record("clip_ratio", surrogate.clipped.float().mean())
+        metrics.record("num_train_evaluations", len(log_probs) * (2 if self.args.beta > 0 else 1), "sum")
         return loss
 
     def _transition(self, model: torch.nn.Module, inputs: Transitions) -> Transition:
         velocity = self.policy.velocity(model, inputs.latents, inputs.timestep, inputs.conditioning)
-        sigma, sigma_next = inputs.sigmas[inputs.step], inputs.sigmas[inputs.step + 1]
-        window = inputs.window
-        return transition(window.sde_type, inputs.latents, velocity, sigma, sigma_next, window.noise_level)
+        return transition(
+            inputs.window.sde_type,
+            inputs.latents,
+            velocity,
+            inputs.sigma,
+            inputs.sigma_next,
+            inputs.window.noise_level,
+        )
 
     @torch.no_grad()
     def _reference_transition(self, inputs: Transitions) -> Transition:
@@ -470,7 +451,7 @@ class TPGRPOTrainer(_BaseTrainer):
     ) -> dict[str, float]:
         """Mean reward of images sampled by the ODE in `num_inference_steps_eval` steps, with the same noise each time."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
-            check_datasets(None, eval_dataset, self.args)
+            check_datasets(None, eval_dataset, self.reward_funcs, self.args)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -487,10 +468,12 @@ class TPGRPOTrainer(_BaseTrainer):
         self._num_evaluated += self.accelerator.num_processes * len(inputs)
         generators = [self._generator(EVALUATION, first + row) for row in range(len(inputs))]
         *_, rewards = self.sample_and_score(inputs, generators, self.args.num_inference_steps_eval)
-        rewards = self.accelerator.gather_for_metrics(rewards)[:, :, -1]  # (N, F)
-        for name, values in zip(self.reward_func_names, rewards.unbind(1), strict=True):
-            self._record(f"rewards/{name}/mean", values)
-        self._record("reward", (rewards * self.reward_weights).nansum(1))
+        check_applicability(rewards, self.reward_func_names, [row["prompt"] for row in inputs], num_generations=1)
+        final = self.accelerator.gather_for_metrics(rewards[:, :, -1].to(self.args.device)).cpu()  # (N, F)
+        metrics = self._metrics["eval"]
+        for name, values in zip(self.reward_func_names, final.unbind(1), strict=True):
+            metrics.record(f"rewards/{name}/mean", values)
+        metrics.record("reward", (final * self.reward_weights).nansum(1))
         return None, None, None
 
     # -------------------------------------------------------------------------------------------------- the metrics
@@ -499,51 +482,41 @@ class TPGRPOTrainer(_BaseTrainer):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
-    def _record(self, name: str, value: float | Tensor) -> None:
-        self._metrics[self._mode][name].append(torch.as_tensor(value, dtype=torch.float32).detach().flatten())
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._record(f"seconds/{name}", time.perf_counter() - start)
-
     def _record_rewards(self, table: RewardTable) -> None:
-        """What a rollout's rewards look like: per function, along the trajectory, and as advantages."""
-        final = table.rewards[:, -1]
+        """What a rollout's rewards look like: in all, per function along the trajectory, and as advantages."""
+        metrics, final = self._metrics["train"], table.rewards[:, -1]
         groups = final.view(-1, self.args.num_generations)
-        self._record("reward", final.mean())
-        self._record("reward_std", final.std(correction=0))
-        self._record("frac_reward_zero_std", (groups.std(1, correction=0) < 1e-8).float().mean())
+        metrics.record("reward", final.mean())
+        metrics.record("reward_std", final.std(correction=0))
+        metrics.record("frac_reward_zero_std", (groups.amax(1) == groups.amin(1)).float().mean())
+        metrics.record("advantages/std", table.advantages.std(correction=0))
         for name, rewards in zip(self.reward_func_names, table.rewards_per_func.unbind(1), strict=True):
-            applicable = rewards[:, -1][~rewards[:, -1].isnan()]
-            if len(applicable):
-                self._record(f"rewards/{name}/mean", applicable.mean())
-                self._record(f"rewards/{name}/std", applicable.std(correction=0))
-        self._record("advantages/std", table.advantages.std(correction=0))
-        if self.args.credit == "outcome":
-            return
-        turning = self.args.credit_rule.turning_points(table.rewards).float()
+            applicable = rewards[~rewards[:, -1].isnan()]
+            means = applicable.mean(0) if len(applicable) else rewards.new_full((rewards.shape[1],), torch.nan)
+            spreads = applicable.std(0, correction=0) if len(applicable) else means
+            metrics.record(f"rewards/{name}/mean", means[-1])
+            metrics.record(f"rewards/{name}/std", spreads[-1])
+            if self.args.credit != "outcome":
+                for state, (mean, spread) in enumerate(zip(means, spreads, strict=True)):
+                    metrics.record(f"rewards/{name}/mean_of_state_{state}", mean)
+                    metrics.record(f"rewards/{name}/std_of_state_{state}", spread)
+        if self.args.credit != "outcome":
+            self._record_credit(table)
+
+    def _record_credit(self, table: RewardTable) -> None:
+        """Where along the trajectory rewards tell images apart, and where trajectories turn."""
+        metrics, turning = self._metrics["train"], table.turning_points.float()
         within_group = step_rewards(table.rewards).unflatten(0, (-1, self.args.num_generations)).std(1, correction=0)
-        self._record("turning_points/rate", turning.mean())
+        metrics.record("turning_points/rate", turning.mean())
         for step in range(table.num_steps):
-            self._record(f"turning_points/step_{step}", turning[:, step].mean())
-            self._record(f"step_reward_std/step_{step}", within_group[..., step].mean())
-        for state, reward in enumerate(table.rewards.mean(0)):
-            self._record(f"completion_reward/state_{state}", reward)
+            metrics.record(f"turning_points/step_{step}", turning[:, step].mean())
+            metrics.record(f"step_reward_std/step_{step}", within_group[:, step].mean())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics recorded since the last log: averaged over processes, but counts, which are summed."""
-        recorded = self._metrics[self._mode]
-        names = sorted(recorded)
-        if names:
-            values = torch.stack([_summary(name, recorded[name]).to(self.args.device) for name in names])
-            values = self.accelerator.reduce(values, "mean")
-            counts = torch.tensor([name.startswith("num_") for name in names], device=values.device)
-            values = torch.where(counts, values * self.accelerator.num_processes, values)
-            prefix = f"{self._eval_prefix}_" if self._mode == "eval" else ""
-            logs.update({f"{prefix}{name}": value for name, value in zip(names, values.tolist(), strict=True)})
-        recorded.clear()
+        """Add the metrics recorded since the last log, with the evaluation's prefix if they are of one."""
+        prefix = f"{self._eval_prefix}_" if self._mode == "eval" else ""
+        recorded = self._metrics[self._mode].flush(self.accelerator)
+        logs.update({f"{prefix}{name}": value for name, value in recorded.items()})
         super().log(logs, start_time)
 
     # ---------------------------------------------------------------------------------------- saving and resuming
@@ -559,13 +532,15 @@ class TPGRPOTrainer(_BaseTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        if self._step % self._generate_every and not self.args.save_only_model:
+        if not self.args.save_only_model:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self._buffered_inputs, self._buffer_file(folder))
+            in_use = self._buffered_inputs if self._step % self._generate_every else None
+            torch.save({"step": self._step, "buffered_inputs": in_use}, self._rollout_file(folder))
         super()._save_checkpoint(model, trial)
 
-    def _buffer_file(self, checkpoint: str | Path) -> Path:
+    def _rollout_file(self, checkpoint: str | Path) -> Path:
+        """Where a process keeps its micro-step and, inside a rollout, the rollout."""
         return Path(checkpoint) / f"rollout_{self.accelerator.process_index}.pt"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
@@ -582,14 +557,14 @@ class TPGRPOTrainer(_BaseTrainer):
             raise FileNotFoundError(
                 f"{checkpoint} holds no optimizer (saved with save_only_model?): it cannot be resumed."
             )
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        if self._step % self._generate_every:
-            if not self._buffer_file(checkpoint).exists():
-                raise FileNotFoundError(
-                    f"{self._buffer_file(checkpoint)} is missing: the rollout in use when it was saved."
-                )
-            buffered = torch.load(self._buffer_file(checkpoint), map_location=self.args.device, weights_only=False)
-            self._buffered_inputs = buffered
+        if not self._rollout_file(checkpoint).exists():
+            raise FileNotFoundError(
+                f"{self._rollout_file(checkpoint)} is missing: the rollout in use when the checkpoint was saved. (A run is "
+                "resumed on the number of processes that it was saved on.)"
+            )
+        saved = torch.load(self._rollout_file(checkpoint), map_location="cpu", weights_only=False)
+        self._step, in_use = saved["step"], saved["buffered_inputs"]
+        self._buffered_inputs = in_use and [trajectories.to(self.args.device) for trajectories in in_use]
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -604,7 +579,7 @@ class TPGRPOTrainer(_BaseTrainer):
         card = build_model_card(
             model_name=name,
             repo=self.hub_model_id or name,
-            base_model=pipeline.config.get("_name_or_path") or "unknown",
+            base_model=_hub_id(pipeline),
             transformer_class=type(pipeline.transformer).__name__,
             is_lora=isinstance(self.model, PeftModel),
             settings={"updates": self.state.global_step} | {field: getattr(self.args, field) for field in shown},
@@ -615,9 +590,7 @@ class TPGRPOTrainer(_BaseTrainer):
         card.save(Path(self.args.output_dir) / "README.md")
 
 
-def _summary(name: str, values: list[Tensor]) -> Tensor:
-    """Counts and seconds add up; a largest value stays the largest; the rest is averaged."""
-    recorded = torch.cat([value.cpu() for value in values])
-    if name.startswith(("num_", "seconds/")):
-        return recorded.sum()
-    return recorded.max() if name.endswith("max_deviation") else recorded.nanmean()
+def _hub_id(pipeline: DiffusionPipeline) -> str | None:
+    """Where a pipeline came from, if that was the Hub."""
+    name = pipeline.config.get("_name_or_path")
+    return None if not name or Path(name).exists() else name

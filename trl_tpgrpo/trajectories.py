@@ -3,12 +3,13 @@
 Shapes: `B` trajectories of this process, `N` of all processes, `K` SDE steps, `...` the dimensions of a latent.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from .credit import RewardTable
-from .policies import Conditioning
+from .policies import Conditioning, Schedule
 from .rollout import Window
 
 
@@ -20,27 +21,32 @@ class Transitions:
         latents: float32, (B, ...), before the step.
         next_latents: float32, (B, ...), after it.
         old_log_probs: float32, (B,), when it was sampled.
-        step: Its number in the schedule.
+        sigma: 0-dimensional, on the CPU, before the step.
+        sigma_next: 0-dimensional, on the CPU, after it.
+        timestep: 0-dimensional, on the CPU, before the step.
         position: Its number in the window, 0 to K - 1.
         window: The SDE window.
-        sigmas: float32, (T + 1,), on the CPU.
-        timestep: 0-dimensional, on the CPU.
         conditioning: The B prompts.
-        rows: (B,), the trajectories' places in the reward table.
+        rows: (B,), on the CPU, the trajectories' places in the reward table.
         table: The rewards of all N trajectories.
     """
 
     latents: Tensor
     next_latents: Tensor
     old_log_probs: Tensor
-    step: int
+    sigma: Tensor
+    sigma_next: Tensor
+    timestep: Tensor
     position: int
     window: Window
-    sigmas: Tensor
-    timestep: Tensor
     conditioning: Conditioning
     rows: Tensor
     table: RewardTable
+
+    @property
+    def advantages(self) -> Tensor:
+        """float32, (B,): of this step, from the table, which computes all of them at the first look."""
+        return self.table.advantages[self.rows, self.position].to(self.latents.device)
 
 
 @dataclass(frozen=True)
@@ -51,18 +57,16 @@ class Trajectories:
         states: float32, (B, K + 1, ...).
         log_probs: float32, (B, K).
         window: The SDE window.
-        sigmas: float32, (T + 1,), on the CPU.
-        timesteps: float32, (T,), on the CPU.
+        schedule: The noise levels.
         conditioning: The B prompts.
-        rows: (B,), the trajectories' places in the reward table.
-        table: The rewards of all N trajectories.
+        rows: (B,), on the CPU, the trajectories' places in the reward table.
+        table: The rewards of all N trajectories, on the CPU.
     """
 
     states: Tensor
     log_probs: Tensor
     window: Window
-    sigmas: Tensor
-    timesteps: Tensor
+    schedule: Schedule
     conditioning: Conditioning
     rows: Tensor
     table: RewardTable
@@ -71,16 +75,22 @@ class Trajectories:
         return len(self.states)
 
     def __getitem__(self, chosen: Tensor) -> "Trajectories":
-        """The trajectories at the places `chosen`, of the same table."""
-        return Trajectories(
-            self.states[chosen],
-            self.log_probs[chosen],
-            self.window,
-            self.sigmas,
-            self.timesteps,
-            self.conditioning[chosen],
-            self.rows[chosen],
-            self.table,
+        """The trajectories at the places `chosen` (an index on the CPU), of the same table."""
+        return replace(
+            self,
+            states=self.states[chosen],
+            log_probs=self.log_probs[chosen],
+            conditioning=self.conditioning[chosen],
+            rows=self.rows[chosen],
+        )
+
+    def to(self, device: torch.device) -> "Trajectories":
+        """With states, log-probabilities and prompts on `device`; the rest stays on the CPU."""
+        return replace(
+            self,
+            states=self.states.to(device),
+            log_probs=self.log_probs.to(device),
+            conditioning=self.conditioning.to(device),
         )
 
     def transitions(self, position: int) -> Transitions:
@@ -90,11 +100,11 @@ class Trajectories:
             latents=self.states[:, position],
             next_latents=self.states[:, position + 1],
             old_log_probs=self.log_probs[:, position],
-            step=step,
+            sigma=self.schedule.sigmas[step],
+            sigma_next=self.schedule.sigmas[step + 1],
+            timestep=self.schedule.timesteps[step],
             position=position,
             window=self.window,
-            sigmas=self.sigmas,
-            timestep=self.timesteps[step],
             conditioning=self.conditioning,
             rows=self.rows,
             table=self.table,

@@ -48,11 +48,11 @@ def main(argv: list[str]) -> int:
     heldout = prompt_dataset("heldout", args.num_eval_prompts)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    before = sample(load_pipeline(TESTBED), heldout, "Held-out images before")
+    before = sample_heldout(load_pipeline(TESTBED), heldout, "Held-out images before")
     trainer = build_trainer(args.output_dir, args.max_steps, args.seed)
     trainer.train()
     trainer.save_model()
-    after = sample(trainer.policy.pipeline, heldout, "Held-out images after")
+    after = sample_heldout(trainer.policy.pipeline, heldout, "Held-out images after")
 
     scores = [score_images(images, repeated(heldout)) for images in (before, after)]
     draw_figures(args.output_dir, trainer, heldout, before, after, scores)
@@ -68,6 +68,7 @@ def main(argv: list[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The parser."""
     parser = argparse.ArgumentParser(prog="trl-tpgrpo demo", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--output_dir", type=Path, default=Path("demo"), help="adapter and pictures; default: demo")
     parser.add_argument("--max_steps", type=int, default=100, help="updates; default: 100, a few minutes on two cores")
@@ -87,6 +88,7 @@ def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
         output_dir=str(output_dir),
         use_cpu=True,
         **PIPELINE_KWARGS,
+        per_device_rollout_batch_size=512,
         guidance_scale=1.0,
         num_inference_steps=NUM_INFERENCE_STEPS,
         sde_window_size=3,
@@ -117,10 +119,11 @@ def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
 
 
 def repeated(dataset: Dataset) -> list[str]:
+    """Its prompts, each as often as there are images of it."""
     return [prompt for prompt in dataset["prompt"] for _ in range(IMAGES_PER_PROMPT)]
 
 
-def sample(pipeline: DiffusionPipeline, dataset: Dataset, description: str) -> list[Image.Image]:
+def sample_heldout(pipeline: DiffusionPipeline, dataset: Dataset, description: str) -> list[Image.Image]:
     """Images of the dataset's prompts by the pipeline's own `__call__`, from noise that depends on their place only."""
     pipeline.set_progress_bar_config(disable=True)
     prompts, images = repeated(dataset), []
@@ -199,6 +202,6 @@ def compare_with_plain_pipeline(adapter: Path, dataset: Dataset, images: list[Im
     pipeline = load_pipeline(TESTBED)
     pipeline.load_lora_weights(adapter)
     first = dataset.select(range(min(8, len(dataset))))
-    again = sample(pipeline, first, "The saved adapter's images")
+    again = sample_heldout(pipeline, first, "The saved adapter's images")
     pairs = zip(images[: len(again)], again, strict=True)
     return max(int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max()) for one, other in pairs)

@@ -13,6 +13,17 @@ from ..policies import load_pipeline
 from ..testbed import PIPELINE_KWARGS, TESTBED
 
 
+SAMPLING_OPTIONS = (
+    "num_inference_steps",
+    "guidance_scale",
+    "true_cfg_scale",
+    "negative_prompt",
+    "height",
+    "width",
+    "max_sequence_length",
+)
+
+
 def main(argv: list[str]) -> int:
     """Write one PNG file for each image."""
     args = make_parser().parse_args(argv)
@@ -21,18 +32,8 @@ def main(argv: list[str]) -> int:
     if not prompts:
         raise SystemExit("trl-tpgrpo sample: error: no prompt: use --prompt or --prompts_file")
     pipeline = build_pipeline(args.model_name_or_path, args.adapter, args.dtype, args.device)
-    options = {
-        name: getattr(args, name)
-        for name in (
-            "num_inference_steps",
-            "guidance_scale",
-            "height",
-            "width",
-            "max_sequence_length",
-            "negative_prompt",
-        )
-        if getattr(args, name) is not None
-    }
+    given = {name: getattr(args, name) for name in SAMPLING_OPTIONS}
+    options = {name: value for name, value in given.items() if value is not None}
     if args.model_name_or_path == "testbed":
         options = {**PIPELINE_KWARGS, **options}
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -44,6 +45,7 @@ def main(argv: list[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The parser; an option that is not given is left to the pipeline."""
     parser = argparse.ArgumentParser(prog="trl-tpgrpo sample", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--model_name_or_path", required=True, help="Hub id or folder of a pipeline, or 'testbed'")
     parser.add_argument("--adapter", help="Hub id or folder of a LoRA, or a folder with a trained transformer")
@@ -54,6 +56,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the first image of each prompt; default: 0")
     parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
     parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
+    parser.add_argument(
+        "--true_cfg_scale", type=float, help="FLUX only, with a negative prompt; default: the pipeline's"
+    )
     parser.add_argument("--negative_prompt", help="default: none")
     parser.add_argument("--height", type=int, help="default: the pipeline's")
     parser.add_argument("--width", type=int, help="default: the pipeline's")

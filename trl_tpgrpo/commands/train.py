@@ -4,9 +4,11 @@ import importlib
 import os
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import Dataset, load_dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset, get_peft_config
@@ -19,9 +21,11 @@ from ..trainer import TPGRPOTrainer
 
 
 BUILT_IN_REWARDS = {
+    "graded_reward": "trl_tpgrpo.testbed.checker.graded_reward",
     "jpeg_compressibility": "trl_tpgrpo.rewards.jpeg_compressibility",
     "jpeg_incompressibility": "trl_tpgrpo.rewards.jpeg_incompressibility",
     "shapes_reward": "trl_tpgrpo.testbed.checker.shapes_reward",
+    "strict_reward": "trl_tpgrpo.testbed.checker.strict_reward",
 }
 
 # The first field of each group of TPGRPOConfig, in its order
@@ -90,18 +94,33 @@ class TPGRPOModelConfig(ModelConfig):
 def main(argv: list[str]) -> int:
     """Train in this process, or through `accelerate launch` if its options are given or there are several GPUs."""
     parser = make_parser()
-    *configs, from_recipe, from_command_line = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    launched = "LOCAL_RANK" in os.environ
-    launch_options = resolve_accelerate_config_argument(from_recipe + from_command_line)
-    if not launched and (launch_options or torch.cuda.device_count() > 1):
-        own_options = _without(argv, from_command_line)
+    launch_options, own_options = split_options(parser, argv)
+    if "LOCAL_RANK" not in os.environ and (launch_options or torch.cuda.device_count() > 1):
         launch = launch_command_parser().parse_args([*launch_options, "--module", "trl_tpgrpo", "train", *own_options])
         launch_command(launch)
         return 0
+    configs = parser.parse_args_and_config(own_options, fail_with_unknown_args=False)
     run(*configs[:4])  # what follows is the namespace with --config
     return 0
+
+
+def split_options(parser: TrlParser, argv: list[str]) -> tuple[list[str], list[str]]:
+    """Options of `accelerate launch`, from the command line and the recipe, and the command line without them.
+
+    Raises:
+        ValueError: If an option is neither of the trainer nor of accelerate.
+    """
+    arguments, unknown = parser.parse_known_args(argv)
+    recipe = yaml.safe_load(Path(arguments.config).read_text()) if arguments.config else {}
+    names = {action.dest for action in parser._actions} | {"env"}
+    of_recipe = [item for name, value in recipe.items() if name not in names for item in (f"--{name}", str(value))]
+    launch_options = resolve_accelerate_config_argument(of_recipe + unknown)
+    _, foreign = launch_command_parser().parse_known_args([*launch_options, "script"])
+    if foreign:
+        raise ValueError(
+            f"Unknown options: {' '.join(foreign)}. See trl-tpgrpo train --help and accelerate launch --help."
+        )
+    return launch_options, _without(argv, unknown)
 
 
 def make_parser() -> TrlParser:
@@ -152,6 +171,8 @@ def run(
     training_args: TPGRPOConfig,
 ) -> None:
     """Load model, rewards and data; train, save and, if asked to, push."""
+    if script_args.dataset_streaming:
+        raise ValueError("--dataset_streaming is not supported: a rollout draws its prompts by number.")
     if model_args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: a Hub id, a folder, or 'testbed'.")
     if not script_args.reward_funcs:
@@ -196,9 +217,9 @@ def load_reward(name: str) -> RewardFunc:
         raise ValueError(f"The module of the reward function {name!r} cannot be imported: {error}.") from error
     finally:
         sys.path.pop(0)
-    if not hasattr(module, function):
+    if function not in vars(module):
         raise ValueError(f"The module {module_path!r} has no reward function {function!r}.")
-    return getattr(module, function)
+    return vars(module)[function]
 
 
 def load_prompts(

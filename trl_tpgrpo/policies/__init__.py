@@ -38,9 +38,11 @@ def load_pipeline(
         **model_init_kwargs: For `DiffusionPipeline.from_pretrained`.
 
     Raises:
-        ValueError: If `dtype` is no name of a torch dtype.
+        ValueError: If `dtype` is no name of a torch dtype, or given as `torch_dtype`.
         OSError: If there is no such model.
     """
+    if "torch_dtype" in model_init_kwargs:
+        raise ValueError("model_init_kwargs: write dtype instead of torch_dtype.")
     if isinstance(dtype, str):
         named = getattr(torch, dtype.removeprefix("torch."), None)
         if not isinstance(named, torch.dtype):

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
@@ -62,8 +64,9 @@ class Conditioning:
         """The prompts of `rows` (M,)."""
         return self._map(lambda value: value[rows.to(value.device)])
 
-    def to(self, dtype: torch.dtype) -> "Conditioning":
-        return self._map(lambda value: value.to(dtype))
+    def to(self, target: torch.dtype | torch.device) -> "Conditioning":
+        """In another dtype or on another device."""
+        return self._map(lambda value: value.to(target))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
         negative = None if self.negative is None else self.negative._map(function)
@@ -103,9 +106,32 @@ class FlowPolicy(ABC):
         self.pipeline = pipeline
         self.guidance = guidance
         self.dtype: torch.dtype = pipeline.transformer.dtype
-        multiple = pipeline.vae_scale_factor * 2
+        self._check_pipeline()
+        self._check_guidance()
+
+    def _check_pipeline(self) -> None:
+        scheduler = self.pipeline.scheduler
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            raise ValueError(
+                f"The pipeline's scheduler must be a FlowMatchEulerDiscreteScheduler, got {type(scheduler).__name__}."
+            )
+        for option in ("stochastic_sampling", "invert_sigmas"):
+            if scheduler.config.get(option, False):
+                raise ValueError(
+                    f"The scheduler's option {option} is not supported: its steps are not those of the ODE."
+                )
+        if getattr(self.pipeline, "hf_device_map", None) is not None:
+            raise ValueError("A pipeline with a device_map cannot be trained: load it without one.")
+        if any(isinstance(module, BaseTunerLayer) for module in self.pipeline.transformer.modules()):
+            raise ValueError(
+                "The pipeline's transformer carries an adapter already: call pipeline.fuse_lora() and "
+                "pipeline.unload_lora_weights() first, or load the pipeline anew."
+            )
+
+    def _check_guidance(self) -> None:
+        multiple = self.pipeline.vae_scale_factor * 2
         for name in ("height", "width"):
-            size = getattr(guidance, name)
+            size = getattr(self.guidance, name)
             if size % multiple:
                 raise ValueError(f"{name} must be a multiple of {multiple} for this pipeline, got {size}.")
 
@@ -133,7 +159,19 @@ class FlowPolicy(ABC):
 
     @property
     def device(self) -> torch.device:
+        """Where encoders and VAE are."""
         return self.pipeline.vae.device
+
+    def _resolution_shift(self, num_tokens: int, default_max_shift: float) -> float:
+        """The scheduler's `mu` for an image of so many tokens, as the pipelines compute it."""
+        config = self.pipeline.scheduler.config
+        return calculate_shift(
+            num_tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", default_max_shift),
+        )
 
     def to(self, device: torch.device) -> None:
         """Move everything that is not trained."""

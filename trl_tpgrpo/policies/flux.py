@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from diffusers import FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 from torch import Tensor
 
 from .base import Conditioning, FlowPolicy, Schedule
@@ -24,11 +24,19 @@ class FluxPolicy(FlowPolicy):
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
     ]  # fmt: skip
 
+    def _check_guidance(self) -> None:
+        super()._check_guidance()
+        if (self.guidance.true_cfg_scale > 1) != (self.guidance.negative_prompt is not None):
+            raise ValueError(
+                "true_cfg_scale above 1 and a negative_prompt have an effect only together; got "
+                f"true_cfg_scale={self.guidance.true_cfg_scale}, negative_prompt={self.guidance.negative_prompt!r}."
+            )
+
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         negative_prompt = self.guidance.negative_prompt
         negative = None
-        if self.guidance.true_cfg_scale > 1 and negative_prompt is not None:
+        if negative_prompt is not None:
             negative = self._encode([negative_prompt] * len(prompts))
         encoded = self._encode(prompts)
         return Conditioning(encoded.prompt_embeds, encoded.pooled_prompt_embeds, negative).to(self.dtype)
@@ -54,13 +62,7 @@ class FluxPolicy(FlowPolicy):
 
     def schedule(self, num_inference_steps: int) -> Schedule:
         scheduler = self.pipeline.scheduler
-        mu = calculate_shift(
-            self._latent_height * self._latent_width,
-            scheduler.config.get("base_image_seq_len", 256),
-            scheduler.config.get("max_image_seq_len", 4096),
-            scheduler.config.get("base_shift", 0.5),
-            scheduler.config.get("max_shift", 1.15),
-        )
+        mu = self._resolution_shift(self._latent_height * self._latent_width, default_max_shift=1.15)
         even = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         sigmas = None if scheduler.config.get("use_flow_sigmas", False) else even
         timesteps, _ = retrieve_timesteps(scheduler, num_inference_steps, "cpu", sigmas=sigmas, mu=mu)

@@ -2,7 +2,7 @@
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift, retrieve_timesteps
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import retrieve_timesteps
 from torch import Tensor
 
 from .base import Conditioning, FlowPolicy, Schedule
@@ -20,7 +20,18 @@ class SD3Policy(FlowPolicy):
 
     @property
     def uses_guidance(self) -> bool:
+        """Whether the model is asked twice, with the prompt and with the negative one."""
         return self.guidance.guidance_scale > 1
+
+    def _check_guidance(self) -> None:
+        super()._check_guidance()
+        if self.guidance.true_cfg_scale != 1:
+            raise ValueError("true_cfg_scale is for FLUX; with this model classifier-free guidance is guidance_scale.")
+        if self.guidance.negative_prompt is not None and not self.uses_guidance:
+            raise ValueError(
+                f"negative_prompt has no effect without guidance: guidance_scale is {self.guidance.guidance_scale}, must be "
+                "above 1."
+            )
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -55,13 +66,7 @@ class SD3Policy(FlowPolicy):
         if scheduler.config.get("use_dynamic_shifting", None):
             side = self.pipeline.vae_scale_factor * self.pipeline.patch_size
             num_tokens = (self.guidance.height // side) * (self.guidance.width // side)
-            extra["mu"] = calculate_shift(
-                num_tokens,
-                scheduler.config.get("base_image_seq_len", 256),
-                scheduler.config.get("max_image_seq_len", 4096),
-                scheduler.config.get("base_shift", 0.5),
-                scheduler.config.get("max_shift", 1.16),
-            )
+            extra["mu"] = self._resolution_shift(num_tokens, default_max_shift=1.16)
         timesteps, _ = retrieve_timesteps(scheduler, num_inference_steps, "cpu", **extra)
         return Schedule(scheduler.sigmas.cpu().clone(), timesteps.clone())
 

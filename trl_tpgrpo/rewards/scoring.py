@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -77,7 +78,7 @@ def score(
             else f"on a batch of {len(images)} images, on none alone"
         )
         raise RewardError(f"The reward function {name!r} raised {type(error).__name__}: {error} ({where}).") from error
-    if inspect.isawaitable(values) or not hasattr(values, "__len__"):
+    if not isinstance(values, Sequence | torch.Tensor | np.ndarray):
         raise RewardError(f"The reward function {name!r} must return a list of numbers, got {type(values).__name__}.")
     if len(values) != len(images):
         raise RewardError(f"The reward function {name!r} returned {len(values)} rewards for {len(images)} images.")
@@ -122,25 +123,44 @@ def _first_failing_row(
     return None
 
 
-def check_applicability(rewards_per_func: torch.Tensor, names: list[str], prompts: list[str]) -> None:
+def check_applicability(
+    rewards_per_func: torch.Tensor, names: list[str], prompts: list[str], num_generations: int
+) -> None:
     """Refuse rewards that would compare unlike things.
 
     Args:
         rewards_per_func: (B, F, K + 1), NaN where a function does not apply.
         names: The F functions' names.
-        prompts: The B trajectories' prompts.
+        prompts: The B trajectories' prompts, in groups of `num_generations`.
+        num_generations: The groups' size.
 
     Raises:
-        RewardError: If no function applies to an image, or one applies to some images of a prompt only.
+        RewardError: If no function applies to an image, or one applies to some images of a group only.
     """
     absent = rewards_per_func.isnan()
     for row, prompt in enumerate(prompts):
-        first = prompts.index(prompt)
+        if absent[row].all():
+            raise RewardError(f"Every reward function returned None for {_describe(row, prompts)}.")
+        first = row - row % num_generations
         for column, name in enumerate(names):
             if not (absent[row, column] == absent[first, column, 0]).all():
                 raise RewardError(
                     f"The reward function {name!r} returned None for some images of the prompt {prompt!r} and numbers for "
-                    "others; whether it applies may depend on the prompt only."
+                    "others; whether it applies may depend on the dataset's row only."
                 )
-        if absent[row].all():
-            raise RewardError(f"Every reward function returned None for {_describe(row, prompts)}.")
+
+
+def check_signature(reward_func: RewardFunc, columns: list[str]) -> None:
+    """Refuse a function that cannot take what it will be called with, before anything is sampled for it.
+
+    Raises:
+        TypeError: If it does not take the columns of the dataset.
+    """
+    arguments = {name: None for name in (*RESERVED_COLUMNS, *columns)}
+    try:
+        inspect.signature(reward_func).bind(**arguments)
+    except TypeError as error:
+        raise TypeError(
+            f"The reward function {reward_name(reward_func)!r} cannot be called with {list(arguments)}: {error}. Let it take "
+            "**columns."
+        ) from error

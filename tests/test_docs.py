@@ -1,0 +1,51 @@
+"""What the documentation says exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+from test_trainer import build, prompts
+
+from trl_tpgrpo import TPGRPOConfig
+from trl_tpgrpo.config import TPGRPOConfig as Config
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+    missing = [target for target in targets if not target.startswith("http") and not (page.parent / target).exists()]
+    assert not missing
+
+
+def test_commands_of_the_readme_are_targets_of_the_makefile() -> None:
+    named = set(re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert named == {"demo", "test"}
+    assert named <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_file_tree_of_the_readme_is_that_of_the_package() -> None:
+    tree = (ROOT / "README.md").read_text().split("```\ntrl_tpgrpo/\n")[1].split("```")[0]
+    listed = set(re.findall(r"^  ([\w.]+)/?[ ,]", tree, re.MULTILINE)) | {"commands"}
+    present = {path.name for path in (ROOT / "trl_tpgrpo").iterdir() if not path.name.startswith("_")}
+    assert listed == present
+
+
+def test_every_logged_metric_is_explained(tmp_path: Path) -> None:
+    trainer = build(tmp_path, max_steps=1, eval_dataset=prompts(4), beta=0.1)
+    trainer.train()
+    trainer.evaluate()
+    text = (ROOT / "docs/trainer.md").read_text()
+    of_transformers = re.compile("train_|total_flos|step$|eval_(runtime|samples|steps|num_|seconds|model_prep)")
+    for name in {name for entry in trainer.state.log_history for name in entry}:
+        documented = re.sub(r"rewards/\w+/", "rewards/{name}/", re.sub(r"(step|state)_\d+$", r"\1_{j}", name))
+        assert f"`{documented}`" in text or of_transformers.match(name), name
+
+
+def test_every_setting_is_explained_in_the_config() -> None:
+    for name in Config.__annotations__:
+        if not name.startswith("_") and name not in ("gradient_checkpointing", "logging_nan_inf_filter"):
+            assert f"        {name} (`" in TPGRPOConfig.__doc__ or f"`{name}`" in TPGRPOConfig.__doc__, name
