@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "credit": set(),
     "losses": set(),
     "compat": set(),
-    "metrics": set(),
+    "metrics": {"credit"},
     "sampler": set(),
     "model_card": set(),
     "figures": set(),

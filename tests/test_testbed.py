@@ -86,7 +86,8 @@ def test_detection_finds_things_where_they_are() -> None:
 @pytest.mark.parametrize(
     ("caption", "shown", "expected"),
     [
-        ("a red circle", "two red circles", "less"),
+        ("a red circle", "two red circles", "nothing"),
+        ("two red circles", "three red circles", "less"),
         ("two red circles", "a red circle", "less"),
         ("a red circle left of a blue square", "a red circle right of a blue square", "less"),
         ("a red circle and a blue square", "a red circle left of a blue square", "right"),

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     if command != "train":  # notices of libraries would hide the little that these commands print
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return importlib.import_module(f"trl_tpgrpo.commands.{command}").main(argv[1:])
 
 

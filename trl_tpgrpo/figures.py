@@ -98,7 +98,7 @@ def save_trajectory(
         axis.plot(step, rewards[step], "o", color=colour, markersize=10, zorder=4)
         axis.annotate(
             f"turning point\n{rewards[-1] - rewards[step]:+.2f}", (step, rewards[step]), textcoords="offset points",
-            xytext=(0, 12), ha="center", fontsize=8, color=colour,
+            xytext=(0, -28 if rewards[-1] > rewards[step] else 12), ha="center", fontsize=8, color=colour,
         )  # fmt: skip
     axis.set_xlim(-0.5, number - 0.5)
     axis.margins(y=0.35)

@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from .credit import RewardTable, step_rewards
+
 
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": torch.Tensor.nanmean,
@@ -57,3 +59,43 @@ class Metrics:
             name: REDUCTIONS[reduction](gathered[:, index]).item()
             for index, (name, reduction) in enumerate(zip(names, over_processes, strict=True))
         }
+
+
+def rollout_metrics(table: RewardTable, names: list[str]) -> dict[str, Tensor]:
+    """What a rollout's rewards look like: in all, per function along the trajectory, and as advantages.
+
+    Args:
+        table: The rewards of the generation batch.
+        names: Of the F reward functions.
+
+    Returns:
+        0-dimensional tensors by name; NaN for a function that applies nowhere.
+    """
+    final = table.rewards[:, -1]
+    groups = final.view(-1, table.num_generations)
+    metrics = {
+        "reward": final.mean(),
+        "reward_std": final.std(correction=0),
+        "frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
+        "advantages/std": table.advantages.std(correction=0),
+    }
+    completed = table.rewards.shape[1] > 1
+    for name, rewards in zip(names, table.rewards_per_func.unbind(1), strict=True):
+        means = rewards.nanmean(0)  # (K + 1,)
+        spreads = (rewards - means).square().nanmean(0).sqrt()
+        metrics |= {f"rewards/{name}/mean": means[-1], f"rewards/{name}/std": spreads[-1]}
+        for state in range(len(means)) if completed else ():
+            metrics[f"rewards/{name}/mean_of_state_{state}"] = means[state]
+            metrics[f"rewards/{name}/std_of_state_{state}"] = spreads[state]
+    return metrics | (_credit_metrics(table) if completed else {})
+
+
+def _credit_metrics(table: RewardTable) -> dict[str, Tensor]:
+    """Where along the trajectory rewards tell images apart, and where trajectories turn."""
+    turning = table.turning_points
+    within_group = step_rewards(table.rewards).unflatten(0, (-1, table.num_generations)).std(1, correction=0)
+    metrics = {"turning_points/rate": turning.mean()}
+    for step in range(table.num_steps):
+        metrics[f"turning_points/step_{step}"] = turning[:, step].mean()
+        metrics[f"step_reward_std/step_{step}"] = within_group[:, step].mean()
+    return metrics

@@ -26,9 +26,9 @@ from trl.trainer.utils import RepeatSampler
 from .checks import check_datasets, check_optimizer, checked_peft_config
 from .compat import adapt_for_trainer
 from .config import TPGRPOConfig
-from .credit import RewardTable, step_rewards
+from .credit import RewardTable
 from .losses import clipped_surrogate
-from .metrics import Metrics
+from .metrics import Metrics, rollout_metrics
 from .model_card import build_model_card
 from .policies import Conditioning, FlowPolicy, Guidance, build_policy, load_pipeline
 from .rewards.scoring import RewardFunc, check_applicability, reward_names, score
@@ -236,7 +236,8 @@ class TPGRPOTrainer(_BaseTrainer):
         gathered = self.accelerator.gather(rewards.to(self.args.device)).cpu()
         check_applicability(gathered, self.reward_func_names, gather_object([row["prompt"] for row in rows]), group)
         table = RewardTable(gathered, self.reward_weights, group, len(window), self.args.credit_rule)
-        self._record_rewards(table)
+        for name, value in rollout_metrics(table, self.reward_func_names).items():
+            self._metrics["train"].record(name, value)
         schedule = self.policy.schedule(self.args.num_inference_steps)
         places = torch.arange(first, first + len(rows))
         return Trajectories(rollout.states, rollout.log_probs, window, schedule, conditioning, places, table)
@@ -481,36 +482,6 @@ class TPGRPOTrainer(_BaseTrainer):
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
-
-    def _record_rewards(self, table: RewardTable) -> None:
-        """What a rollout's rewards look like: in all, per function along the trajectory, and as advantages."""
-        metrics, final = self._metrics["train"], table.rewards[:, -1]
-        groups = final.view(-1, self.args.num_generations)
-        metrics.record("reward", final.mean())
-        metrics.record("reward_std", final.std(correction=0))
-        metrics.record("frac_reward_zero_std", (groups.amax(1) == groups.amin(1)).float().mean())
-        metrics.record("advantages/std", table.advantages.std(correction=0))
-        for name, rewards in zip(self.reward_func_names, table.rewards_per_func.unbind(1), strict=True):
-            applicable = rewards[~rewards[:, -1].isnan()]
-            means = applicable.mean(0) if len(applicable) else rewards.new_full((rewards.shape[1],), torch.nan)
-            spreads = applicable.std(0, correction=0) if len(applicable) else means
-            metrics.record(f"rewards/{name}/mean", means[-1])
-            metrics.record(f"rewards/{name}/std", spreads[-1])
-            if self.args.credit != "outcome":
-                for state, (mean, spread) in enumerate(zip(means, spreads, strict=True)):
-                    metrics.record(f"rewards/{name}/mean_of_state_{state}", mean)
-                    metrics.record(f"rewards/{name}/std_of_state_{state}", spread)
-        if self.args.credit != "outcome":
-            self._record_credit(table)
-
-    def _record_credit(self, table: RewardTable) -> None:
-        """Where along the trajectory rewards tell images apart, and where trajectories turn."""
-        metrics, turning = self._metrics["train"], table.turning_points.float()
-        within_group = step_rewards(table.rewards).unflatten(0, (-1, self.args.num_generations)).std(1, correction=0)
-        metrics.record("turning_points/rate", turning.mean())
-        for step in range(table.num_steps):
-            metrics.record(f"turning_points/step_{step}", turning[:, step].mean())
-            metrics.record(f"step_reward_std/step_{step}", within_group[:, step].mean())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics recorded since the last log, with the evaluation's prefix if they are of one."""

@@ -18,7 +18,7 @@ from transformers import ProgressCallback
 from ..config import TPGRPOConfig
 from ..credit import aggregated_rewards, turning_points
 from ..figures import save_before_after, save_reward_curve, save_step_reward_spread, save_trajectory
-from ..policies import load_pipeline
+from ..policies import SD3Policy, load_pipeline
 from ..testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
 from ..testbed.checker import Score, score_images, shapes_reward
 from ..testbed.world import KINDS
@@ -28,6 +28,13 @@ from ..trainer import TPGRPOTrainer
 NUM_INFERENCE_STEPS = 8
 IMAGES_PER_PROMPT = 4
 PICTURED_PROMPTS = 6
+LORA_TARGETS = [
+    *SD3Policy.lora_target_modules,
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+]
 
 
 class RewardBar(ProgressCallback):
@@ -69,21 +76,23 @@ def main(argv: list[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser."""
-    parser = argparse.ArgumentParser(prog="trl-tpgrpo demo", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("--output_dir", type=Path, default=Path("demo"), help="adapter and pictures; default: demo")
-    parser.add_argument("--max_steps", type=int, default=100, help="updates; default: 100, a few minutes on two cores")
-    parser.add_argument(
-        "--num_eval_prompts", type=int, default=160, help="held-out prompts, 4 images each; default: 160"
+    parser = argparse.ArgumentParser(
+        prog="trl-tpgrpo demo", description="Train the embedded tiny model and show what it learned, on the CPU."
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the training; default: 0")
-    parser.add_argument(
-        "--num_threads", type=int, default=torch.get_num_threads(), help="default: PyTorch's own choice"
-    )
+    add = parser.add_argument
+    add("--output_dir", type=Path, default=Path("demo"), help="of the adapter and the pictures (default: %(default)s)")
+    add("--max_steps", type=int, default=100, help="updates (default: %(default)s, a few minutes on two cores)")
+    add("--num_eval_prompts", type=int, default=160, help="held-out prompts, 4 images each (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the training (default: %(default)s)")
+    add("--num_threads", type=int, default=torch.get_num_threads(), help="of PyTorch (default: %(default)s)")
     return parser
 
 
 def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
-    """The trainer of the demo: the paper's method on a short window, where rewards spread, for a model this small."""
+    """The trainer of the demo: the paper's credit on a short window, where rewards spread, for a model this small.
+
+    Settings were chosen on the tuning prompts; so small a model learns more with an adapter on its feed-forward layers too.
+    """
     config = TPGRPOConfig(
         output_dir=str(output_dir),
         use_cpu=True,
@@ -98,7 +107,7 @@ def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
         sde_type="flow_sde",
         epsilon=1e-3,
         beta=0.0,
-        learning_rate=1e-3,
+        learning_rate=5e-4,
         max_steps=max_steps,
         activation_checkpointing=False,
         save_strategy="no",
@@ -111,7 +120,7 @@ def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
         reward_funcs=shapes_reward,
         args=config,
         train_dataset=prompt_dataset("train"),
-        peft_config=LoraConfig(r=32, lora_alpha=64),
+        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules=LORA_TARGETS),
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RewardBar)

@@ -46,27 +46,26 @@ def main(argv: list[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; an option that is not given is left to the pipeline."""
-    parser = argparse.ArgumentParser(prog="trl-tpgrpo sample", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("--model_name_or_path", required=True, help="Hub id or folder of a pipeline, or 'testbed'")
-    parser.add_argument("--adapter", help="Hub id or folder of a LoRA, or a folder with a trained transformer")
-    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
-    parser.add_argument("--prompts_file", type=Path, help="text file with a prompt a line")
-    parser.add_argument("--output_dir", type=Path, default=Path("samples"), help="default: samples")
-    parser.add_argument("--num_images_per_prompt", type=int, default=1, help="default: 1")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image of each prompt; default: 0")
-    parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's")
-    parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
-    parser.add_argument(
-        "--true_cfg_scale", type=float, help="FLUX only, with a negative prompt; default: the pipeline's"
+    parser = argparse.ArgumentParser(
+        prog="trl-tpgrpo sample", description="Make images with a model, with or without a trained adapter."
     )
-    parser.add_argument("--negative_prompt", help="default: none")
-    parser.add_argument("--height", type=int, help="default: the pipeline's")
-    parser.add_argument("--width", type=int, help="default: the pipeline's")
-    parser.add_argument("--max_sequence_length", type=int, help="tokens of the T5 encoder; default: the pipeline's")
-    parser.add_argument("--dtype", default=None, help="default: bfloat16 on a GPU, float32 on the CPU")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU, if any"
-    )
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, help="Hub id or folder of a pipeline, or 'testbed'")
+    add("--adapter", help="Hub id or folder of a LoRA, or a folder with a trained transformer")
+    add("--prompt", action="append", default=[], help="a prompt; may be repeated")
+    add("--prompts_file", type=Path, help="text file with a prompt a line")
+    add("--output_dir", type=Path, default=Path("samples"), help="folder of the PNG files (default: %(default)s)")
+    add("--num_images_per_prompt", type=int, default=1, help="images of each prompt (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of each prompt's first image (default: %(default)s)")
+    add("--num_inference_steps", type=int, help="denoising steps (default: the pipeline's)")
+    add("--guidance_scale", type=float, help="guidance (default: the pipeline's)")
+    add("--true_cfg_scale", type=float, help="FLUX only, with --negative_prompt (default: the pipeline's)")
+    add("--negative_prompt", help="what images are guided away from (default: nothing)")
+    add("--height", type=int, help="in pixels (default: the pipeline's)")
+    add("--width", type=int, help="in pixels (default: the pipeline's)")
+    add("--max_sequence_length", type=int, help="tokens of the T5 encoder (default: the pipeline's)")
+    add("--dtype", help="of the model (default: bfloat16 on a GPU, float32 on the CPU)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     return parser
 
 

@@ -126,7 +126,8 @@ def _score(caption: Caption, found: list[Detection]) -> Score:
     quality = np.array([one.quality for one in found])
     fit = 0.5 * same_colour + 0.5 * same_shape * np.minimum(quality / 0.8, 1)  # (things, found)
     rows, columns = linear_sum_assignment(fit, maximize=True)
-    graded = fit[rows, columns].sum() / max(len(caption.things), len(found))
+    superfluous = max(len(found) - len(caption.things), 0)  # costs as much as what is missing
+    graded = max(fit[rows, columns].sum() - superfluous, 0) / len(caption.things)
     exact = len(found) == len(caption.things)
     exact &= bool((same_colour & same_shape & (quality >= _RECOGNISED))[rows, columns].all())
     if caption.relation is not None:
