@@ -81,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("demo"), help="of the adapter and the pictures (default: %(default)s)")
-    add("--max_steps", type=int, default=100, help="updates (default: %(default)s, a few minutes on two cores)")
+    add("--max_steps", type=int, default=160, help="updates (default: %(default)s, a few minutes on two cores)")
     add("--num_eval_prompts", type=int, default=160, help="held-out prompts, 4 images each (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     add("--num_threads", type=int, default=torch.get_num_threads(), help="of PyTorch (default: %(default)s)")
@@ -108,6 +108,7 @@ def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
         epsilon=1e-3,
         beta=0.0,
         learning_rate=5e-4,
+        lr_scheduler_type="linear",
         max_steps=max_steps,
         activation_checkpointing=False,
         save_strategy="no",
