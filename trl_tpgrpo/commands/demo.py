@@ -81,10 +81,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("demo"), help="of the adapter and the pictures (default: %(default)s)")
-    add("--max_steps", type=int, default=160, help="updates (default: %(default)s, a few minutes on two cores)")
+    add("--max_steps", type=int, default=140, help="updates (default: %(default)s, about eight minutes of one core)")
     add("--num_eval_prompts", type=int, default=160, help="held-out prompts, 4 images each (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the training (default: %(default)s)")
-    add("--num_threads", type=int, default=torch.get_num_threads(), help="of PyTorch (default: %(default)s)")
+    add(
+        "--num_threads",
+        type=int,
+        default=1,
+        help="of PyTorch; more is faster, but rounds differently (default: %(default)s)",
+    )
     return parser
 
 

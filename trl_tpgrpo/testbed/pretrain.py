@@ -40,7 +40,7 @@ LEARNING_RATE = 2e-3
 CAPTION_DROPOUT = 0.1
 EMA_DECAY = 0.998
 WARM_UP = 100
-COOL_DOWN = 0.2
+COOL_DOWN = 0.22
 
 
 def pretrain(output_dir: Path, vae_steps: int, transformer_steps: int, num_pictures: int, seed: int) -> None:
@@ -300,8 +300,8 @@ def save_in_float16(pipeline: StableDiffusion3Pipeline, output_dir: Path) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--vae_steps", type=int, default=12_000)
-    parser.add_argument("--transformer_steps", type=int, default=3_000)
+    parser.add_argument("--vae_steps", type=int, default=7_000)
+    parser.add_argument("--transformer_steps", type=int, default=3_600)
     parser.add_argument("--num_pictures", type=int, default=60_000)
     parser.add_argument("--seed", type=int, default=0)
     pretrain(**vars(parser.parse_args()))
