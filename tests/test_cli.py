@@ -179,7 +179,7 @@ def test_demo_trains_reports_and_draws(tmp_path: Path, capsys) -> None:
     pictures = {"before_after.png", "reward.png", "step_reward_spread.png", "trajectory.png"}
     assert pictures == {path.name for path in tmp_path.glob("*.png")}
     assert all(min(Image.open(tmp_path / name).size) > 200 for name in pictures)
-    assert (tmp_path / "pytorch_lora_weights.safetensors").exists()
+    assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").exists()
 
 
 def test_the_example_script_runs(tmp_path: Path) -> None:
