@@ -38,7 +38,7 @@ def test_defaults_are_the_published_method() -> None:
     assert defaults.optim.value.startswith("adamw")
     assert defaults.steps_per_generation == 2 * defaults.gradient_accumulation_steps  # two updates per rollout
     assert list(defaults.window_starts) == [0]
-    assert defaults.window_at(0) == Window(0, 9, "cps", 0.7, "squared_error")
+    assert defaults.window(0, 9) == Window(0, 9, "cps", 0.7, "squared_error")
     assert defaults.credit_rule == CreditRule(
         credit="consistent",
         lambda_=0.0,
@@ -86,7 +86,7 @@ def test_window_of_given_size_starts_at_the_first_step() -> None:
 def test_window_in_a_longer_range_may_start_anywhere_in_it() -> None:
     made = config(sde_window_size=2, sde_window_range=[1, 5])
     assert list(made.window_starts) == [1, 2, 3]
-    assert (made.window_at(3).start, made.window_at(3).stop) == (3, 5)
+    assert (made.window(3, 5).start, made.window(3, 5).stop) == (3, 5)
 
 
 def test_range_without_size_is_the_window() -> None:

@@ -18,13 +18,16 @@ MAY_IMPORT = {
     "sampler": set(),
     "model_card": set(),
     "figures": set(),
-    "rollout": {"sde"},
+    "completion": {"sde"},
+    "rollout": {"completion", "sde"},
+    "fidelity": {"credit"},
     "policies": set(),
     "rewards": set(),
     "testbed": set(),
     "trajectories": {"credit", "policies", "rollout"},
-    "config": {"credit", "rollout", "sde"},
+    "config": {"completion", "credit", "rollout", "sde"},
     "checks": {"config", "rewards"},
+    "models": {"checks", "compat", "config", "policies"},
 }
 MAY_TOUCH_TRL = {"config", "sampler", "trainer", "commands"}
 

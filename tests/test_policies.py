@@ -133,7 +133,7 @@ def ode_latents(policy: FlowPolicy) -> Tensor:
     """The ODE rollout of PROMPTS, from the policy's parts."""
     schedule = policy.schedule(NUM_STEPS)
     velocity = velocity_of(policy, policy.pipeline.transformer, schedule, policy.encode(list(PROMPTS)))
-    return roll_out(velocity, policy.initial_noise(seeded()), schedule.sigmas).final_latents[:, 0]
+    return roll_out(velocity, policy.initial_noise(seeded()), schedule.sigmas).final_latents
 
 
 def pixels(images: list[Image.Image]) -> np.ndarray:
@@ -432,7 +432,7 @@ def test_rollout_through_a_prepared_model_equals_the_pipeline_under_autocast_to_
     schedule, noise = policy.schedule(NUM_STEPS), policy.initial_noise(seeded())
     with torch.autocast("cpu", torch.bfloat16):
         velocity = velocity_of(policy, OutputsInFloat32(model), schedule, policy.encode(list(PROMPTS)))
-        computed = roll_out(velocity, noise, schedule.sigmas).final_latents[:, 0]
+        computed = roll_out(velocity, noise, schedule.sigmas).final_latents
         expected = call_pipeline(policy.pipeline, policy, output_type="latent")
     assert torch.equal(computed, expected.float())
 

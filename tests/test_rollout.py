@@ -71,10 +71,15 @@ def integrate(latents: Tensor, start: int, sigmas: Tensor, model: Callable[..., 
     return latents
 
 
+def ends(rollout: Rollout) -> Tensor:
+    """Where completions and trajectories end, row by row: (B, C + 1, ...)."""
+    return rollout.final_latents[rollout.image_of]
+
+
 def assert_same(first: Rollout, second: Rollout) -> None:
     assert torch.equal(first.states, second.states)
     assert torch.equal(first.log_probs, second.log_probs)
-    assert torch.equal(first.final_latents, second.final_latents)
+    assert torch.equal(ends(first), ends(second))
 
 
 # What it costs
@@ -101,9 +106,9 @@ def test_each_pair_of_state_and_sigma_is_evaluated_once(num_steps: int, batch: i
 
 
 def test_without_completions_a_trajectory_takes_one_evaluation_a_step() -> None:
-    result = rolled(window(0, 9), complete=False)
+    result = rolled(window(0, 9), completion=None)
     assert (result.num_evaluations, result.num_calls) == (BATCH * 10, 10)
-    assert result.final_latents.shape == (BATCH, 1, *SHAPE)
+    assert ends(result).shape == (BATCH, 1, *SHAPE)
 
 
 def test_without_window_a_trajectory_takes_one_evaluation_a_step() -> None:
@@ -137,7 +142,7 @@ def test_shapes_and_dtypes(start: int, stop: int) -> None:
     length = stop - start
     result = rolled(window(start, stop))
     assert len(window(start, stop)) == length
-    assert result.states.shape == result.final_latents.shape == (BATCH, length + 1, *SHAPE)
+    assert result.states.shape == ends(result).shape == (BATCH, length + 1, *SHAPE)
     assert result.log_probs.shape == (BATCH, length)
     assert {result.states.dtype, result.log_probs.dtype, result.final_latents.dtype} == {torch.float32}
 
@@ -146,7 +151,7 @@ def test_without_window_there_are_neither_states_nor_log_probs() -> None:
     result = roll_out(velocity, noise(), schedule(6))
     assert result.states.shape == (BATCH, 0, *SHAPE)
     assert result.log_probs.shape == (BATCH, 0)
-    assert torch.equal(result.final_latents[:, 0], integrate(noise(), 0, schedule(6)))
+    assert torch.equal(ends(result)[:, 0], integrate(noise(), 0, schedule(6)))
 
 
 @pytest.mark.parametrize("sde_type", SDE_TYPES)
@@ -155,15 +160,15 @@ def test_completions_equal_the_ode_from_each_state(sde_type: str, start: int, st
     result = rolled(window(start, stop, sde_type))
     for position in range(stop - start):
         expected = integrate(result.states[:, position], start + position, schedule(10))
-        assert torch.equal(result.final_latents[:, position], expected)
+        assert torch.equal(ends(result)[:, position], expected)
 
 
 @pytest.mark.parametrize(("start", "stop"), WINDOWS)
 def test_last_final_latents_are_the_trajectorys_own_end(start: int, stop: int) -> None:
     result = rolled(window(start, stop))
-    assert torch.equal(result.final_latents[:, -1], integrate(result.states[:, -1], stop, schedule(10)))
-    alone = rolled(window(start, stop), complete=False)
-    assert torch.equal(alone.final_latents[:, 0], result.final_latents[:, -1])
+    assert torch.equal(ends(result)[:, -1], integrate(result.states[:, -1], stop, schedule(10)))
+    alone = rolled(window(start, stop), completion=None)
+    assert torch.equal(ends(alone)[:, 0], ends(result)[:, -1])
     assert torch.equal(alone.states, result.states)
     assert torch.equal(alone.log_probs, result.log_probs)
 
@@ -172,8 +177,8 @@ def test_last_final_latents_are_the_trajectorys_own_end(start: int, stop: int) -
 def test_first_completion_is_the_pure_ode_image_of_the_same_noise(start: int, stop: int) -> None:
     result = rolled(window(start, stop))
     pure = roll_out(velocity, noise(), schedule(10))
-    assert torch.equal(result.final_latents[:, 0], pure.final_latents[:, 0])
-    assert not torch.equal(result.final_latents[:, -1], pure.final_latents[:, 0])
+    assert torch.equal(ends(result)[:, 0], ends(pure)[:, 0])
+    assert not torch.equal(ends(result)[:, -1], ends(pure)[:, 0])
 
 
 def test_a_window_that_starts_later_is_reached_by_ode_steps() -> None:
@@ -219,7 +224,7 @@ def test_same_seeds_give_the_same_trajectories_and_others_do_not() -> None:
     assert_same(rolled(window()), rolled(window()))
     other = roll_out(velocity, noise(), schedule(10), window(), seeded(10, 11, 12))
     assert not torch.equal(other.states[:, 1], rolled(window()).states[:, 1])
-    assert torch.equal(other.final_latents[:, 0], rolled(window()).final_latents[:, 0])
+    assert torch.equal(ends(other)[:, 0], ends(rolled(window()))[:, 0])
 
 
 def test_a_trajectory_does_not_depend_on_its_batch_mates() -> None:
@@ -232,7 +237,7 @@ def test_a_trajectory_does_not_depend_on_its_batch_mates() -> None:
         alone = roll_out(of_this_row, noise()[row : row + 1], schedule(10), window(1, 6), seeded(row))
         assert torch.equal(alone.states[0], together.states[row])
         assert torch.equal(alone.log_probs[0], together.log_probs[row])
-        assert torch.equal(alone.final_latents[0], together.final_latents[row])
+        assert torch.equal(ends(alone)[0], ends(together)[row])
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])
@@ -255,7 +260,7 @@ def test_bfloat16_predictions_round_the_ode_steps_and_leave_the_states_in_float3
     assert torch.equal(result.final_latents, result.final_latents.bfloat16().float())
     assert torch.equal(result.states[:, 0], result.states[:, 0].bfloat16().float())
     assert not torch.equal(result.states[:, 1], result.states[:, 1].bfloat16().float())
-    assert torch.equal(result.final_latents[:, 0], integrate(noise(), 0, schedule(6), rounded).float())
+    assert torch.equal(ends(result)[:, 0], integrate(noise(), 0, schedule(6), rounded).float())
 
 
 # What is refused
@@ -276,7 +281,7 @@ def test_a_window_without_noise_is_refused(noise_level: float) -> None:
 def test_a_window_without_generators_is_refused() -> None:
     with pytest.raises(ValueError, match="generators"):
         roll_out(velocity, noise(), schedule(10), window())
-    with pytest.raises(ValueError, match="one for each of .* trajectories; got 1"):
+    with pytest.raises(ValueError, match="one for each of 3 trajectories.*got 1\."):
         roll_out(velocity, noise(), schedule(10), window(), [torch.Generator()])
 
 

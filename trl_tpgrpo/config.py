@@ -7,6 +7,7 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
+from .completion import CompletionRule
 from .credit import AGGREGATIONS, BASELINES, CREDITS, SCALES, SCOPES, TRENDS, CreditRule
 from .rollout import Window
 from .sde import LOG_PROB_TYPES, SDE_TYPES
@@ -72,11 +73,15 @@ class TPGRPOConfig(_BaseConfig):
         max_sequence_length (`int`, *optional*):
             Tokens of the T5 encoder. `None` uses the pipeline's default; `0` for an SD3 pipeline without T5 leaves out
             the zeros that diffusers puts in its place.
-        per_device_rollout_batch_size (`int`, *optional*):
+        per_device_rollout_batch_size (`int` or `"auto"`, *optional*):
             How many latents the model, and images the VAE, are given at once in a rollout. `None` uses
-            `per_device_train_batch_size`: then the probability ratio before the first update is 1 to the last bit. Does not
-            change the mathematics; a small model is faster with a large one, up to all latents that stand at the same step,
-            `generation_batch_size * (K + 1)` over all processes.
+            `per_device_train_batch_size`: then the probability ratio before the first update is 1 to the last bit. `"auto"`
+            measures before the first rollout at which size the model takes the least time a latent. Does not change the
+            mathematics, but the rounding, so that under `"auto"` a run may not repeat to the bit.
+
+        share_initial_noise (`bool`, *optional*, defaults to `False`):
+            Whether the images of a prompt's group start from the same noise. What they have in common until their first SDE
+            step is then computed once for the group, the completion of their first state too.
 
         > Parameters that control the SDE
 
@@ -89,9 +94,25 @@ class TPGRPOConfig(_BaseConfig):
         sde_window_range (`list[int]`, *optional*):
             `[start, stop)`: the steps among which the window lies. If it is longer than the window, the window's start is
             drawn at random, once a rollout for all processes. `None`: the window starts at step 0.
+        sde_window_share (`float`, *optional*):
+            Instead of `sde_window_size`: before the first rollout, measure the step rewards of the first prompts over all of
+            `sde_window_range` (or all steps but the last), and take the shortest window that holds this share of their
+            variance within groups. `None`: no measurement.
         log_prob_type (`str`, *optional*):
             `"gaussian"` or `"squared_error"`, see [`~trl_tpgrpo.sde.log_prob`]. `None` is `"squared_error"` under `"cps"`,
             to which the published clip range belongs, and `"gaussian"` otherwise.
+
+        > Parameters that control the completions
+
+        completion (`str`, *optional*, defaults to `"exact"`):
+            How the ODE completes a state to the image whose reward is the state's: `"exact"` takes all steps that are left;
+            `"at_1_2_3_4_6"` asks the model before these steps alone and extrapolates its velocity over the others; `"ab2_N"`
+            and `"euler_N"` take N steps, of second and of first order, or fewer where fewer are left; `"one_step"` takes the
+            one whose velocity is known. With `_every_M` at its end (`"exact_every_2"`) only every M-th state is completed,
+            and credit is that of blocks of M steps. `trl-tpgrpo fidelity` measures what each gives on your model and reward.
+        completion_check_every (`int`, *optional*):
+            Every so many rollouts, complete the trajectories of the first prompt of each process exactly too, and log how
+            well step rewards and turning points agree. `None`: never.
 
         > Parameters that control the reward and the credit of each step
 
@@ -209,8 +230,13 @@ class TPGRPOConfig(_BaseConfig):
     max_sequence_length: int | None = field(
         default=None, metadata={"help": "Tokens of the T5 encoder. None: the pipeline's default."}
     )
-    per_device_rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Latents per model call in a rollout. None: per_device_train_batch_size."}
+    per_device_rollout_batch_size: int | str | None = field(
+        default=None,
+        metadata={"help": "Latents per model call in a rollout, or 'auto'. None: per_device_train_batch_size."},
+    )
+
+    share_initial_noise: bool = field(
+        default=False, metadata={"help": "Start the images of a prompt's group from the same noise."}
     )
 
     # Parameters that control the SDE
@@ -222,9 +248,22 @@ class TPGRPOConfig(_BaseConfig):
     sde_window_range: list[int] | None = field(
         default=None, metadata={"help": "Steps [start, stop) in which the window lies, at random if it is shorter."}
     )
+    sde_window_share: float | None = field(
+        default=None,
+        metadata={"help": "Measure which window holds this share of the step rewards' variance, and take it."},
+    )
     log_prob_type: str | None = field(
         default=None,
         metadata={"help": "None: 'squared_error' under 'cps', else 'gaussian'.", "choices": list(LOG_PROB_TYPES)},
+    )
+
+    # Parameters that control the completions
+    completion: str = field(
+        default="exact",
+        metadata={"help": "'exact', 'at_P_Q_...', 'ab2_N', 'euler_N' or 'one_step', also with '_every_M' at the end."},
+    )
+    completion_check_every: int | None = field(
+        default=None, metadata={"help": "Compare with exact completions every so many rollouts. None: never."}
     )
 
     # Parameters that control the reward and the credit of each step
@@ -271,6 +310,7 @@ class TPGRPOConfig(_BaseConfig):
         self._check_choices()
         self._check_sampling()
         self._check_window()
+        self._check_completion()
         self._check_credit()
         self._check_batch_sizes()
         self._check_trainer()
@@ -353,13 +393,19 @@ class TPGRPOConfig(_BaseConfig):
         self._require_at_least("true_cfg_scale", 0)
         if self.max_sequence_length is not None:
             self._require_at_least("max_sequence_length", 0)
-        self._require_at_least("per_device_rollout_batch_size", 1)
+        self._check_rollout_batch_size()
         largest = 1.0 if self.sde_type == "cps" else math.inf
         if not 0 < self.noise_level <= largest:
             raise ValueError(
                 f"noise_level must be above 0 (a step without noise has no probability to train)"
                 f"{' and at most 1 under cps' if self.sde_type == 'cps' else ''}, got {self.noise_level}."
             )
+
+    def _check_rollout_batch_size(self) -> None:
+        given = str(self.per_device_rollout_batch_size)  # the command line gives a string
+        if given != "auto" and not (given.isdecimal() and int(given) >= 1):
+            raise ValueError(f"per_device_rollout_batch_size must be at least 1, or 'auto', got {given}.")
+        self.per_device_rollout_batch_size = given if given == "auto" else int(given)
 
     def _check_window(self) -> None:
         last = self.num_inference_steps - 1
@@ -373,12 +419,31 @@ class TPGRPOConfig(_BaseConfig):
                     f"num_inference_steps={self.num_inference_steps} steps is never an SDE step), got "
                     f"{self.sde_window_range}."
                 )
-        start, stop = self.sde_window_range or (0, last)
+        start, stop = self.sde_window_limits
+        if self.sde_window_share is not None:
+            if self.sde_window_size is not None:
+                raise ValueError(
+                    f"sde_window_share ({self.sde_window_share}) measures the window's size and place: leave out "
+                    f"sde_window_size ({self.sde_window_size})."
+                )
+            if not 0 < self.sde_window_share <= 1:
+                raise ValueError(f"sde_window_share must be above 0 and at most 1, got {self.sde_window_share}.")
         if self.sde_window_size is not None and not 1 <= self.sde_window_size <= stop - start:
             raise ValueError(
                 f"sde_window_size must be between 1 and {stop - start}, the steps of [{start}, {stop}), got "
                 f"{self.sde_window_size}."
             )
+
+    def _check_completion(self) -> None:
+        places = CompletionRule.parse(self.completion).at or ()
+        for place in places:
+            if not 1 <= place < self.num_inference_steps:
+                raise ValueError(
+                    f"completion={self.completion!r}: step {place} is none of 1 to {self.num_inference_steps - 1}, the steps "
+                    f"of num_inference_steps={self.num_inference_steps} before which completions may ask the model."
+                )
+        if self.completion_check_every is not None:
+            self._require_at_least("completion_check_every", 1)
 
     def _check_credit(self) -> None:
         self._require_at_least("turning_point_deadzone", 0)
@@ -386,6 +451,11 @@ class TPGRPOConfig(_BaseConfig):
             raise ValueError(f"credit='lambda' needs credit_lambda in [0, 1], got {self.credit_lambda}.")
         if self.credit != "lambda" and self.credit_lambda is not None:
             raise ValueError(f"credit_lambda belongs to credit='lambda', but credit is {self.credit!r}: leave it out.")
+        if self.credit == "outcome" and (self.completion != "exact" or self.completion_check_every is not None):
+            raise ValueError(
+                f"credit='outcome' computes no completions: leave out completion ({self.completion!r}) and "
+                f"completion_check_every ({self.completion_check_every})."
+            )
         if self.advantage_baseline == "completion" and self.credit == "outcome":
             raise ValueError(
                 "advantage_baseline='completion' needs completions, and credit='outcome' computes none: use "
@@ -409,6 +479,12 @@ class TPGRPOConfig(_BaseConfig):
             raise ValueError(
                 f"generation_batch_size ({self.generation_batch_size}) must be a multiple of num_generations "
                 f"({self.num_generations}), so that every prompt's group is whole."
+            )
+        per_device = self.per_device_train_batch_size * self.steps_per_generation
+        if self.share_initial_noise and per_device % self.num_generations:
+            raise ValueError(
+                f"share_initial_noise needs whole groups on each process: its {per_device} images a rollout must be a "
+                f"multiple of num_generations ({self.num_generations})."
             )
         steps, accumulation = self.steps_per_generation, self.gradient_accumulation_steps
         whole_updates = steps % accumulation == 0
@@ -455,20 +531,37 @@ class TPGRPOConfig(_BaseConfig):
         return self.generation_batch_size // self.num_generations
 
     @property
+    def rollout_batch_size(self) -> int | None:
+        """Latents per model call in a rollout; `None`: to be measured."""
+        size = self.per_device_rollout_batch_size
+        return size if isinstance(size, int) else None
+
+    @property
+    def sde_window_limits(self) -> tuple[int, int]:
+        """The steps [start, stop) in which the SDE window lies."""
+        start, stop = self.sde_window_range or (0, self.num_inference_steps - 1)
+        return start, stop
+
+    @property
     def num_sde_steps(self) -> int:
         """The size K of the SDE window."""
-        start, stop = self.sde_window_range or (0, self.num_inference_steps - 1)
+        start, stop = self.sde_window_limits
         return self.sde_window_size or stop - start
-
-    def window_at(self, start: int) -> Window:
-        """The SDE window that starts at step `start`."""
-        return Window(start, start + self.num_sde_steps, self.sde_type, self.noise_level, str(self.log_prob_type))
 
     @property
     def window_starts(self) -> range:
         """The steps at which the window may start."""
         start, stop = self.sde_window_range or (0, self.num_sde_steps)
         return range(start, stop - self.num_sde_steps + 1)
+
+    def window(self, start: int, stop: int) -> Window:
+        """The SDE window [start, stop)."""
+        return Window(start, stop, self.sde_type, self.noise_level, str(self.log_prob_type))
+
+    @property
+    def completion_rule(self) -> CompletionRule | None:
+        """How states are completed; `None` where credit needs no completions."""
+        return None if self.credit == "outcome" else CompletionRule.parse(self.completion)
 
     @property
     def credit_rule(self) -> CreditRule:

@@ -76,6 +76,22 @@ def balance(turning: Tensor, aggregated: Tensor) -> Tensor:
     return kept.view_as(turning)
 
 
+def step_reward_variances(rewards: Tensor, num_generations: int) -> Tensor:
+    """Variance of each step's reward within a prompt's group, on average: (K,) from (B, K + 1)."""
+    return step_rewards(rewards).unflatten(0, (-1, num_generations)).var(1, correction=0).mean(0)
+
+
+def shortest_window(variances: Tensor, share: float) -> tuple[int, int]:
+    """The fewest neighbouring steps [start, stop) with `share` of the sum of variances (K,); of several the earliest."""
+    total = torch.cat([variances.new_zeros(1), variances.cumsum(0)])
+    for length in range(1, len(variances)):
+        held = total[length:] - total[:-length]
+        start = int((held >= share * total[-1]).float().argmax())
+        if held[start] >= share * total[-1]:
+            return start, start + length
+    return 0, len(variances)
+
+
 @dataclass(frozen=True)
 class CreditRule:
     """How rewards along a trajectory become advantages; the defaults are the paper's.
@@ -173,6 +189,8 @@ class RewardTable:
         num_generations: G.
         num_steps: K.
         rule: How rewards become advantages.
+        every: Only the states before every so-manieth SDE step have a reward, C in all: each step gets the credit of the
+            block of steps that starts there, and K + 1 reads C + 1.
     """
 
     rewards_per_func: Tensor
@@ -180,6 +198,7 @@ class RewardTable:
     num_generations: int
     num_steps: int
     rule: CreditRule
+    every: int = 1
 
     @cached_property
     def rewards(self) -> Tensor:
@@ -190,18 +209,28 @@ class RewardTable:
     def advantages(self) -> Tensor:
         """(B, K), computed at the first look."""
         if self.rule.aggregation == "sum_then_normalize":
-            return self._advantages(self.rewards)
+            return self._of_steps(self._advantages(self.rewards))
         each = [self._advantages(rewards) for rewards in self.rewards_per_func.unbind(1)]
         summed = (torch.stack(each, 1) * self.reward_weights[:, None]).nansum(1)
-        return summed if self.rule.scale == "none" else summed / (summed.square().mean().sqrt() + EPSILON)
+        scale = 1.0 if self.rule.scale == "none" else summed.square().mean().sqrt() + EPSILON
+        return self._of_steps(summed / scale)
 
     @cached_property
     def turning_points(self) -> Tensor:
         """Share of the functions whose credit takes the step for a turning point: (B, K), 0 or 1 for a sum of functions."""
         if self.rule.aggregation == "sum_then_normalize":
-            return self.rule.turning_points(self.rewards).float()
+            return self._of_steps(self.rule.turning_points(self.rewards).float())
         each = [self.rule.turning_points(rewards) for rewards in self.rewards_per_func.unbind(1)]
-        return torch.stack(each).float().mean(0)
+        return self._of_steps(torch.stack(each).float().mean(0))
+
+    @property
+    def step_rewards(self) -> Tensor:
+        """What each step added, or the block of steps that it is in: (B, K)."""
+        return self._of_steps(step_rewards(self.rewards))
 
     def _advantages(self, rewards: Tensor) -> Tensor:
-        return advantages(credit(rewards, self.rule, self.num_steps), self.num_generations, self.rule)
+        num_blocks = -(-self.num_steps // self.every)
+        return advantages(credit(rewards, self.rule, num_blocks), self.num_generations, self.rule)
+
+    def _of_steps(self, of_blocks: Tensor) -> Tensor:
+        return of_blocks[:, torch.arange(self.num_steps) // self.every]

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .credit import RewardTable, step_rewards
+from .credit import RewardTable
 
 
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -78,22 +78,24 @@ def rollout_metrics(table: RewardTable, names: list[str]) -> dict[str, Tensor]:
         "reward_std": final.std(correction=0),
         "frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
         "advantages/std": table.advantages.std(correction=0),
+        "advantages/frac_zero": (table.advantages == 0).float().mean(),
     }
     completed = table.rewards.shape[1] > 1
     for name, rewards in zip(names, table.rewards_per_func.unbind(1), strict=True):
         means = rewards.nanmean(0)  # (K + 1,)
         spreads = (rewards - means).square().nanmean(0).sqrt()
         metrics |= {f"rewards/{name}/mean": means[-1], f"rewards/{name}/std": spreads[-1]}
-        for state in range(len(means)) if completed else ():
-            metrics[f"rewards/{name}/mean_of_state_{state}"] = means[state]
-            metrics[f"rewards/{name}/std_of_state_{state}"] = spreads[state]
+        states = [*range(0, table.num_steps, table.every), table.num_steps] if completed else []
+        for place, state in enumerate(states):
+            metrics[f"rewards/{name}/mean_of_state_{state}"] = means[place]
+            metrics[f"rewards/{name}/std_of_state_{state}"] = spreads[place]
     return metrics | (_credit_metrics(table) if completed else {})
 
 
 def _credit_metrics(table: RewardTable) -> dict[str, Tensor]:
     """Where along the trajectory rewards tell images apart, and where trajectories turn."""
     turning = table.turning_points
-    within_group = step_rewards(table.rewards).unflatten(0, (-1, table.num_generations)).std(1, correction=0)
+    within_group = table.step_rewards.unflatten(0, (-1, table.num_generations)).std(1, correction=0)
     metrics = {"turning_points/rate": turning.mean()}
     for step in range(table.num_steps):
         metrics[f"turning_points/step_{step}"] = turning[:, step].mean()

@@ -3,10 +3,11 @@
 At step k every trajectory and every completion that is under way stands at the same sigma, so all of them go through the
 model together: `T` calls in all. A completion starts with the velocity that its trajectory has just computed at the same
 state, so its first evaluation is free. That is the least that an exact scheme can take: each distinct pair of state and
-sigma is evaluated once (T = 10 with a window of 9 takes 55 evaluations a trajectory in 10 calls).
+sigma is evaluated once (T = 10 with a window of 9 takes 55 evaluations a trajectory in 10 calls). Trajectories that start
+from the same noise are one until their first SDE step.
 
-Shapes: `B` trajectories, `K` SDE steps in the window, `...` the dimensions of a latent. States are kept in float32, in
-which every dtype of a model fits without loss.
+Shapes: `B` trajectories, `K` SDE steps in the window, `C` completed states (all K unless the rule says fewer), `M` images,
+`...` the dimensions of a latent. States are kept in float32, in which every dtype of a model fits without loss.
 """
 
 from collections.abc import Callable
@@ -16,12 +17,15 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .completion import Completion, CompletionRule
 from .sde import log_prob, ode_step, sample, transition
 
 
 Velocity = Callable[[Tensor, int, Tensor], Tensor]
 """`velocity(latents, step, rows)`: the model's prediction at `latents` (N, ...) before `step`; row n belongs to trajectory
 `rows[n]`, whose prompt it takes."""
+
+EXACT = CompletionRule()
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,9 @@ class Window:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def __contains__(self, step: int) -> bool:
+        return self.start <= step < self.stop
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -45,8 +52,10 @@ class Rollout:
     Attributes:
         states: float32, (B, K + 1, ...): the trajectory before each SDE step and after the last.
         log_probs: float32, (B, K): of the SDE steps.
-        final_latents: float32, (B, K + 1, ...): the ends of the completions from `states[:, 0]` to `states[:, K - 1]`,
-            then the trajectory's own; without completions (B, 1, ...), the trajectory's own.
+        final_latents: float32, (M, ...): where the completions and the trajectories end, each once.
+        image_of: On the CPU, (B, C + 1): which of the M a trajectory's completions end in, from its first state on, and in
+            the last column it itself; without completions (B, 1).
+        rows: On the CPU, (M,): the trajectory that each belongs to, the first if several share it.
         num_evaluations: How often the model was evaluated, counted in samples.
         num_calls: How often the model was called, counted in batches.
     """
@@ -54,6 +63,8 @@ class Rollout:
     states: Tensor
     log_probs: Tensor
     final_latents: Tensor
+    image_of: Tensor
+    rows: Tensor
     num_evaluations: int
     num_calls: int
 
@@ -65,68 +76,42 @@ def roll_out(
     sigmas: Tensor,
     window: Window | None = None,
     generators: list[torch.Generator] | None = None,
-    complete: bool = True,
+    completion: CompletionRule | None = EXACT,
     batch_size: int | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> Rollout:
-    """Sample trajectories and, from each state in the window, the image that the ODE makes of it.
+    """Sample trajectories and, from states in the window, the images that the ODE makes of them.
 
     Args:
         velocity: The model, see `Velocity`.
-        initial_noise: (B, ...). The completion of the first state starts from the trajectory's own noise.
+        initial_noise: (N, ...): of the trajectories, each of B / N neighbours. The completion of the first state starts
+            from it.
         sigmas: float32 on the CPU, (T + 1,), falling to 0.
-        window: The SDE steps; `None` takes ODE steps alone, as the model's pipeline does.
+        window: The SDE steps; `None` takes ODE steps alone, as the model's pipeline does, and B is N.
         generators: B generators of the SDE steps' noise; needed with a window.
-        complete: Whether to compute the completions.
+        completion: How states in the window are completed; `None`: not at all.
         batch_size: How many samples the model is given at once; `None`: all.
         on_step: Called after each step, for a progress bar.
 
     Raises:
-        ValueError: If the window does not lie in the schedule, or takes steps without noise.
+        ValueError: If the window does not lie in the schedule, or takes steps without noise, or B is no multiple of N.
         FloatingPointError: If a prediction is not finite.
     """
-    num_steps = len(sigmas) - 1
-    _check(window, sigmas, generators, len(initial_noise))
-    trajectory = initial_noise.float()
-    completions = trajectory.new_empty(0, *trajectory.shape)  # (started so far, B, ...)
-    rows = torch.arange(len(trajectory), device=trajectory.device)
-    states, log_probs, finite, num_evaluations, num_calls = [], [], [], 0, 0
-    for step in range(num_steps):
-        sigma, sigma_next = sigmas[step], sigmas[step + 1]
-        latents = torch.cat([trajectory, completions.flatten(0, 1)])
-        predicted, calls = _predict(velocity, latents, step, rows.repeat(1 + len(completions)), batch_size)
-        finite.append(torch.isfinite(predicted).all())
-        num_evaluations, num_calls = num_evaluations + len(latents), num_calls + calls
-        completed = ode_step(latents, predicted, sigma, sigma_next).float().unflatten(0, (-1, len(rows)))
-        if window is not None and window.start <= step < window.stop:
-            states.append(trajectory)
-            drawn = transition(
-                window.sde_type, trajectory, predicted[: len(rows)], sigma, sigma_next, window.noise_level
-            )
-            noise = randn_tensor(trajectory.shape, generators, trajectory.device, torch.float32)
-            trajectory = sample(drawn, noise)
-            log_probs.append(log_prob(drawn, trajectory, window.log_prob_type))
-            completions = torch.cat([completed[1:], completed[:1]]) if complete else completions
+    if window is not None:
+        _check(window, len(sigmas) - 1, generators, len(initial_noise))
+    sweep = _Sweep(velocity, initial_noise, sigmas, window, generators or [], completion, batch_size)
+    for step in range(len(sigmas) - 1):
+        predicted = sweep.evaluate(step)
+        if window is not None and step in window:
+            sweep.take_sde_step(step, predicted)
         else:
-            if window is not None and step == window.stop:
-                states.append(trajectory)
-            trajectory, completions = completed[0], completed[1:]
+            sweep.take_ode_step(step, predicted)
         if on_step is not None:
             on_step()
-    _raise_if_not_finite(finite)
-    return Rollout(
-        states=torch.stack(states, 1) if states else trajectory[:, None][:, :0],
-        log_probs=torch.stack(log_probs, 1) if log_probs else trajectory.new_empty(len(rows), 0),
-        final_latents=torch.cat([completions, trajectory[None]]).transpose(0, 1),
-        num_evaluations=num_evaluations,
-        num_calls=num_calls,
-    )
+    return sweep.result()
 
 
-def _check(window: Window | None, sigmas: Tensor, generators: list[torch.Generator] | None, number: int) -> None:
-    if window is None:
-        return
-    num_steps = len(sigmas) - 1
+def _check(window: Window, num_steps: int, generators: list[torch.Generator] | None, num_noises: int) -> None:
     if not 0 <= window.start < window.stop < num_steps:
         raise ValueError(
             f"The window [{window.start}, {window.stop}) must hold at least one of the first {num_steps - 1} steps of "
@@ -134,9 +119,103 @@ def _check(window: Window | None, sigmas: Tensor, generators: list[torch.Generat
         )
     if window.noise_level <= 0:
         raise ValueError(f"An SDE step needs noise: noise_level must be above 0, got {window.noise_level}.")
-    if generators is None or len(generators) != number:
+    if not generators or len(generators) % num_noises:
         given = "none" if generators is None else len(generators)
-        raise ValueError(f"SDE steps need generators, one for each of {number} trajectories; got {given}.")
+        raise ValueError(
+            f"SDE steps need generators, one for each of {num_noises} trajectories or a multiple of them if several share "
+            f"an initial noise; got {given}."
+        )
+
+
+class _Sweep:
+    """A rollout under way: the trajectories, and the completions that have been started."""
+
+    def __init__(
+        self,
+        velocity: Velocity,
+        initial_noise: Tensor,
+        sigmas: Tensor,
+        window: Window | None,
+        generators: list[torch.Generator],
+        completion: CompletionRule | None,
+        batch_size: int | None,
+    ):
+        self.velocity, self.sigmas, self.window, self.generators = velocity, sigmas, window, generators
+        self.completion, self.batch_size = completion, batch_size
+        self.trajectory = initial_noise.float()  # (N, ...) until the first SDE step, then (B, ...)
+        self.shared = len(generators) // len(initial_noise) if window is not None else 1
+        self.rows = self.shared * torch.arange(len(initial_noise), device=initial_noise.device)
+        self.completions: list[Completion] = []
+        self.states: list[Tensor] = []
+        self.log_probs: list[Tensor] = []
+        self.finite: list[Tensor] = []
+        self.num_evaluations = self.num_calls = 0
+
+    def evaluate(self, step: int) -> Tensor:
+        """Ask the model once for all that stands at `step`, advance the completions, return the trajectories' velocity."""
+        due = [completion for completion in self.completions if completion.places[0] == step]
+        latents = torch.cat([self.trajectory, *(completion.latents for completion in due)])
+        rows = torch.cat([self.rows, *(completion.rows for completion in due)])
+        predicted, num_calls = _predict(self.velocity, latents, step, rows, self.batch_size)
+        self.num_evaluations += len(latents)
+        self.num_calls += num_calls
+        self.finite.append(torch.isfinite(predicted).all())
+        own, *others = predicted.split([len(self.rows), *(len(completion.rows) for completion in due)])
+        for completion, its_velocity in zip(due, others, strict=True):
+            completion.advance(its_velocity, self.sigmas)
+        return own
+
+    def take_ode_step(self, step: int, predicted: Tensor) -> None:
+        """Advance the trajectories without noise."""
+        if self.window is not None and step == self.window.stop:
+            self.states.append(self.trajectory)
+        self.trajectory = ode_step(self.trajectory, predicted, self.sigmas[step], self.sigmas[step + 1]).float()
+
+    def take_sde_step(self, step: int, predicted: Tensor) -> None:
+        """Start the state's completion and advance the trajectories with noise."""
+        window = self.window
+        assert window is not None
+        if self.completion is not None and (step - window.start) in self.completion.positions(len(window)):
+            self._start_completion(step, predicted, self.completion)
+        if step == window.start:  # here those that share their initial noise part
+            self.trajectory, predicted = (
+                value.repeat_interleave(self.shared, 0) for value in (self.trajectory, predicted)
+            )
+            self.rows = torch.arange(len(self.generators), device=self.rows.device)
+        self.states.append(self.trajectory)
+        sigma, sigma_next = self.sigmas[step], self.sigmas[step + 1]
+        drawn = transition(window.sde_type, self.trajectory, predicted, sigma, sigma_next, window.noise_level)
+        noise = randn_tensor(self.trajectory.shape, self.generators, self.trajectory.device, torch.float32)
+        self.trajectory = sample(drawn, noise)
+        self.log_probs.append(log_prob(drawn, self.trajectory, window.log_prob_type))
+
+    def _start_completion(self, step: int, predicted: Tensor, rule: CompletionRule) -> None:
+        places = rule.places(step, len(self.sigmas) - 1)
+        completion = Completion(self.trajectory, self.rows, places, rule.extrapolate)
+        completion.advance(predicted, self.sigmas)
+        self.completions.append(completion)
+
+    def result(self) -> Rollout:
+        """All of it, once it is at its end."""
+        _raise_if_not_finite(self.finite)
+        ends = [completion.latents for completion in self.completions] + [self.trajectory]
+        rows = [completion.rows.cpu() for completion in self.completions] + [self.rows.cpu()]
+        offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)[:-1]
+        number = len(self.rows)
+        columns = [
+            offset + torch.arange(len(its_rows)).repeat_interleave(number // len(its_rows))
+            for offset, its_rows in zip(offsets, rows, strict=True)
+        ]
+        no_steps = self.trajectory[:, None][:, :0]
+        return Rollout(
+            states=torch.stack(self.states, 1) if self.states else no_steps,
+            log_probs=torch.stack(self.log_probs, 1) if self.log_probs else no_steps.flatten(1),
+            final_latents=torch.cat(ends),
+            image_of=torch.stack(columns, 1),
+            rows=torch.cat(rows),
+            num_evaluations=self.num_evaluations,
+            num_calls=self.num_calls,
+        )
 
 
 def _predict(
@@ -157,3 +236,21 @@ def _raise_if_not_finite(finite: list[Tensor]) -> None:
             f"The model's prediction at sampling step {step} is not finite. Usual causes: weights that have diverged "
             "(learning_rate too high) or float16 overflow."
         )
+
+
+def fastest_batch_size(seconds: Callable[[int], float], largest: int) -> int:
+    """The power of two, up to `largest`, at which a sample takes the least time.
+
+    Args:
+        seconds: How long a batch of a size takes. It is asked for doubled sizes until two in a row bring less than 3%.
+        largest: The largest size to try.
+    """
+    best, of_best, size, in_vain = 1, float("inf"), 1, 0
+    while size <= largest and in_vain < 2:
+        of_this = seconds(size) / size
+        if of_this < 0.97 * of_best:
+            best, of_best, in_vain = size, of_this, 0
+        else:
+            in_vain += 1
+        size *= 2
+    return best

@@ -3,7 +3,7 @@
 It reads in that order, under the names of TRL's GRPOTrainer. Mathematics and model families are elsewhere.
 """
 
-import copy
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -23,23 +23,31 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
-from .checks import check_datasets, check_optimizer, checked_peft_config
-from .compat import adapt_for_trainer
+from .checks import check_datasets, check_optimizer
+from .completion import CompletionRule
 from .config import TPGRPOConfig
-from .credit import RewardTable
+from .credit import RewardTable, shortest_window, step_reward_variances
+from .fidelity import compare
 from .losses import clipped_surrogate
 from .metrics import Metrics, rollout_metrics
 from .model_card import build_model_card
-from .policies import Conditioning, FlowPolicy, Guidance, build_policy, load_pipeline
+from .models import load_policy, prepare_transformer
+from .policies import Conditioning
 from .rewards.scoring import RewardFunc, check_applicability, reward_names, score
-from .rollout import Rollout, Window, roll_out
+from .rollout import EXACT, Rollout, Velocity, Window, fastest_batch_size, roll_out
 from .sampler import EpochSampler, SetEpoch
 from .sde import Transition, kl_divergence, log_prob, transition
-from .trajectories import Trajectories, Transitions
+from .trajectories import Sampled, Trajectories, Transitions
 
 
-NOISE, WINDOW, EVALUATION = range(3)
+NOISE, WINDOW, EVALUATION, PROBE = range(4)
 """What a seed is for; the random numbers of one never depend on how many another took."""
+
+PROBED_GROUPS = 16
+"""How many prompts of a process the window is measured on."""
+
+LARGEST_BATCH = 256
+"""The largest batch that is tried where the batch size of rollouts is measured."""
 
 
 class TPGRPOTrainer(_BaseTrainer):
@@ -109,11 +117,13 @@ class TPGRPOTrainer(_BaseTrainer):
             )
         check_datasets(train_dataset, eval_dataset, self.reward_funcs, args)
         set_seed(args.seed)  # before the adapter's random weights
-        self.policy = self._load_policy(model, args, use_lora=peft_config is not None)
-        transformer = self._prepare_transformer(peft_config, args.beta)
+        self.policy = load_policy(model, args, use_lora=peft_config is not None)
+        transformer, self.reference = prepare_transformer(self.policy, peft_config, args.beta)
         self._set_epoch = SetEpoch()
         self._step = 0
         self._buffered_inputs: list[Trajectories] | None = None
+        self._rollout_batch_size = args.rollout_batch_size
+        self._measured_window: Window | None = None
         self._metrics = {"train": Metrics(), "eval": Metrics()}
         self._eval_prefix, self._num_evaluated = "eval", 0
         args.ddp_find_unused_parameters = args.ddp_find_unused_parameters or False
@@ -134,44 +144,6 @@ class TPGRPOTrainer(_BaseTrainer):
         if self.reference is not None:
             self.reference.to(args.device)
         self.add_callback(self._set_epoch)
-
-    # ---------------------------------------------------------------------------------------------------- the model
-
-    def _load_policy(self, model: str | Path | DiffusionPipeline, args: TPGRPOConfig, use_lora: bool) -> FlowPolicy:
-        if isinstance(model, DiffusionPipeline):
-            if args.model_init_kwargs is not None:
-                raise ValueError("model_init_kwargs is for a model given by name; this one is loaded already.")
-            pipeline = model
-        elif isinstance(model, str | Path):
-            half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-            dtype = half if use_lora else torch.float32  # weights that are trained need the precision
-            pipeline = load_pipeline(model, **{"dtype": dtype, **(args.model_init_kwargs or {})})
-        else:
-            raise TypeError(f"model must be a Hub id, a folder or a diffusers pipeline, got {type(model).__name__}.")
-        names = ("height", "width", "guidance_scale", "true_cfg_scale", "negative_prompt", "max_sequence_length")
-        policy = build_policy(pipeline, Guidance(**{name: getattr(args, name) for name in names}))
-        for module in policy.frozen_modules():
-            module.requires_grad_(False).eval()
-        return policy
-
-    def _prepare_transformer(self, peft_config: LoraConfig | None, beta: float) -> torch.nn.Module:
-        """The model to train, and `self.reference`: a frozen copy if the adapter cannot be switched off."""
-        transformer = self.policy.pipeline.transformer
-        adapt_for_trainer(transformer)
-        self.reference = None
-        if peft_config is None:
-            if transformer.dtype in (torch.float16, torch.bfloat16):
-                raise ValueError(
-                    f"Without peft_config all weights are trained, in their own dtype, and {transformer.dtype} has not the "
-                    "precision for that: load the model in float32 (bf16=True still computes in bfloat16)."
-                )
-            transformer.requires_grad_(True)
-            if beta > 0:
-                self.reference = copy.deepcopy(transformer).requires_grad_(False).eval()
-            return transformer
-        peft_config = checked_peft_config(peft_config, self.policy.lora_target_modules)
-        transformer.requires_grad_(False)
-        return get_peft_model(transformer, peft_config)
 
     def _send_telemetry(self) -> None:
         """TRL's reads `model.config.model_type`, which diffusers models do not have, and would report nothing of use."""
@@ -226,114 +198,173 @@ class TPGRPOTrainer(_BaseTrainer):
     def _generate_and_score(self, rows: list[dict[str, Any]]) -> Trajectories:
         """Sample trajectories with their completions, score every image, and lay the rewards out for the loss."""
         generation = self._step // self._generate_every
-        first = self.accelerator.process_index * len(rows)
-        generators = [self._generator(NOISE, generation, first + row) for row in range(len(rows))]
-        window = self._draw_window(generation)
-        conditioning, rollout, _, rewards = self.sample_and_score(
-            rows, generators, self.args.num_inference_steps, window, complete=self.args.credit != "outcome"
-        )
-        group = self.args.num_generations
-        gathered = self.accelerator.gather(rewards.to(self.args.device)).cpu()
-        check_applicability(gathered, self.reward_func_names, gather_object([row["prompt"] for row in rows]), group)
-        table = RewardTable(gathered, self.reward_weights, group, len(window), self.args.credit_rule)
+        if self.args.sde_window_share is not None and self._measured_window is None:
+            self._measured_window = self._measure_window(rows)
+        window, rule = self._measured_window or self._draw_window(generation), self.args.completion_rule
+        sampled = self.sample_and_score(rows, self._generators(NOISE, generation, len(rows)), window, rule)
+        table = self._reward_table(rows, sampled.rewards, window, rule)
         for name, value in rollout_metrics(table, self.reward_func_names).items():
             self._metrics["train"].record(name, value)
-        schedule = self.policy.schedule(self.args.num_inference_steps)
-        places = torch.arange(first, first + len(rows))
-        return Trajectories(rollout.states, rollout.log_probs, window, schedule, conditioning, places, table)
+        if self.args.completion_check_every and generation % self.args.completion_check_every == 0:
+            self._check_completions(rows, window, generation, table)
+        first = self.accelerator.process_index * len(rows)
+        return Trajectories(
+            states=sampled.rollout.states,
+            log_probs=sampled.rollout.log_probs,
+            window=window,
+            schedule=self.policy.schedule(self.args.num_inference_steps),
+            conditioning=sampled.conditioning,
+            prompts=sampled.prompts,
+            rows=torch.arange(first, first + len(rows)),
+            table=table,
+        )
+
+    def _reward_table(
+        self, rows: list[dict[str, Any]], rewards: Tensor, window: Window, rule: CompletionRule | None
+    ) -> RewardTable:
+        """The rewards (B, F, C + 1) of this process's rows and of all others'."""
+        gathered, group = self.accelerator.gather(rewards.to(self.args.device)).cpu(), self.args.num_generations
+        check_applicability(gathered, self.reward_func_names, gather_object([row["prompt"] for row in rows]), group)
+        every = 1 if rule is None else rule.every
+        return RewardTable(gathered, self.reward_weights, group, len(window), self.args.credit_rule, every)
+
+    def _measure_window(self, rows: list[dict[str, Any]]) -> Window:
+        """The shortest window with the wanted share of the variance of step rewards, as the first prompts show it."""
+        group = self.args.num_generations
+        if len(rows) % group == 0:  # else groups straddle processes, and are whole only if all rows are taken
+            rows = rows[: PROBED_GROUPS * group]
+        whole = self.args.window(*self.args.sde_window_limits)
+        sampled = self.sample_and_score(rows, self._generators(PROBE, 0, len(rows)), whole, EXACT)
+        table = self._reward_table(rows, sampled.rewards, whole, EXACT)
+        variances = step_reward_variances(table.rewards, group)
+        start, stop = shortest_window(variances, self.args.sde_window_share)
+        return self.args.window(whole.start + start, whole.start + stop)
+
+    def _check_completions(
+        self, rows: list[dict[str, Any]], window: Window, generation: int, table: RewardTable
+    ) -> None:
+        """Log how faithful the completions of the first prompts are to exact ones of the same trajectories."""
+        rows = rows[: self.args.num_generations]
+        sampled = self.sample_and_score(rows, self._generators(NOISE, generation, len(rows)), window, EXACT)
+        first = self.accelerator.process_index * len(table.rewards) // self.accelerator.num_processes
+        exact = (sampled.rewards * self.reward_weights[:, None]).nansum(1)
+        fidelity = compare(exact, table.rewards[first : first + len(rows)], table.every, table.rule)
+        for name, value in fidelity.overall().items():
+            self._metrics["train"].record(f"completion_check/{name}", value)
 
     def sample_and_score(
         self,
         rows: list[dict[str, Any]],
         generators: list[torch.Generator],
-        num_inference_steps: int,
         window: Window | None = None,
-        complete: bool = True,
-    ) -> tuple[Conditioning, Rollout, list, Tensor]:
+        completion: CompletionRule | None = None,
+    ) -> Sampled:
         """One trajectory for each of B rows, its images and their rewards.
 
         Args:
             rows: Rows of a dataset: a prompt and the columns that the reward functions read.
-            generators: B, each the only source of its trajectory's randomness.
-            num_inference_steps: Steps T of the trajectory.
-            window: Its SDE steps; `None`: ODE steps alone.
-            complete: Whether each state in the window is completed by the ODE.
-
-        Returns:
-            The encoded prompts; the rollout; its B x (K + 1) images, row by row; the rewards, float32 (B, F, K + 1) on the
-            CPU, NaN where a function does not apply.
+            generators: B, each the only source of its trajectory's randomness (but that under `share_initial_noise` the
+                first of a group gives the group its first noise).
+            window: The SDE steps of `num_inference_steps`; `None` takes `num_inference_steps_eval` ODE steps.
+            completion: How states in the window are completed; `None`: not at all.
 
         Raises:
             RewardError: If a reward function fails.
             FloatingPointError: If a prediction is not finite.
         """
-        prompts = [row["prompt"] for row in rows]
+        distinct = list(dict.fromkeys(row["prompt"] for row in rows))
+        prompts = torch.tensor([distinct.index(row["prompt"]) for row in rows])
         metrics = self._metrics[self._mode]
         with metrics.seconds("rollout"):
-            conditioning = self._encode(prompts)
-            rollout = self._roll_out(conditioning, generators, num_inference_steps, window, complete)
+            conditioning = self.policy.encode(distinct)
+            rollout = self._roll_out(conditioning, prompts, generators, window, completion)
         with metrics.seconds("decode"):
-            images = self.policy.decode(rollout.final_latents.flatten(0, 1), self.args.per_device_rollout_batch_size)
+            images = self.policy.decode(rollout.final_latents, self._rollout_batch_size)
         with metrics.seconds("score"):
-            rewards = self._calculate_rewards(rows, images)
+            scores = self._calculate_rewards([rows[row] for row in rollout.rows.tolist()], images)
         counts = {"evaluations": rollout.num_evaluations, "calls": rollout.num_calls}
         for name, value in {**counts, "decoded_images": len(images), "scored_images": len(images)}.items():
             metrics.record(f"num_{name}", value, "sum")
-        return conditioning, rollout, images, rewards
-
-    def _encode(self, prompts: list[str]) -> Conditioning:
-        """Encode each distinct prompt once."""
-        distinct = list(dict.fromkeys(prompts))
-        rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
-        return self.policy.encode(distinct)[rows]
+        return Sampled(conditioning, prompts, rollout, images, scores[:, rollout.image_of].transpose(0, 1))
 
     def _roll_out(
         self,
         conditioning: Conditioning,
+        prompts: Tensor,
         generators: list[torch.Generator],
-        num_inference_steps: int,
         window: Window | None,
-        complete: bool,
+        completion: CompletionRule | None,
     ) -> Rollout:
-        schedule = self.policy.schedule(num_inference_steps)
+        num_steps = self.args.num_inference_steps_eval if window is None else self.args.num_inference_steps
+        schedule = self.policy.schedule(num_steps)
         model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
+        prompts = prompts.to(self.args.device)
 
         def velocity(latents: Tensor, step: int, rows: Tensor) -> Tensor:
-            return self.policy.velocity(model, latents, schedule.timesteps[step], conditioning[rows])
+            return self.policy.velocity(model, latents, schedule.timesteps[step], conditioning[prompts[rows]])
 
+        sharing = self.args.num_generations if self.args.share_initial_noise and window is not None else 1
+        noise = self.policy.initial_noise(generators[::sharing])
+        if self._rollout_batch_size is None:
+            self._rollout_batch_size = self._measure_batch_size(velocity, noise, LARGEST_BATCH)
         hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
-        with tqdm(total=num_inference_steps, desc="Rollout", leave=False, disable=hidden) as progress:
+        with tqdm(total=num_steps, desc="Rollout", leave=False, disable=hidden) as progress:
             return roll_out(
                 velocity,
-                self.policy.initial_noise(generators),
+                noise,
                 schedule.sigmas,
                 window,
                 generators,
-                complete,
-                self.args.per_device_rollout_batch_size,
+                completion,
+                self._rollout_batch_size,
                 progress.update,
             )
 
+    @torch.no_grad()
+    def _measure_batch_size(self, velocity: Velocity, noise: Tensor, most: int) -> int:
+        """The batch size at which the model takes the least time a sample, the same on all processes."""
+
+        def seconds(batch_size: int) -> float:
+            batch = noise[:1].expand(batch_size, *noise.shape[1:])
+            rows = torch.zeros(batch_size, dtype=torch.long, device=noise.device)
+            times = []
+            for _ in range(4):  # of which the first warms up
+                start = time.perf_counter()
+                velocity(batch, 0, rows).sum().item()  # waits for the device
+                times.append(time.perf_counter() - start)
+            fastest = torch.tensor(min(times[1:]), device=self.args.device)
+            return self.accelerator.reduce(fastest, "mean").item()
+
+        return fastest_batch_size(seconds, most)
+
     def _calculate_rewards(self, rows: list[dict[str, Any]], images: list) -> Tensor:
-        """Rewards of B x (K + 1) images: float32, (B, F, K + 1), on the CPU, NaN where a function does not apply."""
-        each = len(images) // len(rows)
-        repeated = [row for row in rows for _ in range(each)]
-        prompts = [row["prompt"] for row in repeated]
-        columns = {name: [row[name] for row in repeated] for name in rows[0] if name != "prompt"}
+        """Rewards of M images, each of the row at its place: float32, (F, M), on the CPU, NaN where one does not apply."""
+        prompts = [row["prompt"] for row in rows]
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         extra = {"trainer_state": self.state, "log_metric": self._metrics[self._mode].record}
-        scores = [score(function, images, prompts, columns, **extra) for function in self.reward_funcs]
-        return torch.stack(scores).view(len(scores), len(rows), each).transpose(0, 1)
+        return torch.stack([score(function, images, prompts, columns, **extra) for function in self.reward_funcs])
 
     def _draw_window(self, generation: int) -> Window:
         """The rollout's SDE window, the same on all processes."""
         starts = self.args.window_starts
         seed = np.random.SeedSequence([self.args.seed, WINDOW, generation])
-        return self.args.window_at(starts[int(np.random.default_rng(seed).integers(len(starts)))])
+        start = starts[int(np.random.default_rng(seed).integers(len(starts)))]
+        return self.args.window(start, start + self.args.num_sde_steps)
 
-    def _generator(self, *place: int) -> torch.Generator:
-        """Random numbers that depend on the seed and on what they are for, not on the process or on what came before."""
-        words = np.random.SeedSequence([self.args.seed, *place]).generate_state(1, np.uint64)
-        return torch.Generator("cpu").manual_seed(int(words[0]))
+    def _generators(self, purpose: int, number: int, num_rows: int, first: int | None = None) -> list[torch.Generator]:
+        """Random numbers that depend on the seed, on what they are for and on a row's place among those of all processes.
+
+        Args:
+            purpose: `NOISE`, `EVALUATION` or `PROBE`.
+            number: Of the rollout.
+            num_rows: Of this process.
+            first: Place of its first row; `None`: that of a rollout, where all processes have as many rows.
+        """
+        if first is None:
+            first = self.accelerator.process_index * num_rows
+        places = range(first, first + num_rows)
+        seeds = [np.random.SeedSequence([self.args.seed, purpose, number, place]) for place in places]
+        return [torch.Generator("cpu").manual_seed(int(seed.generate_state(1, np.uint64)[0])) for seed in seeds]
 
     # ------------------------------------------------------------------------------------------------- the training
 
@@ -354,11 +385,14 @@ class TPGRPOTrainer(_BaseTrainer):
         model.train()
         getattr(self.optimizer, "train", lambda: None)()  # schedule-free optimizers have modes too
         trajectories = self._prepare_inputs(inputs)
-        last = len(trajectories.window) - 1
         with self._metrics["train"].seconds("train"):
+            chosen = self._contributing(trajectories)
+            last = max(chosen)
             losses = [
-                self._backward_of_one_step(model, trajectories.transitions(position), is_last=position == last)
-                for position in range(last + 1)
+                self._backward_of_one_step(
+                    model, trajectories.transitions(position, of_step), is_last=position == last
+                )
+                for position, of_step in chosen.items()
             ]
             total = torch.stack(losses).sum()
             if not torch.isfinite(total):
@@ -368,6 +402,20 @@ class TPGRPOTrainer(_BaseTrainer):
                 )
         self._step += 1
         return total
+
+    def _contributing(self, trajectories: Trajectories) -> dict[int, Tensor]:
+        """By SDE step, the trajectories that add to the loss: without a KL term, those whose advantage is not 0.
+
+        A step that has none is left out, unless it is the last, so that there is a gradient to exchange and an update, or
+        there are other processes, with which this one must keep in step.
+        """
+        num_steps, together = len(trajectories.window), self.accelerator.num_processes > 1
+        if self.args.beta > 0:
+            return dict.fromkeys(range(num_steps), torch.arange(len(trajectories)))
+        chosen = {step: trajectories.advantages(step).nonzero().flatten() for step in range(num_steps)}
+        needed = range(num_steps) if together else [num_steps - 1]
+        chosen |= {step: torch.tensor([0]) for step in needed if not len(chosen[step])}
+        return {step: of_step for step, of_step in chosen.items() if len(of_step)}
 
     def _backward_of_one_step(self, model: torch.nn.Module, transitions: Transitions, is_last: bool) -> Tensor:
         with self._gradient_sync(model, is_last):
@@ -411,7 +459,7 @@ class TPGRPOTrainer(_BaseTrainer):
         surrogate = clipped_surrogate(
             log_probs, inputs.old_log_probs, inputs.advantages, self.args.epsilon, self.args.epsilon_high
         )
-        loss, metrics = surrogate.loss.mean(), self._metrics["train"]
+        loss, metrics = surrogate.loss.sum() / inputs.num_trajectories, self._metrics["train"]
         if self.args.beta > 0:
             kl = kl_divergence(step, self._reference_transition(inputs)).mean()
             loss = loss + self.args.beta * kl
@@ -419,28 +467,38 @@ class TPGRPOTrainer(_BaseTrainer):
         metrics.record("ratio/mean", surrogate.ratio.mean())
         metrics.record("ratio/max_deviation", (surrogate.ratio - 1).abs().max(), "max")
         metrics.record("clip_ratio", surrogate.clipped.float().mean())
-        metrics.record("num_train_evaluations", len(log_probs) * (2 if self.args.beta > 0 else 1), "sum")
+        metrics.record("num_train_evaluations", len(log_probs), "sum")
         return loss
 
     def _transition(self, model: torch.nn.Module, inputs: Transitions) -> Transition:
-        velocity = self.policy.velocity(model, inputs.latents, inputs.timestep, inputs.conditioning)
+        return self._transition_of(
+            self.policy.velocity(model, inputs.latents, inputs.timestep, inputs.conditioning), inputs
+        )
+
+    def _transition_of(self, velocity: Tensor, inputs: Transitions) -> Transition:
+        window = inputs.window
         return transition(
-            inputs.window.sde_type,
-            inputs.latents,
-            velocity,
-            inputs.sigma,
-            inputs.sigma_next,
-            inputs.window.noise_level,
+            window.sde_type, inputs.latents, velocity, inputs.sigma, inputs.sigma_next, window.noise_level
         )
 
     @torch.no_grad()
     def _reference_transition(self, inputs: Transitions) -> Transition:
+        """That of the model before training; kept if the rollout is trained on again."""
+        velocity = inputs.reference.get(inputs.position)
+        if velocity is None:
+            velocity = self._reference_velocity(inputs)
+            self._metrics["train"].record("num_train_evaluations", len(velocity), "sum")
+            if self.args.num_iterations > 1:
+                inputs.reference[inputs.position] = velocity
+        return self._transition_of(velocity, inputs)
+
+    def _reference_velocity(self, inputs: Transitions) -> Tensor:
         if self.reference is not None:
             with self.accelerator.autocast():
-                return self._transition(self.reference, inputs)
+                return self.policy.velocity(self.reference, inputs.latents, inputs.timestep, inputs.conditioning)
         adapter = self.accelerator.unwrap_model(self.model)
         with adapter.disable_adapter():
-            return self._transition(adapter, inputs)
+            return self.policy.velocity(adapter, inputs.latents, inputs.timestep, inputs.conditioning)
 
     # ----------------------------------------------------------------------------------------------- the evaluation
 
@@ -467,8 +525,8 @@ class TPGRPOTrainer(_BaseTrainer):
         """Sample and score a batch of an evaluation; there is no loss."""
         first = self._num_evaluated + self.accelerator.process_index * len(inputs)
         self._num_evaluated += self.accelerator.num_processes * len(inputs)
-        generators = [self._generator(EVALUATION, first + row) for row in range(len(inputs))]
-        *_, rewards = self.sample_and_score(inputs, generators, self.args.num_inference_steps_eval)
+        generators = self._generators(EVALUATION, 0, len(inputs), first)
+        rewards = self.sample_and_score(inputs, generators).rewards
         check_applicability(rewards, self.reward_func_names, [row["prompt"] for row in inputs], num_generations=1)
         final = self.accelerator.gather_for_metrics(rewards[:, :, -1].to(self.args.device)).cpu()  # (N, F)
         metrics = self._metrics["eval"]
@@ -507,7 +565,13 @@ class TPGRPOTrainer(_BaseTrainer):
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             in_use = self._buffered_inputs if self._step % self._generate_every else None
-            torch.save({"step": self._step, "buffered_inputs": in_use}, self._rollout_file(folder))
+            progress = {
+                "step": self._step,
+                "buffered_inputs": in_use,
+                "measured_window": self._measured_window,
+                "rollout_batch_size": self._rollout_batch_size,
+            }
+            torch.save(progress, self._rollout_file(folder))
         super()._save_checkpoint(model, trial)
 
     def _rollout_file(self, checkpoint: str | Path) -> Path:
@@ -535,6 +599,7 @@ class TPGRPOTrainer(_BaseTrainer):
             )
         saved = torch.load(self._rollout_file(checkpoint), map_location="cpu", weights_only=False)
         self._step, in_use = saved["step"], saved["buffered_inputs"]
+        self._measured_window, self._rollout_batch_size = saved["measured_window"], saved["rollout_batch_size"]
         self._buffered_inputs = in_use and [trajectories.to(self.args.device) for trajectories in in_use]
 
     def create_model_card(

@@ -3,14 +3,35 @@
 Shapes: `B` trajectories of this process, `N` of all processes, `K` SDE steps, `...` the dimensions of a latent.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .credit import RewardTable
 from .policies import Conditioning, Schedule
-from .rollout import Window
+from .rollout import Rollout, Window
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What sampling and scoring B rows of a dataset gives.
+
+    Attributes:
+        conditioning: Their distinct prompts.
+        prompts: (B,), on the CPU, the rows' places among them.
+        rollout: The trajectories.
+        images: M, one for each of `rollout.final_latents`.
+        rewards: float32, (B, F, C + 1), on the CPU, of the images that `rollout.image_of` names; NaN where a function does
+            not apply.
+    """
+
+    conditioning: Conditioning
+    prompts: Tensor
+    rollout: Rollout
+    images: list[Image.Image]
+    rewards: Tensor
 
 
 @dataclass(frozen=True)
@@ -29,6 +50,8 @@ class Transitions:
         conditioning: The B prompts.
         rows: (B,), on the CPU, the trajectories' places in the reward table.
         table: The rewards of all N trajectories.
+        num_trajectories: How many the loss is the mean over: B and those left out because they add nothing to it.
+        reference: The reference's velocities by position, where they are kept.
     """
 
     latents: Tensor
@@ -42,6 +65,8 @@ class Transitions:
     conditioning: Conditioning
     rows: Tensor
     table: RewardTable
+    num_trajectories: int
+    reference: dict[int, Tensor]
 
     @property
     def advantages(self) -> Tensor:
@@ -58,9 +83,11 @@ class Trajectories:
         log_probs: float32, (B, K).
         window: The SDE window.
         schedule: The noise levels.
-        conditioning: The B prompts.
+        conditioning: The distinct prompts of the generation batch.
+        prompts: (B,), on the CPU, the trajectories' places among them.
         rows: (B,), on the CPU, the trajectories' places in the reward table.
         table: The rewards of all N trajectories, on the CPU.
+        reference: The reference's velocities by position, where they are kept.
     """
 
     states: Tensor
@@ -68,8 +95,10 @@ class Trajectories:
     window: Window
     schedule: Schedule
     conditioning: Conditioning
+    prompts: Tensor
     rows: Tensor
     table: RewardTable
+    reference: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.states)
@@ -80,8 +109,9 @@ class Trajectories:
             self,
             states=self.states[chosen],
             log_probs=self.log_probs[chosen],
-            conditioning=self.conditioning[chosen],
+            prompts=self.prompts[chosen],
             rows=self.rows[chosen],
+            reference={},
         )
 
     def to(self, device: torch.device) -> "Trajectories":
@@ -91,21 +121,28 @@ class Trajectories:
             states=self.states.to(device),
             log_probs=self.log_probs.to(device),
             conditioning=self.conditioning.to(device),
+            reference={position: velocity.to(device) for position, velocity in self.reference.items()},
         )
 
-    def transitions(self, position: int) -> Transitions:
-        """The SDE step at `position` of the window."""
+    def advantages(self, position: int) -> Tensor:
+        """float32, (B,), on the CPU: of the SDE step at `position` of the window."""
+        return self.table.advantages[self.rows, position]
+
+    def transitions(self, position: int, chosen: Tensor) -> Transitions:
+        """The SDE step at `position` of the window, of the trajectories at the places `chosen` (an index on the CPU)."""
         step = self.window.start + position
         return Transitions(
-            latents=self.states[:, position],
-            next_latents=self.states[:, position + 1],
-            old_log_probs=self.log_probs[:, position],
+            latents=self.states[chosen, position],
+            next_latents=self.states[chosen, position + 1],
+            old_log_probs=self.log_probs[chosen, position],
             sigma=self.schedule.sigmas[step],
             sigma_next=self.schedule.sigmas[step + 1],
             timestep=self.schedule.timesteps[step],
             position=position,
             window=self.window,
-            conditioning=self.conditioning,
-            rows=self.rows,
+            conditioning=self.conditioning[self.prompts[chosen]],
+            rows=self.rows[chosen],
             table=self.table,
+            num_trajectories=len(self),
+            reference=self.reference,
         )

@@ -2,7 +2,6 @@
 
 import argparse
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..config import TPGRPOConfig
 from ..credit import aggregated_rewards, turning_points
 from ..figures import save_before_after, save_reward_curve, save_step_reward_spread, save_trajectory
 from ..policies import load_pipeline
+from ..rollout import EXACT
 from ..testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
 from ..testbed.checker import Score, score_images, shapes_reward
 from ..testbed.world import KINDS
@@ -188,16 +188,14 @@ def draw_trajectory(path: Path, trainer: TPGRPOTrainer, rows: list[dict]) -> Non
     """Of a few trajectories of SDE steps, all but the last, the one whose turning points gain most."""
     generators = [torch.Generator().manual_seed(index) for index in range(len(rows))]
     args = trainer.args
-    window = replace(args.window_at(0), stop=args.num_inference_steps - 1)
-    _, _, images, rewards = trainer.sample_and_score(rows, generators, args.num_inference_steps, window)
-    rewards = rewards[:, 0]  # the one reward function
+    sampled = trainer.sample_and_score(rows, generators, args.window(0, args.num_inference_steps - 1), EXACT)
+    rewards = sampled.rewards[:, 0]  # the one reward function
     turning = turning_points(rewards)
     chosen = int((aggregated_rewards(rewards) * turning).sum(1).argmax())
-    each = rewards.shape[1]
     save_trajectory(
         path,
         rows[chosen]["prompt"],
-        images[chosen * each : (chosen + 1) * each],
+        [sampled.images[place] for place in sampled.rollout.image_of[chosen]],
         rewards[chosen].numpy(),
         turning[chosen].numpy(),
     )

@@ -34,6 +34,7 @@ GROUPS = {
     "num_generations": "TP-GRPO: data",
     "height": "TP-GRPO: sampling",
     "sde_type": "TP-GRPO: SDE",
+    "completion": "TP-GRPO: completions",
     "reward_weights": "TP-GRPO: reward and credit",
     "beta": "TP-GRPO: training",
 }
