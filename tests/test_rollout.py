@@ -281,7 +281,7 @@ def test_a_window_without_noise_is_refused(noise_level: float) -> None:
 def test_a_window_without_generators_is_refused() -> None:
     with pytest.raises(ValueError, match="generators"):
         roll_out(velocity, noise(), schedule(10), window())
-    with pytest.raises(ValueError, match="one for each of 3 trajectories.*got 1\."):
+    with pytest.raises(ValueError, match=r"one for each of 3 trajectories.*got 1\."):
         roll_out(velocity, noise(), schedule(10), window(), [torch.Generator()])
 
 

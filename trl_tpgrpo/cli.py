@@ -1,4 +1,4 @@
-"""The command line: `trl-tpgrpo train | sample | demo`."""
+"""The command line: `trl-tpgrpo train | sample | fidelity | demo`."""
 
 import argparse
 import importlib
@@ -10,6 +10,7 @@ import sys
 COMMANDS = {
     "train": "fine-tune a model, with a YAML recipe or options, on one device or many",
     "sample": "make images with a model, with or without a trained adapter",
+    "fidelity": "measure how faithful cheap completions are on a model, its prompts and its reward",
     "demo": "train the embedded tiny model in a few minutes and show what it learned",
 }
 

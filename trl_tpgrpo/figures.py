@@ -139,6 +139,28 @@ def _mean_by_step(log_history: list[dict[str, Any]], prefix: str) -> list[float]
     return [float(np.mean([entry[f"{prefix}{step}"] for entry in logged])) for step in range(steps)]
 
 
+def save_pareto(path: Path, names: list[str], evaluations: list[float], correlations: list[float], title: str) -> None:
+    """Model evaluations a trajectory against the correlation of step rewards with exact ones; the best are joined.
+
+    Args:
+        path: PNG file to write.
+        names: Of N completion rules.
+        evaluations: N.
+        correlations: N.
+        title: What they were measured on.
+    """
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    order = sorted(range(len(names)), key=lambda i: (evaluations[i], -correlations[i]))
+    best = [i for place, i in enumerate(order) if all(correlations[i] > correlations[j] for j in order[:place])]
+    axis.plot([evaluations[i] for i in best], [correlations[i] for i in best], color=BLUE, linewidth=1, zorder=1)
+    axis.scatter(evaluations, correlations, color=[BLUE if i in best else GREY for i in range(len(names))], zorder=2)
+    for i, name in enumerate(names):
+        axis.annotate(name, (evaluations[i], correlations[i]), xytext=(5, -9), textcoords="offset points", fontsize=7)
+    axis.set(xlabel="model evaluations a trajectory", ylabel="correlation of step rewards", title=title)
+    axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def _show(axis: Any, image: Image.Image, frame: str) -> None:
     axis.imshow(image, interpolation="nearest")
     axis.set_xticks([])

@@ -221,8 +221,9 @@ class _Sweep:
 def _predict(
     velocity: Velocity, latents: Tensor, step: int, rows: Tensor, batch_size: int | None
 ) -> tuple[Tensor, int]:
-    """The velocity at `latents` in batches of `batch_size`, and the number of batches."""
-    batches = zip(latents.split(batch_size or len(latents)), rows.split(batch_size or len(latents)), strict=True)
+    """The velocity at `latents` in even batches of at most `batch_size`, and the number of batches."""
+    number = -(-len(latents) // (batch_size or len(latents)))
+    batches = zip(latents.chunk(number), rows.chunk(number), strict=True)
     predicted = [velocity(batch, step, batch_rows) for batch, batch_rows in batches]
     return torch.cat(predicted), len(predicted)
 

@@ -124,10 +124,14 @@ def split_options(parser: TrlParser, argv: list[str]) -> tuple[list[str], list[s
     return launch_options, _without(argv, unknown)
 
 
-def make_parser() -> TrlParser:
-    """The parser of all options, which `--help` shows in groups."""
-    types = (TPGRPOScriptArguments, TPGRPOModelConfig, DatasetMixtureConfig, TPGRPOConfig)
-    parser = TrlParser(types, prog="trl-tpgrpo train", description="Fine-tune a text-to-image model with TP-GRPO.")
+def make_parser(
+    prog: str = "trl-tpgrpo train",
+    description: str = "Fine-tune a text-to-image model with TP-GRPO.",
+    own_types: tuple[type, ...] = (),
+) -> TrlParser:
+    """The parser of all options of a training, which `--help` shows in groups, after those of `own_types`."""
+    types = (*own_types, TPGRPOScriptArguments, TPGRPOModelConfig, DatasetMixtureConfig, TPGRPOConfig)
+    parser = TrlParser(types, prog=prog, description=description)
     parser.add_argument(
         "--config", metavar="RECIPE.yaml", help="Recipe with any of the options below; these override it."
     )
@@ -172,6 +176,27 @@ def run(
     training_args: TPGRPOConfig,
 ) -> None:
     """Load model, rewards and data; train, save and, if asked to, push."""
+    trainer = build_trainer(script_args, model_args, dataset_args, training_args)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Trained weights saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    trainer.end()
+
+
+def build_trainer(
+    script_args: TPGRPOScriptArguments,
+    model_args: TPGRPOModelConfig,
+    dataset_args: DatasetMixtureConfig,
+    training_args: TPGRPOConfig,
+) -> TPGRPOTrainer:
+    """The trainer of the options, with its model, rewards and data.
+
+    Raises:
+        ValueError: If an option that it needs is missing or cannot work.
+    """
     if script_args.dataset_streaming:
         raise ValueError("--dataset_streaming is not supported: a rollout draws its prompts by number.")
     if model_args.model_name_or_path is None:
@@ -184,7 +209,7 @@ def run(
         **(training_args.model_init_kwargs or {}),
     }
     train_dataset, eval_dataset = load_prompts(script_args, dataset_args, training_args.eval_strategy != "no")
-    trainer = TPGRPOTrainer(
+    return TPGRPOTrainer(
         model=TESTBED if model_args.model_name_or_path == "testbed" else model_args.model_name_or_path,
         reward_funcs=[load_reward(name) for name in script_args.reward_funcs],
         args=training_args,
@@ -192,13 +217,6 @@ def run(
         eval_dataset=eval_dataset,
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Trained weights saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
-    trainer.end()
 
 
 def load_reward(name: str) -> RewardFunc:

@@ -1,0 +1,260 @@
+"""What a rollout with rewards along its trajectories costs: the plain way, the sweep, and Flow-GRPO's without completions.
+
+All ways run side by side in one process with one thread, on the testbed ("sd3") and on a FLUX.1 of its size with random
+weights ("flux"), from the same noise. Seconds are CPU seconds of the fastest of several turns, and only their ratios mean
+anything. Results go to benchmarks/results/rollout.json and docs/images/rollout.png; docs/performance.md shows them.
+
+    python benchmarks/rollout.py
+"""
+
+import argparse
+import json
+import os
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from models import load_policy
+from plain import plain_rollout
+
+from trl_tpgrpo.policies import FlowPolicy
+from trl_tpgrpo.rollout import EXACT, Velocity, Window, fastest_batch_size, roll_out
+from trl_tpgrpo.testbed import prompt_dataset
+from trl_tpgrpo.testbed.checker import shapes_reward
+
+
+ROOT = Path(__file__).parents[1]
+PHASES = ("rollout", "decode", "score")
+MODELS = ("sd3", "flux")
+
+
+class Setting:
+    """B trajectories of T steps of which the first K are SDE steps, for one model, and the ways to sample and score them."""
+
+    def __init__(self, policy: FlowPolicy, batch: int, steps: int, window: int, chunk: int):
+        self.policy, self.batch, self.chunk = policy, batch, chunk
+        prompts = list(prompt_dataset("train")["prompt"][:])
+        self.prompts = [prompts[row % len(prompts)] for row in range(batch)]
+        self.conditioning = policy.encode(self.prompts)
+        self.schedule = policy.schedule(steps)
+        self.window = Window(0, window, "cps", 0.7, "squared_error")
+
+    def velocity(self) -> Velocity:
+        def velocity(latents: torch.Tensor, step: int, rows: torch.Tensor) -> torch.Tensor:
+            model, timestep = self.policy.pipeline.transformer, self.schedule.timesteps[step]
+            return self.policy.velocity(model, latents, timestep, self.conditioning[rows])
+
+        return velocity
+
+    def generators(self) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(row) for row in range(self.batch)]
+
+    def noise(self) -> torch.Tensor:
+        return self.policy.initial_noise(self.generators())
+
+    def plain(self) -> dict:
+        clock = Clock()
+        run = plain_rollout(self.velocity(), self.noise(), self.schedule.sigmas, self.window, self.generators())
+        clock.stop("rollout")
+        images = {number: self.policy.decode(latents) for number, latents in run.ends.items()}
+        clock.stop("decode")
+        rewards = [shapes_reward(images=images[number], prompts=self.prompts) for number in sorted(images)]
+        shapes_reward(images=images[len(self.window)], prompts=self.prompts)  # the final image a second time
+        clock.stop("score")
+        counts = {"evaluations": run.num_evaluations, "calls": run.num_calls, "decodes": len(images) * self.batch}
+        return {**clock.seconds, **counts, "scored": (len(images) + 1) * self.batch, "rewards": np.array(rewards).T}
+
+    def sweep(self, chunk: int | None, completion=EXACT) -> dict:
+        clock = Clock()
+        run = roll_out(
+            self.velocity(), self.noise(), self.schedule.sigmas, self.window, self.generators(), completion, chunk
+        )
+        clock.stop("rollout")
+        images = self.policy.decode(run.final_latents, chunk)
+        clock.stop("decode")
+        rewards = shapes_reward(images=images, prompts=[self.prompts[row] for row in run.rows])
+        clock.stop("score")
+        counts = {"evaluations": run.num_evaluations, "calls": run.num_calls, "decodes": len(images)}
+        return {**clock.seconds, **counts, "scored": len(images), "rewards": np.array(rewards)[run.image_of]}
+
+    def ways(self) -> dict[str, Callable[[], dict]]:
+        return {
+            "plain": self.plain,
+            "sweep, one call a step": lambda: self.sweep(None),
+            "sweep": lambda: self.sweep(self.chunk),
+            "flow": lambda: self.sweep(self.chunk, None),
+        }
+
+
+class Clock:
+    """CPU seconds of each phase, and wall seconds of all."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {"wall": 0.0}
+        self._cpu, self._wall = time.process_time(), time.perf_counter()
+
+    def stop(self, phase: str) -> None:
+        cpu, wall = time.process_time(), time.perf_counter()
+        self.seconds[phase] = cpu - self._cpu
+        self.seconds["wall"] += wall - self._wall
+        self._cpu, self._wall = cpu, wall
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--steps", type=int, nargs="+", default=[6, 10, 20, 40])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="sd3, flux, or folders of pipelines")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="to spend on a way and setting (default: %(default)s)"
+    )
+    parser.add_argument("--name", default="rollout", help="of the result files (default: %(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows, memory, chunks = [], [], {}
+    for model in args.models:
+        policy = load_policy(model)
+        chunks[model] = measured_chunk(policy)
+        for steps in args.steps:
+            for window in sorted({1, 3, steps // 2, steps - 1}):
+                for batch in args.batches:
+                    rows += measure(model, Setting(policy, batch, steps, window, chunks[model]), steps, args.seconds)
+        memory += [peak_memory(model, policy, window, chunks[model]) for window in range(1, 10, 2)]
+    results = {"chunks": chunks, "threads": 1, "torch": torch.__version__, "rows": rows, "memory": memory}
+    results["prediction"] = {model: predict([row for row in rows if row["model"] == model]) for model in args.models}
+    path = ROOT / "benchmarks/results" / f"{args.name}.json"
+    path.write_text(json.dumps(results, indent=1))
+    print(report(results))  # noqa: T201
+    draw(results, ROOT / "docs/images" / f"{args.name}.png")
+
+
+def measured_chunk(policy: FlowPolicy) -> int:
+    """What `per_device_rollout_batch_size="auto"` would choose."""
+    setting = Setting(policy, 1, 10, 9, 1)
+    noise, velocity = setting.noise(), setting.velocity()
+
+    @torch.no_grad()
+    def seconds(batch_size: int) -> float:
+        batch, rows, times = noise.expand(batch_size, *noise.shape[1:]), torch.zeros(batch_size, dtype=torch.long), []
+        for _ in range(6):
+            start = time.perf_counter()
+            velocity(batch, 0, rows)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    return fastest_batch_size(seconds, 256)
+
+
+def measure(model: str, setting: Setting, steps: int, budget: float) -> list[dict]:
+    """Every way of a setting, in turns, until its time is spent; the fastest turn of each phase counts."""
+    ways, rows = setting.ways(), {}
+    start, turns = time.process_time(), 0
+    while turns < 1 or time.process_time() - start < budget * len(ways) and turns < 20:
+        for name, way in ways.items():
+            run = way()
+            best = rows.setdefault(name, run)
+            rows[name] = {**run, **{key: min(run[key], best[key]) for key in (*PHASES, "wall")}}
+        turns += 1
+    exact = rows["plain"]["rewards"]
+    for name, row in rows.items():
+        rewards = row.pop("rewards")
+        row["same_rewards"] = float((rewards == (exact if rewards.shape == exact.shape else exact[:, -1:])).mean())
+        row["cpu"] = sum(row[phase] for phase in PHASES)
+        row |= {"model": model, "batch": setting.batch, "steps": steps, "window": len(setting.window), "way": name}
+    print(model, setting.batch, steps, len(setting.window), {n: round(row["cpu"], 3) for n, row in rows.items()}, flush=True)  # noqa: T201  # fmt: skip
+    return list(rows.values())
+
+
+def peak_memory(model: str, policy: FlowPolicy, window: int, chunk: int) -> dict:
+    """How much the process grows in a sweep of 64 trajectories of 10 steps, in a process of its own: MB."""
+    read, write = os.pipe()
+    if os.fork() == 0:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        setting = Setting(policy, 64, 10, window, chunk)
+        roll_out(
+            setting.velocity(), setting.noise(), setting.schedule.sigmas, setting.window, setting.generators(),
+            batch_size=chunk,
+        )  # fmt: skip
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        os.write(write, str(grown / 1024).encode())
+        os._exit(0)
+    os.wait()
+    return {"model": model, "window": window, "megabytes": float(os.read(read, 100))}
+
+
+def predict(rows: list[dict]) -> dict:
+    """Seconds of the sweep's model calls as `a * calls + b * evaluations`, and how far off that is."""
+    sweeps = [row for row in rows if row["way"] == "sweep"]
+    counts = np.array([[row["calls"], row["evaluations"]] for row in sweeps], float)
+    seconds = np.array([row["rollout"] for row in sweeps])
+    scale = 1 / seconds[:, None]  # relative errors
+    coefficients = np.linalg.lstsq(counts * scale, np.ones(len(seconds)), rcond=None)[0]
+    errors = counts @ coefficients / seconds - 1
+    for row, error in zip(sweeps, errors, strict=True):
+        row["prediction_error"] = float(error)
+    return {
+        "seconds_a_call": coefficients[0],
+        "seconds_an_evaluation": coefficients[1],
+        "largest_error": float(np.abs(errors).max()),
+        "median_error": float(np.median(np.abs(errors))),
+        "share_within_10_percent": float((np.abs(errors) <= 0.1).mean()),
+    }
+
+
+def report(results: dict) -> str:
+    """Ratios of CPU seconds, as tables in Markdown."""
+    by_place = {(r["model"], r["steps"], r["window"], r["batch"], r["way"]): r for r in results["rows"]}
+    lines = ["| model | T | K | batch | sweep / plain | model calls alone | one call a step / plain | sweep / Flow-GRPO | plain / Flow-GRPO | evaluations | calls |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for (model, steps, window, batch, way), plain in by_place.items():
+        if way != "plain":
+            continue
+        sweep, one, flow = (
+            by_place[model, steps, window, batch, w] for w in ("sweep", "sweep, one call a step", "flow")
+        )
+        lines.append(
+            f"| {model} | {steps} | {window} | {batch} | {sweep['cpu'] / plain['cpu']:.2f} | "
+            f"{sweep['rollout'] / plain['rollout']:.2f} | {one['cpu'] / plain['cpu']:.2f} | "
+            f"{sweep['cpu'] / flow['cpu']:.2f} | {plain['cpu'] / flow['cpu']:.2f} | "
+            f"{plain['evaluations'] // batch} -> {sweep['evaluations'] // batch} | {plain['calls']} -> {one['calls']} |"
+        )
+    lines += ["", f"chunks: {results['chunks']}"]
+    lines += [f"{model}: {values}" for model, values in results["prediction"].items()]
+    lines += [str(one) for one in results["memory"]]
+    return "\n".join(lines)
+
+
+def draw(results: dict, path: Path) -> None:
+    """Ratios over the batch, and measured against predicted seconds."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    by_place = {(r["model"], r["steps"], r["window"], r["batch"], r["way"]): r for r in results["rows"]}
+    for model in results["chunks"]:
+        steps = 10 if any(place[:3] == (model, 10, 9) for place in by_place) else max(p[1] for p in by_place)
+        batches = sorted({p[3] for p in by_place if p[:3] == (model, steps, steps - 1)})
+        for way, style in (("sweep", "-"), ("flow", ":")):
+            ratios = [by_place[model, steps, steps - 1, b, way]["cpu"] / by_place[model, steps, steps - 1, b, "plain"]["cpu"]
+                      for b in batches]  # fmt: skip
+            left.plot(batches, ratios, style, marker="o", label=f"{'Flow-GRPO' if way == 'flow' else way}, {model}")
+        fit = results["prediction"][model]
+        sweeps = [r for r in results["rows"] if r["model"] == model and r["way"] == "sweep"]
+        predicted = [
+            fit["seconds_a_call"] * r["calls"] + fit["seconds_an_evaluation"] * r["evaluations"] for r in sweeps
+        ]
+        right.loglog(predicted, [r["rollout"] for r in sweeps], "o", markersize=3, label=model)
+    left.set(
+        xscale="log", xlabel="batch", ylabel="CPU seconds / those of the plain way", ylim=(0, 1), title="T = 10, K = 9"
+    )
+    right.axline((1e-2, 1e-2), (1, 1), color="grey", linewidth=0.8)
+    right.set(xlabel="CPU seconds predicted from calls and evaluations", ylabel="measured", title="All settings")
+    for axis in (left, right):
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
