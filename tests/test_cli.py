@@ -1,5 +1,6 @@
 """The command line as a person calls it: help, a recipe, overrides, pictures, and the messages of wrong calls."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from datasets import Dataset
 from PIL import Image
 
 from trl_tpgrpo import cli
-from trl_tpgrpo.commands import demo, sample, train
+from trl_tpgrpo.commands import demo, fidelity, sample, train
+from trl_tpgrpo.completion import CompletionRule
 from trl_tpgrpo.rewards import jpeg_compressibility
 from trl_tpgrpo.testbed.checker import shapes_reward
 
@@ -169,6 +171,33 @@ def test_sample_takes_what_train_has_saved(extra: list[str], tmp_path: Path) -> 
 def test_sample_without_a_prompt_is_refused() -> None:
     with pytest.raises(SystemExit, match="no prompt: use --prompt or --prompts_file"):
         sample.main(["--model_name_or_path", "testbed"])
+
+
+def test_fidelity_measures_prints_and_saves(tmp_path: Path, capsys) -> None:
+    options = ["--num_prompts", "2", "--completions", "one_step", "at_1_2_3", "exact_every_2"]
+    small = [*SMALL, "--num_generations", "4", "--num_inference_steps", "5", "--sde_window_size", "4"]
+    fidelity.main(["--config", recipe(tmp_path), *small, *options])
+    text = capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == ["one_step", "at_1_2_3", "exact_every_2", "exact"]
+    assert rows[0].startswith("| `one_step` | 5.0 | 5.0 |") and "| 15.0 | 5.0 | 1.000 | 1.000 | 1.000 |" in rows[3]
+    saved = {row["completion"]: row for row in json.loads((tmp_path / "out/fidelity.json").read_text())}
+    assert saved["one_step"]["evaluations"] == 5
+    assert len(saved["at_1_2_3"]["correlation_by_step"]) == 4
+    assert saved["one_step"]["correlation"] < saved["at_1_2_3"]["correlation"] <= 1
+    assert min(Image.open(tmp_path / "out/fidelity.png").size) > 200
+
+
+def test_the_rules_that_fidelity_chooses_itself_are_valid_for_any_number_of_steps() -> None:
+    for steps in (2, 4, 6, 10, 28, 40):
+        rules = [CompletionRule.parse(name) for name in fidelity.selection(steps)]
+        assert all(place < steps for rule in rules for place in rule.at or ())
+        assert len(set(rules)) == len(rules)
+
+
+def test_fidelity_refuses_wrong_rules_before_it_loads_anything() -> None:
+    with pytest.raises(ValueError, match="completion must be 'exact'.*got 'heun_2'"):
+        fidelity.main(["--output_dir", "x", "--use_cpu", "true", "--completions", "heun_2"])
 
 
 def test_demo_trains_reports_and_draws(tmp_path: Path, capsys) -> None:

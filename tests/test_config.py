@@ -4,6 +4,7 @@ import pytest
 from transformers.trainer_utils import SchedulerType
 
 from trl_tpgrpo import TPGRPOConfig
+from trl_tpgrpo.completion import CompletionRule
 from trl_tpgrpo.credit import CreditRule
 from trl_tpgrpo.rollout import Window
 
@@ -121,6 +122,19 @@ WRONG = [
     ({"guidance_scale": -1.0}, "guidance_scale must be at least 0"),
     ({"max_sequence_length": -1}, "max_sequence_length must be at least 0"),
     ({"per_device_rollout_batch_size": 0}, "per_device_rollout_batch_size must be at least 1"),
+    (
+        {"per_device_rollout_batch_size": "many"},
+        "per_device_rollout_batch_size must be at least 1, or 'auto', got many",
+    ),
+    ({"completion": "heun_4"}, "completion must be 'exact', 'at_P_Q_...'"),
+    ({"completion": "at_3_10"}, "step 10 is none of 1 to 9"),
+    ({"completion": "at_0_3"}, "step 0 is none of 1 to 9"),
+    ({"completion_check_every": 0}, "completion_check_every must be at least 1"),
+    ({"completion": "euler_4", "credit": "outcome"}, "credit='outcome' computes no completions: leave out completion"),
+    ({"completion_check_every": 2, "credit": "outcome"}, "credit='outcome' computes no completions"),
+    ({"sde_window_share": 0.0}, "sde_window_share must be above 0 and at most 1, got 0.0"),
+    ({"sde_window_share": 1.1}, "sde_window_share must be above 0 and at most 1"),
+    ({"sde_window_share": 0.9, "sde_window_size": 3}, r"leave out sde_window_size \(3\)"),
     ({"sde_window_range": [0, 10]}, "the last of the num_inference_steps=10 steps is never"),
     ({"sde_window_range": [3, 3]}, "0 <= start < stop"),
     ({"sde_window_range": [1]}, r"sde_window_range must be \[start, stop\]"),
@@ -179,6 +193,27 @@ WRONG = [
 def test_wrong_settings_are_refused_by_name(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+def test_a_batch_size_of_the_command_line_is_a_number() -> None:
+    assert config(per_device_rollout_batch_size="64").rollout_batch_size == 64
+    assert config(per_device_rollout_batch_size="auto").rollout_batch_size is None
+
+
+def test_a_shared_noise_needs_whole_groups_on_each_process(monkeypatch) -> None:
+    monkeypatch.setattr(TPGRPOConfig, "world_size", 2)
+    sizes = {"num_generations": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    with pytest.raises(
+        ValueError, match=r"share_initial_noise needs whole groups.*its 4 images.*num_generations \(8\)"
+    ):
+        config(share_initial_noise=True, **sizes)
+    assert config(share_initial_noise=False, **sizes).generation_batch_size == 8
+
+
+def test_completions_of_the_paper_are_exact_and_those_of_flow_grpo_none() -> None:
+    assert config().completion_rule == CompletionRule()
+    assert config(credit="outcome").completion_rule is None
+    assert config(completion="ab2_4_every_2").completion_rule == CompletionRule(4, None, True, 2)
 
 
 def test_groups_of_one_are_legal_with_the_completion_baseline() -> None:

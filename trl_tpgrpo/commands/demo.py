@@ -74,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("demo"), help="of the weights and the pictures (default: %(default)s)")
-    add("--max_steps", type=int, default=60, help="updates (default: %(default)s, a few minutes of one core)")
+    add("--max_steps", type=int, default=150, help="updates (default: %(default)s, some minutes of one core)")
     add("--num_eval_prompts", type=int, default=160, help="held-out prompts, 4 images each (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     add(
@@ -95,7 +95,7 @@ def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
         output_dir=str(output_dir),
         use_cpu=True,
         **PIPELINE_KWARGS,
-        per_device_rollout_batch_size=512,
+        per_device_rollout_batch_size=64,
         guidance_scale=1.0,
         num_inference_steps=NUM_INFERENCE_STEPS,
         sde_window_size=3,
@@ -106,6 +106,7 @@ def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
         epsilon=1e-3,
         beta=0.0,
         learning_rate=1e-4,
+        lr_scheduler_type="linear",
         max_steps=max_steps,
         activation_checkpointing=False,
         save_strategy="no",

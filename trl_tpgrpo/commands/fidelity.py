@@ -73,10 +73,11 @@ def main(argv: list[str]) -> int:
 
 def selection(num_inference_steps: int) -> list[str]:
     """Rules worth a look for so many steps."""
-    half, last = num_inference_steps // 2, num_inference_steps - 1
-    dense = [list(range(1, stop)) for stop in range(half - 1, last)]
+    unit = max(1, round(num_inference_steps / 10))
+    last = (num_inference_steps - 1) // unit
+    dense = [list(range(1, stop)) for stop in range(max(2, last // 2), last + 1)]
     thinned = [[*places, places[-1] + 2] for places in dense if places[-1] + 2 <= last]
-    at = ["at_" + "_".join(map(str, places)) for places in sorted(dense + thinned) if places]
+    at = ["at_" + "_".join(str(unit * place) for place in places) for places in sorted(dense + thinned)]
     return ["one_step", *(f"{kind}_{number}" for kind in ("euler", "ab2") for number in (2, 4, 6)), *at,
             "exact_every_2", "exact_every_3"]  # fmt: skip
 
