@@ -146,7 +146,8 @@ class _Sweep:
         self.shared = len(generators) // len(initial_noise) if window is not None else 1
         self.rows = self.shared * torch.arange(len(initial_noise), device=initial_noise.device)
         self.completions: list[Completion] = []
-        self.states: list[Tensor] = []
+        num_states = 0 if window is None else len(window) + 1
+        self.states = self.trajectory.new_empty(self.shared * len(initial_noise), num_states, *initial_noise.shape[1:])
         self.log_probs: list[Tensor] = []
         self.finite: list[Tensor] = []
         self.num_evaluations = self.num_calls = 0
@@ -168,7 +169,7 @@ class _Sweep:
     def take_ode_step(self, step: int, predicted: Tensor) -> None:
         """Advance the trajectories without noise."""
         if self.window is not None and step == self.window.stop:
-            self.states.append(self.trajectory)
+            self.states[:, -1] = self.trajectory
         self.trajectory = ode_step(self.trajectory, predicted, self.sigmas[step], self.sigmas[step + 1]).float()
 
     def take_sde_step(self, step: int, predicted: Tensor) -> None:
@@ -182,7 +183,7 @@ class _Sweep:
                 value.repeat_interleave(self.shared, 0) for value in (self.trajectory, predicted)
             )
             self.rows = torch.arange(len(self.generators), device=self.rows.device)
-        self.states.append(self.trajectory)
+        self.states[:, step - window.start] = self.trajectory
         sigma, sigma_next = self.sigmas[step], self.sigmas[step + 1]
         drawn = transition(window.sde_type, self.trajectory, predicted, sigma, sigma_next, window.noise_level)
         noise = randn_tensor(self.trajectory.shape, self.generators, self.trajectory.device, torch.float32)
@@ -206,10 +207,9 @@ class _Sweep:
             offset + torch.arange(len(its_rows)).repeat_interleave(number // len(its_rows))
             for offset, its_rows in zip(offsets, rows, strict=True)
         ]
-        no_steps = self.trajectory[:, None][:, :0]
         return Rollout(
-            states=torch.stack(self.states, 1) if self.states else no_steps,
-            log_probs=torch.stack(self.log_probs, 1) if self.log_probs else no_steps.flatten(1),
+            states=self.states,
+            log_probs=torch.stack(self.log_probs, 1) if self.log_probs else self.trajectory.new_empty(number, 0),
             final_latents=torch.cat(ends),
             image_of=torch.stack(columns, 1),
             rows=torch.cat(rows),
