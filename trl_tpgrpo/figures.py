@@ -155,7 +155,11 @@ def save_pareto(path: Path, names: list[str], evaluations: list[float], correlat
     axis.plot([evaluations[i] for i in best], [correlations[i] for i in best], color=BLUE, linewidth=1, zorder=1)
     axis.scatter(evaluations, correlations, color=[BLUE if i in best else GREY for i in range(len(names))], zorder=2)
     for i, name in enumerate(names):
-        axis.annotate(name, (evaluations[i], correlations[i]), xytext=(5, -9), textcoords="offset points", fontsize=7)
+        above = any(evaluations[i] == evaluations[j] and correlations[i] > correlations[j] for j in range(len(names)))
+        place, side = ((-6, 4), "right") if i in best else ((6, 3 if above else -9), "left")
+        place_of_label = {"xytext": place, "textcoords": "offset points", "ha": side, "fontsize": 7}
+        axis.annotate(name, (evaluations[i], correlations[i]), **place_of_label)
+    axis.margins(x=0.12)
     axis.set(xlabel="model evaluations a trajectory", ylabel="correlation of step rewards", title=title)
     axis.grid(alpha=0.3)
     _save(figure, path)

@@ -609,7 +609,7 @@ class TPGRPOTrainer(_BaseTrainer):
         if not self.is_world_process_zero():
             return
         pipeline = self.policy.pipeline
-        shown = ("credit", "sde_type", "noise_level", "num_inference_steps", "guidance_scale", "num_generations",
+        shown = ("credit", "completion", "sde_type", "noise_level", "num_inference_steps", "guidance_scale", "num_generations",
                  "generation_batch_size", "learning_rate", "beta", "epsilon", "height", "width", "seed")  # fmt: skip
         name = model_name or Path(self.args.output_dir).name
         card = build_model_card(
