@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[6, 10, 20, 40])
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="sd3, flux, or folders of pipelines")
     parser.add_argument(
-        "--seconds", type=float, default=4.0, help="to spend on a way and setting (default: %(default)s)"
+        "--seconds", type=float, default=1.5, help="to spend on a way and setting (default: %(default)s)"
     )
     parser.add_argument("--name", default="rollout", help="of the result files (default: %(default)s)")
     args = parser.parse_args()

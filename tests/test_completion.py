@@ -199,19 +199,23 @@ def test_generators_that_are_no_multiple_of_the_noises_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("of_a_sample", "best"),
+    ("of_a_sample", "largest", "best"),
     [
-        ({1: 5, 2: 3, 4: 2, 8: 1.5, 16: 1.2, 32: 1.0, 64: 1.1, 128: 1.2, 256: 0.1}, 32),  # not asked after 128
-        ({1: 1, 2: 1, 4: 1}, 1),  # a smaller one that is as fast takes less memory
-        ({1: 4, 2: 3.99, 4: 2, 8: 1}, 8),  # one doubling in vain is forgiven
+        (lambda size: 1 + 10 / size + size / 50, 256, 16),  # a call has its price, and so has a large batch
+        (lambda size: 1.0, 256, 1),  # a smaller one that is as fast takes less memory
+        (lambda size: 1 / size, 64, 64),
+        (lambda size: 1 / size, 50, 48),
+        (lambda size: {1: 4, 2: 3, 3: 3.1, 4: 3.2, 6: 1}.get(size, 2), 256, 6),  # two in vain are forgiven
     ],
 )
-def test_the_fastest_batch_size_is_found(of_a_sample: dict[int, float], best: int) -> None:
+def test_the_fastest_batch_size_is_found(of_a_sample, largest: int, best: int) -> None:
     asked = []
 
     def seconds(size: int) -> float:
         asked.append(size)
-        return size * of_a_sample[size]
+        return size * of_a_sample(size)
 
-    assert fastest_batch_size(seconds, max(of_a_sample)) == best
-    assert 256 not in asked
+    assert fastest_batch_size(seconds, largest) == best
+    assert asked == sorted(asked) and max(asked) <= largest
+    times = [of_a_sample(size) for size in asked]
+    assert all(min(times[place - 3 : place]) < min(times[: place - 3]) for place in range(4, len(times)))

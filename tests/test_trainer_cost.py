@@ -215,7 +215,7 @@ def test_a_measured_batch_size_is_taken_and_changes_only_rounding(tmp_path: Path
     for trainer in (fixed, measured):
         trainer.model.train()
         tables.append(trainer._prepare_inputs([{"prompt": "a red circle", "topic": 0}] * 4).table.rewards)
-    assert measured._rollout_batch_size in [2**power for power in range(9)]
+    assert 1 <= measured._rollout_batch_size <= 256
     torch.testing.assert_close(tables[1], tables[0], rtol=0, atol=2 / 255)
 
 

@@ -240,18 +240,20 @@ def _raise_if_not_finite(finite: list[Tensor]) -> None:
 
 
 def fastest_batch_size(seconds: Callable[[int], float], largest: int) -> int:
-    """The power of two, up to `largest`, at which a sample takes the least time.
+    """The smallest batch, of those up to `largest`, at which a sample takes at most 3% longer than at the best.
 
     Args:
-        seconds: How long a batch of a size takes. It is asked for doubled sizes until two in a row bring less than 3%.
+        seconds: How long a batch of a size takes. It is asked for 1, 2, 3, 4, 6, 8, 12 and so on, until three sizes in a row
+            are no better than the best before them.
         largest: The largest size to try.
     """
-    best, of_best, size, in_vain = 1, float("inf"), 1, 0
-    while size <= largest and in_vain < 2:
-        of_this = seconds(size) / size
-        if of_this < 0.97 * of_best:
-            best, of_best, in_vain = size, of_this, 0
-        else:
-            in_vain += 1
-        size *= 2
-    return best
+    sizes = sorted({factor * 2**power for power in range(largest.bit_length()) for factor in (1, 3)})
+    times: dict[int, float] = {}
+    in_vain = 0
+    for size in (size for size in sizes if size <= largest):
+        of_a_sample = seconds(size) / size
+        in_vain = in_vain + 1 if times and of_a_sample >= min(times.values()) else 0
+        times[size] = of_a_sample
+        if in_vain == 3:
+            break
+    return min(size for size, time in times.items() if time <= 1.03 * min(times.values()))

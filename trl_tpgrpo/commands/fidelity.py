@@ -1,6 +1,7 @@
 """`trl-tpgrpo fidelity`: what cheap completions save, and how well they agree with exact ones, on your model and reward."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,11 @@ def save(measured: list[Measured], output_dir: Path) -> None:
             "completion": one.name,
             "evaluations": one.evaluations,
             "images": one.images,
-            **one.fidelity.overall(),
-            **{f"{name}_by_step": values[:-1].tolist() for name, values in vars(one.fidelity).items()},
+            **{name: _number(value) for name, value in one.fidelity.overall().items()},
+            **{
+                f"{name}_by_step": [_number(value) for value in values[:-1].tolist()]
+                for name, values in vars(one.fidelity).items()
+            },
         }
         for one in measured
     ]
@@ -154,3 +158,8 @@ def save(measured: list[Measured], output_dir: Path) -> None:
         [one.fidelity.overall()["correlation"] for one in measured],
         "Completions: what they take and how faithful they are",
     )
+
+
+def _number(value: float) -> float | None:
+    """`None` for NaN, which JSON does not know."""
+    return None if math.isnan(value) else round(value, 4)
