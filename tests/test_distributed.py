@@ -1,25 +1,29 @@
 """Two processes train as one does at the same global batch."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 
 TESTS = Path(__file__).parent
 SCRIPT = """
-import os, sys
+import json, os, sys
 from pathlib import Path
 import torch
 from test_trainer import build, prompts, trained
+from test_trainer_cost import coarse, brightness
 
-out, world = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1))
+out, world, options = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1)), json.loads(sys.argv[2])
+options["reward_funcs"] = {"coarse": coarse, "brightness": brightness}[options["reward_funcs"]]
 trainer = build(
     out / "run", max_steps=4, num_generations=4, per_device_train_batch_size=12 // world, steps_per_generation=2,
-    gradient_accumulation_steps=1, sde_window_size=2, sde_window_range=[0, 3], beta=0.1, optim="sgd", learning_rate=1.0,
-    eval_dataset=prompts(4), num_generations_eval=2, per_device_eval_batch_size=4,
+    gradient_accumulation_steps=1, sde_window_range=[0, 3], optim="sgd", eval_dataset=prompts(4),
+    num_generations_eval=2, per_device_eval_batch_size=4, **options,
 )
 if world > 1:
     trainer.evaluate()  # must not keep the gradients from being exchanged
@@ -28,8 +32,17 @@ torch.save((trained(trainer), trainer.state.log_history), out / f"{world}-{os.en
 """
 
 
-def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
-    """With CFG, KL, balance and a window that moves; groups of 4 straddle the processes' micro-batches of 6.
+CASES = {
+    "a KL term and a window that moves": {"beta": 0.1, "learning_rate": 1.0, "sde_window_size": 2, "reward_funcs": "brightness"},
+    "transitions left out, unevenly, and a measured window": {
+        "beta": 0.0, "learning_rate": 4.0, "sde_window_share": 0.9, "reward_funcs": "coarse", "completion": "at_2",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_the_weights_of_one(case: str, tmp_path: Path) -> None:
+    """With CFG and balance; groups of 4 straddle the processes' micro-batches of 6.
 
     Gradients are sums in another order and batches of another size, so weights agree to float32 rounding: 1e-5 of updates
     of 1e-3, with plain SGD, whose steps are proportional to the gradients.
@@ -40,7 +53,11 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     for command in ([sys.executable], launch):
         run = subprocess.run(
-            [*command, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+            [*command, str(script), str(tmp_path), json.dumps(CASES[case])],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert run.returncode == 0, run.stderr[-3000:]
     saved = {name: torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in ("1-0", "2-0", "2-1")}
@@ -49,7 +66,9 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     for name, value in one.items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], value, rtol=0, atol=1e-5)
-    for metric in ("reward", "num_evaluations", "turning_points/rate"):
+    for metric in ("reward", "num_evaluations", "turning_points/rate", "advantages/frac_zero"):
         values = [[entry[metric] for entry in entries if metric in entry] for entries in (history, other_history)]
         assert len(values[0]) >= 2
         torch.testing.assert_close(torch.tensor(values[1]), torch.tensor(values[0]), rtol=0, atol=1e-5)
+    left_out = [entry["advantages/frac_zero"] for entry in history if "advantages/frac_zero" in entry]
+    assert CASES[case]["beta"] > 0 or min(left_out) > 0.1
