@@ -1,8 +1,8 @@
 """What a rollout with rewards along its trajectories costs: the plain way, the sweep, and Flow-GRPO's without completions.
 
 All ways run side by side in one process with one thread, on the testbed ("sd3") and on a FLUX.1 of its size with random
-weights ("flux"), from the same noise. Seconds are CPU seconds of the fastest of several turns, and only their ratios mean
-anything. Results go to benchmarks/results/rollout.json and docs/images/rollout.png; docs/performance.md shows them.
+weights ("flux"), from the same noise. Ratios are those of CPU seconds within a turn, and the median over turns. The largest batch
+runs with the shorter schedules only. Results go to benchmarks/results/ and docs/images/; docs/performance.md shows them.
 
     python benchmarks/rollout.py
 """
@@ -84,7 +84,6 @@ class Setting:
     def ways(self) -> dict[str, Callable[[], dict]]:
         return {
             "plain": self.plain,
-            "sweep, one call a step": lambda: self.sweep(None),
             "sweep": lambda: self.sweep(self.chunk),
             "flow": lambda: self.sweep(self.chunk, None),
         }
@@ -109,9 +108,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--steps", type=int, nargs="+", default=[6, 10, 20, 40])
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="sd3, flux, or folders of pipelines")
-    parser.add_argument(
-        "--seconds", type=float, default=1.5, help="to spend on a way and setting (default: %(default)s)"
-    )
+    parser.add_argument("--turns", type=int, default=3, help="of all ways for a setting (default: %(default)s)")
     parser.add_argument("--name", default="rollout", help="of the result files (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -121,8 +118,8 @@ def main() -> None:
         chunks[model] = measured_chunk(policy)
         for steps in args.steps:
             for window in sorted({1, 3, steps // 2, steps - 1}):
-                for batch in args.batches:
-                    rows += measure(model, Setting(policy, batch, steps, window, chunks[model]), steps, args.seconds)
+                for batch in (batch for batch in args.batches if batch * steps <= 640):
+                    rows += measure(model, Setting(policy, batch, steps, window, chunks[model]), steps, args.turns)
     results = {"chunks": chunks, "threads": 1, "torch": torch.__version__, "rows": rows, "memory": measure_memory()}
     results["prediction"] = {model: predict([row for row in rows if row["model"] == model]) for model in args.models}
     path = ROOT / "benchmarks/results" / f"{args.name}.json"
@@ -148,24 +145,32 @@ def measured_chunk(policy: FlowPolicy) -> int:
     return fastest_batch_size(seconds, 256)
 
 
-def measure(model: str, setting: Setting, steps: int, budget: float) -> list[dict]:
-    """Every way of a setting, in turns, until its time is spent; the fastest turn of each phase counts."""
-    ways, rows = setting.ways(), {}
-    start, turns = time.process_time(), 0
-    while turns < 1 or time.process_time() - start < budget * len(ways) and turns < 20:
-        for name, way in ways.items():
-            run = way()
-            best = rows.setdefault(name, run)
-            rows[name] = {**run, **{key: min(run[key], best[key]) for key in (*PHASES, "wall")}}
-        turns += 1
-    exact = rows["plain"]["rewards"]
-    for name, row in rows.items():
-        rewards = row.pop("rewards")
-        row["same_rewards"] = float((rewards == (exact if rewards.shape == exact.shape else exact[:, -1:])).mean())
-        row["cpu"] = sum(row[phase] for phase in PHASES)
-        row |= {"model": model, "batch": setting.batch, "steps": steps, "window": len(setting.window), "way": name}
-    print(model, setting.batch, steps, len(setting.window), {n: round(row["cpu"], 3) for n, row in rows.items()}, flush=True)  # noqa: T201  # fmt: skip
-    return list(rows.values())
+def measure(model: str, setting: Setting, steps: int, turns: int) -> list[dict]:
+    """Every way of a setting, in turns: ratios of each turn to the plain way, and the fastest seconds of each phase."""
+    runs: dict[str, list[dict]] = {name: [] for name in setting.ways()}
+    for _ in range(turns):
+        for name, way in setting.ways().items():
+            runs[name].append(way())
+    place = {"model": model, "batch": setting.batch, "steps": steps, "window": len(setting.window)}
+    exact = runs["plain"][0]["rewards"]
+    rows = [{**place, "way": name, **summary(of_way, runs["plain"], exact)} for name, of_way in runs.items()]
+    print(place, {row["way"]: round(row["ratio"], 2) for row in rows}, flush=True)  # noqa: T201
+    return rows
+
+
+def summary(runs: list[dict], plain: list[dict], exact: np.ndarray) -> dict:
+    """Counts, seconds and ratios of a way's turns."""
+    rewards = runs[0]["rewards"]
+    seconds = {key: min(run[key] for run in runs) for key in (*PHASES, "wall")}
+    counts = {key: runs[0][key] for key in ("evaluations", "calls", "decodes", "scored")}
+    ratios = [
+        sum(run[p] for p in PHASES) / sum(other[p] for p in PHASES) for run, other in zip(runs, plain, strict=True)
+    ]
+    of_rollout = [run["rollout"] / other["rollout"] for run, other in zip(runs, plain, strict=True)]
+    of_wall = [run["wall"] / other["wall"] for run, other in zip(runs, plain, strict=True)]
+    same = None if rewards.shape != exact.shape else float((rewards == exact).mean())
+    medians = {"ratio": np.median(ratios), "rollout_ratio": np.median(of_rollout), "wall_ratio": np.median(of_wall)}
+    return {**seconds, **counts, **{name: float(value) for name, value in medians.items()}, "same_rewards": same}
 
 
 def peak_memory(window: int) -> float:
@@ -204,8 +209,8 @@ def predict(rows: list[dict]) -> dict:
     for row, error in zip(sweeps, errors, strict=True):
         row["prediction_error"] = float(error)
     return {
-        "seconds_a_call": coefficients[0],
-        "seconds_an_evaluation": coefficients[1],
+        "seconds_a_call": float(coefficients[0]),
+        "seconds_an_evaluation": float(coefficients[1]),
         "largest_error": float(np.abs(errors).max()),
         "median_error": float(np.median(np.abs(errors))),
         "share_within_10_percent": float((np.abs(errors) <= 0.1).mean()),
@@ -213,20 +218,23 @@ def predict(rows: list[dict]) -> dict:
 
 
 def report(results: dict) -> str:
-    """Ratios of CPU seconds, as tables in Markdown."""
+    """Ratios of CPU seconds, as a table in Markdown."""
     by_place = {(r["model"], r["steps"], r["window"], r["batch"], r["way"]): r for r in results["rows"]}
-    lines = ["| model | T | K | batch | sweep / plain | model calls alone | one call a step / plain | sweep / Flow-GRPO | plain / Flow-GRPO | evaluations | calls |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| model | T | K | batch | CPU, sweep / plain | model calls alone | wall | plain / Flow-GRPO | sweep / Flow-GRPO | "
+        "evaluations a trajectory | decoded | scored |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for (model, steps, window, batch, way), plain in by_place.items():
         if way != "plain":
             continue
-        sweep, one, flow = (
-            by_place[model, steps, window, batch, w] for w in ("sweep", "sweep, one call a step", "flow")
+        sweep, flow = (by_place[model, steps, window, batch, name] for name in ("sweep", "flow"))
+        counts = " | ".join(
+            f"{plain[key] // batch} -> {sweep[key] // batch}" for key in ("evaluations", "decodes", "scored")
         )
         lines.append(
-            f"| {model} | {steps} | {window} | {batch} | {sweep['cpu'] / plain['cpu']:.2f} | "
-            f"{sweep['rollout'] / plain['rollout']:.2f} | {one['cpu'] / plain['cpu']:.2f} | "
-            f"{sweep['cpu'] / flow['cpu']:.2f} | {plain['cpu'] / flow['cpu']:.2f} | "
-            f"{plain['evaluations'] // batch} -> {sweep['evaluations'] // batch} | {plain['calls']} -> {one['calls']} |"
+            f"| {model} | {steps} | {window} | {batch} | {sweep['ratio']:.2f} | {sweep['rollout_ratio']:.2f} | "
+            f"{sweep['wall_ratio']:.2f} | {1 / flow['ratio']:.1f} | {sweep['ratio'] / flow['ratio']:.1f} | {counts} |"
         )
     lines += ["", f"chunks: {results['chunks']}"]
     lines += [f"{model}: {values}" for model, values in results["prediction"].items()]
@@ -242,8 +250,7 @@ def draw(results: dict, path: Path) -> None:
         steps = 10 if any(place[:3] == (model, 10, 9) for place in by_place) else max(p[1] for p in by_place)
         batches = sorted({p[3] for p in by_place if p[:3] == (model, steps, steps - 1)})
         for way, style in (("sweep", "-"), ("flow", ":")):
-            ratios = [by_place[model, steps, steps - 1, b, way]["cpu"] / by_place[model, steps, steps - 1, b, "plain"]["cpu"]
-                      for b in batches]  # fmt: skip
+            ratios = [by_place[model, steps, steps - 1, batch, way]["ratio"] for batch in batches]
             left.plot(batches, ratios, style, marker="o", label=f"{'Flow-GRPO' if way == 'flow' else way}, {model}")
         fit = results["prediction"][model]
         sweeps = [r for r in results["rows"] if r["model"] == model and r["way"] == "sweep"]
