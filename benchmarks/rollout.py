@@ -136,7 +136,7 @@ def measured_chunk(policy: FlowPolicy) -> int:
     @torch.no_grad()
     def seconds(batch_size: int) -> float:
         batch, rows, times = noise.expand(batch_size, *noise.shape[1:]), torch.zeros(batch_size, dtype=torch.long), []
-        for _ in range(6):
+        for _ in range(8):
             start = time.perf_counter()
             velocity(batch, 0, rows)
             times.append(time.perf_counter() - start)

@@ -328,7 +328,7 @@ class TPGRPOTrainer(_BaseTrainer):
             batch = noise[:1].expand(batch_size, *noise.shape[1:])
             rows = torch.zeros(batch_size, dtype=torch.long, device=noise.device)
             times = []
-            for _ in range(4):  # of which the first warms up
+            for _ in range(6):  # of which the first warms up
                 start = time.perf_counter()
                 velocity(batch, 0, rows).sum().item()  # waits for the device
                 times.append(time.perf_counter() - start)
