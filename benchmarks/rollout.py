@@ -21,6 +21,7 @@ from matplotlib import pyplot as plt
 from models import load_policy
 from plain import plain_rollout
 
+from trl_tpgrpo.completion import CompletionRule
 from trl_tpgrpo.policies import FlowPolicy
 from trl_tpgrpo.rollout import EXACT, Velocity, Window, fastest_batch_size, roll_out
 from trl_tpgrpo.testbed import prompt_dataset
@@ -35,8 +36,8 @@ MODELS = ("sd3", "flux")
 class Setting:
     """B trajectories of T steps of which the first K are SDE steps, for one model, and the ways to sample and score them."""
 
-    def __init__(self, policy: FlowPolicy, batch: int, steps: int, window: int, chunk: int):
-        self.policy, self.batch, self.chunk = policy, batch, chunk
+    def __init__(self, policy: FlowPolicy, batch: int, steps: int, window: int, chunks: dict[str, int]):
+        self.policy, self.batch, self.chunks = policy, batch, chunks
         prompts = list(prompt_dataset("train")["prompt"][:])
         self.prompts = [prompts[row % len(prompts)] for row in range(batch)]
         self.conditioning = policy.encode(self.prompts)
@@ -68,13 +69,19 @@ class Setting:
         counts = {"evaluations": run.num_evaluations, "calls": run.num_calls, "decodes": len(images) * self.batch}
         return {**clock.seconds, **counts, "scored": (len(images) + 1) * self.batch, "rewards": np.array(rewards).T}
 
-    def sweep(self, chunk: int | None, completion=EXACT) -> dict:
+    def sweep(self, completion: CompletionRule | None = EXACT) -> dict:
         clock = Clock()
         run = roll_out(
-            self.velocity(), self.noise(), self.schedule.sigmas, self.window, self.generators(), completion, chunk
+            self.velocity(),
+            self.noise(),
+            self.schedule.sigmas,
+            self.window,
+            self.generators(),
+            completion,
+            self.chunks["model"],
         )
         clock.stop("rollout")
-        images = self.policy.decode(run.final_latents, chunk)
+        images = self.policy.decode(run.final_latents, self.chunks["vae"])
         clock.stop("decode")
         rewards = shapes_reward(images=images, prompts=[self.prompts[row] for row in run.rows])
         clock.stop("score")
@@ -84,8 +91,8 @@ class Setting:
     def ways(self) -> dict[str, Callable[[], dict]]:
         return {
             "plain": self.plain,
-            "sweep": lambda: self.sweep(self.chunk),
-            "flow": lambda: self.sweep(self.chunk, None),
+            "sweep": self.sweep,
+            "flow": lambda: self.sweep(None),
         }
 
 
@@ -115,7 +122,7 @@ def main() -> None:
     rows, chunks = [], {}
     for model in args.models:
         policy = load_policy(model)
-        chunks[model] = measured_chunk(policy)
+        chunks[model] = measured_chunks(policy)
         for steps in args.steps:
             for window in sorted({1, 3, steps // 2, steps - 1}):
                 for batch in (batch for batch in args.batches if batch * steps <= 640):
@@ -128,21 +135,31 @@ def main() -> None:
     draw(results, ROOT / "docs/images" / f"{args.name}.png")
 
 
-def measured_chunk(policy: FlowPolicy) -> int:
-    """What `per_device_rollout_batch_size="auto"` would choose."""
-    setting = Setting(policy, 1, 10, 9, 1)
+def measured_chunks(policy: FlowPolicy) -> dict[str, int]:
+    """What `per_device_rollout_batch_size="auto"` would choose for the model and the VAE."""
+    setting = Setting(policy, 1, 10, 9, {})
     noise, velocity = setting.noise(), setting.velocity()
 
+    def predict(size: int) -> object:
+        return velocity(noise.expand(size, *noise.shape[1:]), 0, torch.zeros(size, dtype=torch.long))
+
+    def decode(size: int) -> object:
+        return policy.decode(noise.expand(size, *noise.shape[1:]))
+
+    return {part: fastest_batch_size(timed(run), 256) for part, run in (("model", predict), ("vae", decode))}
+
+
+def timed(run: Callable[[int], object]) -> Callable[[int], float]:
     @torch.no_grad()
-    def seconds(batch_size: int) -> float:
-        batch, rows, times = noise.expand(batch_size, *noise.shape[1:]), torch.zeros(batch_size, dtype=torch.long), []
-        for _ in range(8):
+    def seconds(size: int) -> float:
+        times = []
+        for _ in range(6):
             start = time.perf_counter()
-            velocity(batch, 0, rows)
+            run(size)
             times.append(time.perf_counter() - start)
         return min(times[1:])
 
-    return fastest_batch_size(seconds, 256)
+    return seconds
 
 
 def measure(model: str, setting: Setting, steps: int, turns: int) -> list[dict]:

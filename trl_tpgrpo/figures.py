@@ -157,8 +157,8 @@ def save_pareto(path: Path, names: list[str], evaluations: list[float], correlat
     for i, name in enumerate(names):
         above = any(evaluations[i] == evaluations[j] and correlations[i] > correlations[j] for j in range(len(names)))
         place, side = ((-6, 4), "right") if i in best else ((6, 3 if above else -9), "left")
-        place_of_label = {"xytext": place, "textcoords": "offset points", "ha": side, "fontsize": 7}
-        axis.annotate(name, (evaluations[i], correlations[i]), **place_of_label)
+        point = (evaluations[i], correlations[i])
+        axis.annotate(name, point, xytext=place, textcoords="offset points", ha=side, fontsize=7)
     axis.margins(x=0.12)
     axis.set(xlabel="model evaluations a trajectory", ylabel="correlation of step rewards", title=title)
     axis.grid(alpha=0.3)

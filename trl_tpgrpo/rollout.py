@@ -240,7 +240,7 @@ def _raise_if_not_finite(finite: list[Tensor]) -> None:
 
 
 def fastest_batch_size(seconds: Callable[[int], float], largest: int) -> int:
-    """The smallest batch, of those up to `largest`, at which a sample takes at most 3% longer than at the best.
+    """The largest batch, of those up to `largest`, at which a sample takes at most 5% longer than at the best.
 
     Args:
         seconds: How long a batch of a size takes. It is asked for 1, 2, 3, 4, 6, 8, 12 and so on, until three sizes in a row
@@ -258,4 +258,4 @@ def fastest_batch_size(seconds: Callable[[int], float], largest: int) -> int:
         if in_vain == 3:
             break
     times = {size: min(time, seconds(size) / size) for size, time in times.items()}
-    return min(size for size, time in times.items() if time <= 1.03 * min(times.values()))
+    return max(size for size, time in times.items() if time <= 1.05 * min(times.values()))

@@ -4,7 +4,7 @@ It reads in that order, under the names of TRL's GRPOTrainer. Mathematics and mo
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -34,7 +35,7 @@ from .model_card import build_model_card
 from .models import load_policy, prepare_transformer
 from .policies import Conditioning
 from .rewards.scoring import RewardFunc, check_applicability, reward_names, score
-from .rollout import EXACT, Rollout, Velocity, Window, fastest_batch_size, roll_out
+from .rollout import EXACT, Rollout, Window, fastest_batch_size, roll_out
 from .sampler import EpochSampler, SetEpoch
 from .sde import Transition, kl_divergence, log_prob, transition
 from .trajectories import Sampled, Trajectories, Transitions
@@ -122,7 +123,8 @@ class TPGRPOTrainer(_BaseTrainer):
         self._set_epoch = SetEpoch()
         self._step = 0
         self._buffered_inputs: list[Trajectories] | None = None
-        self._rollout_batch_size = args.rollout_batch_size
+        fixed = args.rollout_batch_size
+        self._batch_sizes = {} if fixed is None else {"model": fixed, "vae": fixed}  # of rollouts
         self._measured_window: Window | None = None
         self._metrics = {"train": Metrics(), "eval": Metrics()}
         self._eval_prefix, self._num_evaluated = "eval", 0
@@ -279,7 +281,7 @@ class TPGRPOTrainer(_BaseTrainer):
             conditioning = self.policy.encode(distinct)
             rollout = self._roll_out(conditioning, prompts, generators, window, completion)
         with metrics.seconds("decode"):
-            images = self.policy.decode(rollout.final_latents, self._rollout_batch_size)
+            images = self._decode(rollout.final_latents)
         with metrics.seconds("score"):
             scores = self._calculate_rewards([rows[row] for row in rollout.rows.tolist()], images)
         counts = {"evaluations": rollout.num_evaluations, "calls": rollout.num_calls}
@@ -305,8 +307,11 @@ class TPGRPOTrainer(_BaseTrainer):
 
         sharing = self.args.num_generations if self.args.share_initial_noise and window is not None else 1
         noise = self.policy.initial_noise(generators[::sharing])
-        if self._rollout_batch_size is None:
-            self._rollout_batch_size = self._measure_batch_size(velocity, noise, LARGEST_BATCH)
+        if "model" not in self._batch_sizes:
+            rows = torch.zeros(LARGEST_BATCH, dtype=torch.long, device=self.args.device)
+            self._batch_sizes["model"] = self._measure_batch_size(
+                lambda size: velocity(noise[:1].expand(size, *noise.shape[1:]), 0, rows[:size])
+            )
         hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
         with tqdm(total=num_steps, desc="Rollout", leave=False, disable=hidden) as progress:
             return roll_out(
@@ -316,28 +321,35 @@ class TPGRPOTrainer(_BaseTrainer):
                 window,
                 generators,
                 completion,
-                self._rollout_batch_size,
+                self._batch_sizes["model"],
                 progress.update,
             )
 
+    def _decode(self, latents: Tensor) -> list[Image.Image]:
+        if "vae" not in self._batch_sizes:
+            self._batch_sizes["vae"] = self._measure_batch_size(
+                lambda size: self.policy.decode(latents[:1].expand(size, *latents.shape[1:]))
+            )
+        return self.policy.decode(latents, self._batch_sizes["vae"])
+
     @torch.no_grad()
-    def _measure_batch_size(self, velocity: Velocity, noise: Tensor, most: int) -> int:
-        """The batch size at which the model takes the least time a sample, the same on all processes."""
+    def _measure_batch_size(self, run: Callable[[int], object]) -> int:
+        """The batch size at which `run` takes the least time a sample, the same on all processes."""
 
         def seconds(batch_size: int) -> float:
-            batch = noise[:1].expand(batch_size, *noise.shape[1:])
-            rows = torch.zeros(batch_size, dtype=torch.long, device=noise.device)
             times = []
             for _ in range(6):  # of which the first warms up
                 start = time.perf_counter()
-                velocity(batch, 0, rows).sum().item()  # waits for the device
+                run(batch_size)
+                if self.args.device.type != "cpu":
+                    torch.accelerator.synchronize()
                 times.append(time.perf_counter() - start)
             fastest = torch.tensor(min(times[1:]), device=self.args.device)
             return self.accelerator.reduce(fastest, "mean").item()
 
-        return fastest_batch_size(seconds, most)
+        return fastest_batch_size(seconds, LARGEST_BATCH)
 
-    def _calculate_rewards(self, rows: list[dict[str, Any]], images: list) -> Tensor:
+    def _calculate_rewards(self, rows: list[dict[str, Any]], images: list[Image.Image]) -> Tensor:
         """Rewards of M images, each of the row at its place: float32, (F, M), on the CPU, NaN where one does not apply."""
         prompts = [row["prompt"] for row in rows]
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
@@ -569,7 +581,7 @@ class TPGRPOTrainer(_BaseTrainer):
                 "step": self._step,
                 "buffered_inputs": in_use,
                 "measured_window": self._measured_window,
-                "rollout_batch_size": self._rollout_batch_size,
+                "batch_sizes": self._batch_sizes,
             }
             torch.save(progress, self._rollout_file(folder))
         super()._save_checkpoint(model, trial)
@@ -599,7 +611,7 @@ class TPGRPOTrainer(_BaseTrainer):
             )
         saved = torch.load(self._rollout_file(checkpoint), map_location="cpu", weights_only=False)
         self._step, in_use = saved["step"], saved["buffered_inputs"]
-        self._measured_window, self._rollout_batch_size = saved["measured_window"], saved["rollout_batch_size"]
+        self._measured_window, self._batch_sizes = saved["measured_window"], saved["batch_sizes"]
         self._buffered_inputs = in_use and [trajectories.to(self.args.device) for trajectories in in_use]
 
     def create_model_card(
