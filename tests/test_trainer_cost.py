@@ -227,3 +227,21 @@ def test_same_generators_give_the_same_trajectories_for_every_rule(tmp_path: Pat
     none = trainer.sample_and_score(rows, trainer._generators(NOISE, 0, 2), window, None)
     assert torch.equal(exact.rollout.states, none.rollout.states)
     assert torch.equal(exact.rewards[..., -1], none.rewards[..., -1])
+
+
+def test_batches_that_do_not_fit_into_memory_are_not_chosen(tmp_path: Path) -> None:
+    trainer = build(tmp_path, per_device_rollout_batch_size="auto")
+
+    def run(batch_size: int) -> None:
+        if batch_size > 6:
+            raise torch.OutOfMemoryError
+
+    assert 1 <= trainer._measure_batch_size(run) <= 6
+
+
+@pytest.mark.parametrize(("given", "taken"), [(2, {"model": 2, "vae": 2}), ("auto", {"model": 4, "vae": 4})])
+def test_a_resumed_run_takes_the_batch_size_it_is_given(given: int | str, taken: dict, tmp_path: Path) -> None:
+    build(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    resumed = build(tmp_path, max_steps=2, per_device_rollout_batch_size=given)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed._batch_sizes == taken

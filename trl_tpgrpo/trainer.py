@@ -337,17 +337,20 @@ class TPGRPOTrainer(_BaseTrainer):
         """The batch size at which `run` takes the least time a sample, the same on all processes."""
 
         def seconds(batch_size: int) -> float:
-            times = []
-            for _ in range(6):  # of which the first warms up
-                start = time.perf_counter()
-                run(batch_size)
-                if self.args.device.type != "cpu":
-                    torch.accelerator.synchronize()
-                times.append(time.perf_counter() - start)
-            fastest = torch.tensor(min(times[1:]), device=self.args.device)
-            return self.accelerator.reduce(fastest, "mean").item()
+            try:
+                fastest = min(self._seconds(run, batch_size) for _ in range(6))  # the first of them warms up
+            except torch.OutOfMemoryError:
+                fastest = float("inf")
+            return self.accelerator.reduce(torch.tensor(fastest, device=self.args.device), "mean").item()
 
         return fastest_batch_size(seconds, LARGEST_BATCH)
+
+    def _seconds(self, run: Callable[[int], object], batch_size: int) -> float:
+        start = time.perf_counter()
+        run(batch_size)
+        if self.args.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter() - start
 
     def _calculate_rewards(self, rows: list[dict[str, Any]], images: list[Image.Image]) -> Tensor:
         """Rewards of M images, each of the row at its place: float32, (F, M), on the CPU, NaN where one does not apply."""
@@ -611,7 +614,10 @@ class TPGRPOTrainer(_BaseTrainer):
             )
         saved = torch.load(self._rollout_file(checkpoint), map_location="cpu", weights_only=False)
         self._step, in_use = saved["step"], saved["buffered_inputs"]
-        self._measured_window, self._batch_sizes = saved["measured_window"], saved["batch_sizes"]
+        if self.args.sde_window_share is not None:
+            self._measured_window = saved["measured_window"]
+        if self.args.rollout_batch_size is None:  # a fixed one may be another than before, say for lack of memory
+            self._batch_sizes = saved["batch_sizes"]
         self._buffered_inputs = in_use and [trajectories.to(self.args.device) for trajectories in in_use]
 
     def create_model_card(
