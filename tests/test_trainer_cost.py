@@ -9,6 +9,7 @@ from tiny import tiny_sd3
 
 from trl_tpgrpo.credit import CreditRule, shortest_window, step_reward_variances
 from trl_tpgrpo.fidelity import compare
+from trl_tpgrpo.generation import _measure_batch_size
 from trl_tpgrpo.rollout import EXACT
 from trl_tpgrpo.trainer import NOISE, TPGRPOTrainer
 
@@ -215,8 +216,8 @@ def test_a_measured_batch_size_is_taken_and_changes_only_rounding(tmp_path: Path
     for trainer in (fixed, measured):
         trainer.model.train()
         tables.append(trainer._prepare_inputs([{"prompt": "a red circle", "topic": 0}] * 4).table.rewards)
-    assert fixed._batch_sizes == {"model": 4, "vae": 4}
-    assert all(1 <= measured._batch_sizes[part] <= 256 for part in ("model", "vae"))
+    assert fixed.images.batch_sizes == {"model": 4, "vae": 4}
+    assert all(1 <= measured.images.batch_sizes[part] <= 256 for part in ("model", "vae"))
     torch.testing.assert_close(tables[1], tables[0], rtol=0, atol=2 / 255)
 
 
@@ -236,7 +237,7 @@ def test_batches_that_do_not_fit_into_memory_are_not_chosen(tmp_path: Path) -> N
         if batch_size > 6:
             raise torch.OutOfMemoryError
 
-    assert 1 <= trainer._measure_batch_size(run) <= 6
+    assert 1 <= _measure_batch_size(run, trainer.accelerator) <= 6
 
 
 @pytest.mark.parametrize(("given", "taken"), [(2, {"model": 2, "vae": 2}), ("auto", {"model": 4, "vae": 4})])
@@ -244,4 +245,4 @@ def test_a_resumed_run_takes_the_batch_size_it_is_given(given: int | str, taken:
     build(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     resumed = build(tmp_path, max_steps=2, per_device_rollout_batch_size=given)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert resumed._batch_sizes == taken
+    assert resumed.images.batch_sizes == taken

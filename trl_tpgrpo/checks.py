@@ -87,6 +87,12 @@ def check_datasets(
         )
 
 
+def all_prompts(train: Dataset | None, evaluation: Dataset | dict | None) -> list[str]:
+    """Those of all datasets."""
+    named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+    return [prompt for dataset in (train, *named.values()) if dataset is not None for prompt in dataset["prompt"]]
+
+
 def _check_dataset(name: str, dataset: Dataset) -> None:
     if not isinstance(dataset, Dataset):
         raise TypeError(f"{name} must be a datasets.Dataset, got {type(dataset).__name__}.")

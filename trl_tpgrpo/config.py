@@ -13,6 +13,7 @@ from .rollout import Window
 from .sde import LOG_PROB_TYPES, SDE_TYPES
 
 
+QUANTIZATIONS = ("nf4", "int8", "fp8")
 PROMPTS_PER_GENERATION = 48
 UPDATES_PER_GENERATION = 2
 
@@ -154,6 +155,43 @@ class TPGRPOConfig(_BaseConfig):
             Clip range of the ratio. It belongs to `log_prob_type="squared_error"`; a Gaussian log-probability moves more.
         epsilon_high (`float`, *optional*):
             Upper clip range. `None` uses `epsilon`.
+        recompute_old_log_probs (`bool`, *optional*, defaults to `False`):
+            Whether to compute the log-probabilities of a rollout once more as training computes them, before its first
+            update. For models whose kernels differ with and without gradients (NF4 on a GPU, compiled blocks, `"auto"` batch
+            sizes): the ratio is then 1 again at the first update, for one more evaluation a transition that a later update
+            trains on.
+
+        > Parameters that control memory and speed
+
+        quantization (`str`, *optional*):
+            Load the base transformer in `"nf4"` (bitsandbytes, 4 bit, as in QLoRA), `"int8"` or `"fp8"` (torchao,
+            weights only). Needs `peft_config` and a model given by name. `None`: not quantised.
+        attention_backend (`str`, *optional*):
+            Name of one of diffusers' attention backends, such as `"flash"` or `"_native_cudnn"`. `None`: diffusers' own
+            choice.
+        compile_backend (`str`, *optional*):
+            Compile the transformer's repeated blocks with this backend of `torch.compile`, such as `"inductor"`, for
+            rollouts and training alike and once for all batch sizes. `None`: no compilation. (`torch_compile` would compile
+            the model for training alone.)
+        precompute_prompt_embeds (`bool`, *optional*, defaults to `False`):
+            Whether to encode the prompts of all datasets before the transformer takes its place on the device, and then
+            drop the text encoders. Otherwise prompts are encoded as rollouts need them, and the encoders are on the CPU in
+            between.
+        prompt_embeds_dir (`str`, *optional*):
+            Folder in which encoded prompts are kept, for this run and later ones. `None`: the latest 1,024 are kept in
+            the memory of the CPU.
+        offload_between_phases (`bool`, *optional*, defaults to `False`):
+            Whether the VAE, and reward functions that have a method `to`, are on the CPU except while they decode and
+            score.
+        offload_trajectories (`bool`, *optional*, defaults to `False`):
+            Whether the states of trajectories are kept on the CPU, in pinned memory.
+        offload_reference (`bool`, *optional*, defaults to `False`):
+            Full fine-tuning with `beta > 0`: whether the reference model is on the CPU, except when it predicts the
+            velocities of a whole rollout before the first update.
+        vae_slicing (`bool`, *optional*, defaults to `False`):
+            Whether the VAE decodes image by image.
+        vae_tiling (`bool`, *optional*, defaults to `False`):
+            Whether the VAE decodes images in overlapping tiles that are blended: less memory, slightly other images.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -302,6 +340,36 @@ class TPGRPOConfig(_BaseConfig):
     num_iterations: int = field(default=1, metadata={"help": "How often each rollout is trained on."})
     epsilon: float = field(default=1e-5, metadata={"help": "Clip range of the ratio."})
     epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range. None: epsilon."})
+    recompute_old_log_probs: bool = field(
+        default=False,
+        metadata={"help": "Compute the log-probabilities of a rollout as training does, before updates."},
+    )
+
+    # Parameters that control memory and speed
+    quantization: str | None = field(
+        default=None, metadata={"help": "Load the base transformer quantised.", "choices": list(QUANTIZATIONS)}
+    )
+    attention_backend: str | None = field(
+        default=None, metadata={"help": "One of diffusers' attention backends. None: diffusers' choice."}
+    )
+    compile_backend: str | None = field(
+        default=None, metadata={"help": "Compile the repeated blocks with this backend, such as 'inductor'."}
+    )
+    precompute_prompt_embeds: bool = field(
+        default=False, metadata={"help": "Encode all prompts first and drop the text encoders."}
+    )
+    prompt_embeds_dir: str | None = field(
+        default=None, metadata={"help": "Folder for encoded prompts. None: in memory, the latest 1,024."}
+    )
+    offload_between_phases: bool = field(
+        default=False, metadata={"help": "Keep VAE and reward models on the CPU except while they work."}
+    )
+    offload_trajectories: bool = field(default=False, metadata={"help": "Keep the states of trajectories on the CPU."})
+    offload_reference: bool = field(
+        default=False, metadata={"help": "Full fine-tuning: keep the reference on the CPU between rollouts."}
+    )
+    vae_slicing: bool = field(default=False, metadata={"help": "Decode image by image."})
+    vae_tiling: bool = field(default=False, metadata={"help": "Decode images in overlapping tiles."})
 
     def __post_init__(self) -> None:
         self._set_derived_defaults()
@@ -314,6 +382,7 @@ class TPGRPOConfig(_BaseConfig):
         self._check_credit()
         self._check_batch_sizes()
         self._check_trainer()
+        self._check_memory()
 
     def _set_derived_defaults(self) -> None:
         given = str(self.scale_rewards)
@@ -379,6 +448,7 @@ class TPGRPOConfig(_BaseConfig):
             "advantage_baseline": BASELINES,
             "scale_rewards": SCALES,
             "advantage_scope": SCOPES,
+            "quantization": (None, *QUANTIZATIONS),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -514,11 +584,16 @@ class TPGRPOConfig(_BaseConfig):
         unsupported = {
             "auto_find_batch_size": "a smaller batch would tear prompt groups apart; lower per_device_train_batch_size",
             "use_liger_kernel": "Liger's kernels are for language models",
+            "torch_compile": "it would compile the model for training alone; set compile_backend='inductor'",
             "neftune_noise_alpha": "it adds noise to token embeddings, which a transformer of latents does not have",
         }
         for name, reason in unsupported.items():
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported by TP-GRPO: {reason}.")
+
+    def _check_memory(self) -> None:
+        if self.offload_reference and self.beta == 0:
+            raise ValueError("offload_reference=True: with beta=0 there is no reference model; leave it out.")
 
     def _require_at_least(self, name: str, smallest: float) -> None:
         if not getattr(self, name) >= smallest:

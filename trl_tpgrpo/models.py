@@ -4,7 +4,8 @@ import copy
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.quantizers.quantization_config import QuantizationMethod
 from peft import LoraConfig, get_peft_model
 
 from .checks import checked_peft_config
@@ -13,49 +14,99 @@ from .config import TPGRPOConfig
 from .policies import FlowPolicy, Guidance, build_policy, load_pipeline
 
 
+LLM_INT8 = (
+    "LLM.int8 is refused: its outputs differ between training and evaluation by more than the clip range of the ratio. Use "
+    "quantization='int8' (torchao, weights only) or 'nf4'."
+)
+
+
 def load_policy(model: str | Path | DiffusionPipeline, args: TPGRPOConfig, use_lora: bool) -> FlowPolicy:
     """The policy of a pipeline, loaded if it is given by name, with all but the transformer frozen.
 
     Raises:
         TypeError: If `model` is neither a name nor a pipeline.
-        ValueError: If it is a pipeline and `model_init_kwargs` are given too.
+        ValueError: If it is a pipeline and `model_init_kwargs` or `quantization` are given too, or it is quantised by LLM.int8.
     """
     if isinstance(model, DiffusionPipeline):
         if args.model_init_kwargs is not None:
             raise ValueError("model_init_kwargs is for a model given by name; this one is loaded already.")
+        if args.quantization is not None:
+            raise ValueError("quantization is for a model given by name; this one is loaded already.")
         pipeline = model
     elif isinstance(model, str | Path):
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         dtype = half if use_lora else torch.float32  # weights that are trained need the precision
-        pipeline = load_pipeline(model, **{"dtype": dtype, **(args.model_init_kwargs or {})})
+        pipeline = load_pipeline(
+            model, **{"dtype": dtype, "quantization": args.quantization, **(args.model_init_kwargs or {})}
+        )
     else:
         raise TypeError(f"model must be a Hub id, a folder or a diffusers pipeline, got {type(model).__name__}.")
     names = ("height", "width", "guidance_scale", "true_cfg_scale", "negative_prompt", "max_sequence_length")
     policy = build_policy(pipeline, Guidance(**{name: getattr(args, name) for name in names}))
+    if getattr(pipeline.transformer, "quantization_method", None) == QuantizationMethod.BITS_AND_BYTES:
+        if pipeline.transformer.config.quantization_config.load_in_8bit:
+            raise ValueError(LLM_INT8)
     for module in policy.frozen_modules():
         module.requires_grad_(False).eval()
+    if args.vae_slicing:
+        pipeline.vae.enable_slicing()
+    if args.vae_tiling:
+        pipeline.vae.enable_tiling()
     return policy
 
 
 def prepare_transformer(
-    policy: FlowPolicy, peft_config: LoraConfig | None, beta: float
+    policy: FlowPolicy, peft_config: LoraConfig | None, args: TPGRPOConfig
 ) -> tuple[torch.nn.Module, torch.nn.Module | None]:
     """The model to train, and for the KL divergence a frozen copy, unless there is an adapter that can be switched off.
 
     Raises:
-        ValueError: If all weights are to be trained in half precision, or the adapter cannot be trained.
+        ValueError: If all weights are to be trained in half precision or quantised, the adapter cannot be trained, or an
+            option has no effect on this model.
     """
     transformer = policy.pipeline.transformer
     adapt_for_trainer(transformer)
+    if args.attention_backend is not None:
+        _set_attention_backend(transformer, args.attention_backend)
     if peft_config is None:
-        if transformer.dtype in (torch.float16, torch.bfloat16):
+        model, reference = _all_weights(transformer, args.beta > 0)
+    else:
+        if args.offload_reference:
             raise ValueError(
-                f"Without peft_config all weights are trained, in their own dtype, and {transformer.dtype} has not the "
-                "precision for that: load the model in float32 (bf16=True still computes in bfloat16)."
+                "offload_reference is for full fine-tuning: with peft_config the reference is the model without its adapter."
             )
-        transformer.requires_grad_(True)
-        reference = copy.deepcopy(transformer).requires_grad_(False).eval() if beta > 0 else None
-        return transformer, reference
-    peft_config = checked_peft_config(peft_config, policy.lora_target_modules)
-    transformer.requires_grad_(False)
-    return get_peft_model(transformer, peft_config), None
+        peft_config = checked_peft_config(peft_config, policy.lora_target_modules)
+        transformer.requires_grad_(False)
+        model, reference = get_peft_model(transformer, peft_config), None
+    if args.compile_backend is not None:
+        policy.compile(transformer, args.compile_backend)
+        if reference is not None:
+            policy.compile(reference, args.compile_backend)
+    return model, reference
+
+
+def _all_weights(transformer: ModelMixin, needs_reference: bool) -> tuple[ModelMixin, ModelMixin | None]:
+    if getattr(transformer, "hf_quantizer", None) is not None:
+        raise ValueError("A quantised transformer cannot be trained itself: pass a peft_config to train an adapter.")
+    if transformer.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"Without peft_config all weights are trained, in their own dtype, and {transformer.dtype} has not the "
+            "precision for that: load the model in float32 (bf16=True still computes in bfloat16)."
+        )
+    transformer.requires_grad_(True)
+    reference = copy.deepcopy(transformer).requires_grad_(False).eval() if needs_reference else None
+    return transformer, reference
+
+
+def _set_attention_backend(transformer: ModelMixin, name: str) -> None:
+    try:
+        transformer.set_attention_backend(name)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ValueError(f"attention_backend={name!r} cannot be used here: {error}") from error
+    processors = {type(processor).__name__: processor for processor in transformer.attn_processors.values()}
+    deaf = [kind for kind, processor in processors.items() if not hasattr(processor, "_attention_backend")]
+    if deaf:
+        raise ValueError(
+            f"attention_backend={name!r} has no effect on {type(transformer).__name__}: diffusers' {', '.join(deaf)} always uses "
+            "PyTorch's own choice. Leave it out."
+        )

@@ -79,6 +79,7 @@ def roll_out(
     completion: CompletionRule | None = EXACT,
     batch_size: int | None = None,
     on_step: Callable[[], object] | None = None,
+    offload_states: bool = False,
 ) -> Rollout:
     """Sample trajectories and, from states in the window, the images that the ODE makes of them.
 
@@ -92,6 +93,7 @@ def roll_out(
         completion: How states in the window are completed; `None`: not at all.
         batch_size: How many samples the model is given at once; `None`: all.
         on_step: Called after each step, for a progress bar.
+        offload_states: Whether `states` are on the CPU, in pinned memory if there is a GPU.
 
     Raises:
         ValueError: If the window does not lie in the schedule, or takes steps without noise, or B is no multiple of N.
@@ -99,7 +101,7 @@ def roll_out(
     """
     if window is not None:
         _check(window, len(sigmas) - 1, generators, len(initial_noise))
-    sweep = _Sweep(velocity, initial_noise, sigmas, window, generators or [], completion, batch_size)
+    sweep = _Sweep(velocity, initial_noise, sigmas, window, generators or [], completion, batch_size, offload_states)
     for step in range(len(sigmas) - 1):
         predicted = sweep.evaluate(step)
         if window is not None and step in window:
@@ -139,6 +141,7 @@ class _Sweep:
         generators: list[torch.Generator],
         completion: CompletionRule | None,
         batch_size: int | None,
+        offload_states: bool,
     ):
         self.velocity, self.sigmas, self.window, self.generators = velocity, sigmas, window, generators
         self.completion, self.batch_size = completion, batch_size
@@ -147,7 +150,9 @@ class _Sweep:
         self.rows = self.shared * torch.arange(len(initial_noise), device=initial_noise.device)
         self.completions: list[Completion] = []
         num_states = 0 if window is None else len(window) + 1
-        self.states = self.trajectory.new_empty(self.shared * len(initial_noise), num_states, *initial_noise.shape[1:])
+        shape = (num_states, self.shared * len(initial_noise), *initial_noise.shape[1:])  # a state is one copy
+        device = torch.device("cpu") if offload_states else self.trajectory.device
+        self.states = torch.empty(shape, device=device, pin_memory=offload_states and torch.cuda.is_available())
         self.log_probs: list[Tensor] = []
         self.finite: list[Tensor] = []
         self.num_evaluations = self.num_calls = 0
@@ -169,7 +174,7 @@ class _Sweep:
     def take_ode_step(self, step: int, predicted: Tensor) -> None:
         """Advance the trajectories without noise."""
         if self.window is not None and step == self.window.stop:
-            self.states[:, -1] = self.trajectory
+            self.states[-1].copy_(self.trajectory, non_blocking=True)
         self.trajectory = ode_step(self.trajectory, predicted, self.sigmas[step], self.sigmas[step + 1]).float()
 
     def take_sde_step(self, step: int, predicted: Tensor) -> None:
@@ -183,7 +188,7 @@ class _Sweep:
                 value.repeat_interleave(self.shared, 0) for value in (self.trajectory, predicted)
             )
             self.rows = torch.arange(len(self.generators), device=self.rows.device)
-        self.states[:, step - window.start] = self.trajectory
+        self.states[step - window.start].copy_(self.trajectory, non_blocking=True)
         sigma, sigma_next = self.sigmas[step], self.sigmas[step + 1]
         drawn = transition(window.sde_type, self.trajectory, predicted, sigma, sigma_next, window.noise_level)
         noise = randn_tensor(self.trajectory.shape, self.generators, self.trajectory.device, torch.float32)
@@ -198,7 +203,7 @@ class _Sweep:
 
     def result(self) -> Rollout:
         """All of it, once it is at its end."""
-        _raise_if_not_finite(self.finite)
+        _raise_if_not_finite(self.finite)  # waits for the copies too
         ends = [completion.latents for completion in self.completions] + [self.trajectory]
         rows = [completion.rows.cpu() for completion in self.completions] + [self.rows.cpu()]
         offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)[:-1]
@@ -208,7 +213,7 @@ class _Sweep:
             for offset, its_rows in zip(offsets, rows, strict=True)
         ]
         return Rollout(
-            states=self.states,
+            states=self.states.transpose(0, 1),
             log_probs=torch.stack(self.log_probs, 1) if self.log_probs else self.trajectory.new_empty(number, 0),
             final_latents=torch.cat(ends),
             image_of=torch.stack(columns, 1),

@@ -3,9 +3,9 @@
 It reads in that order, under the names of TRL's GRPOTrainer. Mathematics and model families are elsewhere.
 """
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,24 @@ from peft import LoraConfig, PeftModel
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
-from .checks import check_datasets, check_optimizer
+from .checks import all_prompts, check_datasets, check_optimizer
 from .completion import CompletionRule
 from .config import TPGRPOConfig
 from .credit import RewardTable, shortest_window, step_reward_variances
+from .embeddings import PromptEmbeddings
 from .fidelity import compare
+from .generation import ImageGenerator, on_device
 from .losses import clipped_surrogate
 from .metrics import Metrics, rollout_metrics
 from .model_card import build_model_card
 from .models import load_policy, prepare_transformer
-from .policies import Conditioning
 from .rewards.scoring import RewardFunc, check_applicability, reward_names, score
-from .rollout import EXACT, Rollout, Window, fastest_batch_size, roll_out
+from .rollout import EXACT, Window
 from .sampler import EpochSampler, SetEpoch
 from .sde import Transition, kl_divergence, log_prob, transition
 from .trajectories import Sampled, Trajectories, Transitions
@@ -46,9 +46,6 @@ NOISE, WINDOW, EVALUATION, PROBE = range(4)
 
 PROBED_GROUPS = 16
 """How many prompts of a process the window is measured on."""
-
-LARGEST_BATCH = 256
-"""The largest batch that is tried where the batch size of rollouts is measured."""
 
 
 class TPGRPOTrainer(_BaseTrainer):
@@ -119,12 +116,13 @@ class TPGRPOTrainer(_BaseTrainer):
         check_datasets(train_dataset, eval_dataset, self.reward_funcs, args)
         set_seed(args.seed)  # before the adapter's random weights
         self.policy = load_policy(model, args, use_lora=peft_config is not None)
-        transformer, self.reference = prepare_transformer(self.policy, peft_config, args.beta)
+        transformer, self.reference = prepare_transformer(self.policy, peft_config, args)
+        embeddings = PromptEmbeddings(self.policy, args.prompt_embeds_dir)
+        self._reward_models = [function for function in self.reward_funcs if hasattr(function, "to")]
+        self._place_frozen_models(embeddings, transformer, args, (train_dataset, eval_dataset))
         self._set_epoch = SetEpoch()
         self._step = 0
         self._buffered_inputs: list[Trajectories] | None = None
-        fixed = args.rollout_batch_size
-        self._batch_sizes = {} if fixed is None else {"model": fixed, "vae": fixed}  # of rollouts
         self._measured_window: Window | None = None
         self._metrics = {"train": Metrics(), "eval": Metrics()}
         self._eval_prefix, self._num_evaluated = "eval", 0
@@ -141,11 +139,25 @@ class TPGRPOTrainer(_BaseTrainer):
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: launch one process per GPU with `accelerate launch`.")
         check_optimizer(self.optimizer)
-        self.policy.to(args.device)
+        self.images = ImageGenerator(self.policy, args, embeddings, self.accelerator)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_funcs))
-        if self.reference is not None:
-            self.reference.to(args.device)
         self.add_callback(self._set_epoch)
+
+    def _place_frozen_models(
+        self, embeddings: PromptEmbeddings, transformer: torch.nn.Module, args: TPGRPOConfig, datasets: tuple
+    ) -> None:
+        """Encode prompts if that comes first, while the transformer is not on the device; then move what stays there."""
+        self.policy.to(args.device)
+        if args.precompute_prompt_embeds:
+            transformer.to("cpu")  # a quantised one has been loaded onto the device
+            embeddings.precompute(all_prompts(*datasets), show_progress=not args.disable_tqdm)
+            transformer.to(args.device)
+        if self.reference is not None and not args.offload_reference:
+            self.reference.to(args.device)
+        for model in [] if args.offload_between_phases else self._reward_models:
+            model.to(args.device)
+        if args.offload_between_phases:
+            self.policy.pipeline.vae.to("cpu")
 
     def _send_telemetry(self) -> None:
         """TRL's reads `model.config.model_type`, which diffusers models do not have, and would report nothing of use."""
@@ -193,9 +205,46 @@ class TPGRPOTrainer(_BaseTrainer):
             updates = max(1, self.args.steps_per_generation // self.args.gradient_accumulation_steps)
             # Each update gets every so-manieth trajectory: a share of each group, the same for any number of processes.
             order = torch.arange(len(trajectories)).view(-1, updates).T.flatten()
-            chunks = order.chunk(self.args.steps_per_generation)
-            self._buffered_inputs = [trajectories[chunk] for chunk in chunks]
+            chunks = [trajectories[chunk] for chunk in order.chunk(self.args.steps_per_generation)]
+            self._buffered_inputs = self._prepared_for_training(chunks)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _prepared_for_training(self, chunks: list[Trajectories]) -> list[Trajectories]:
+        """Micro-batches with what is computed once, before the first update on their rollout."""
+        if self.args.offload_reference:
+            assert self.reference is not None
+            with on_device([self.reference], self.args.device, offload=True):
+                for chunk in chunks:
+                    self._keep_reference(chunk)
+        if self.args.recompute_old_log_probs:
+            of_first_update = self.args.gradient_accumulation_steps if self.args.num_iterations == 1 else 0
+            chunks = [
+                replace(chunk, log_probs=None if number < of_first_update else self._training_log_probs(chunk))
+                for number, chunk in enumerate(chunks)
+            ]
+        return chunks
+
+    def _keep_reference(self, trajectories: Trajectories) -> None:
+        """Compute the reference's velocities at all SDE steps."""
+        for position in range(len(trajectories.window)):
+            velocity = self._reference_velocity(trajectories.transitions(position))
+            trajectories.reference[position] = velocity.cpu() if self.args.offload_trajectories else velocity
+
+    def _training_log_probs(self, trajectories: Trajectories) -> Tensor:
+        """Log-probabilities (B, K) as the training path computes them, gradients and all."""
+        log_probs = []
+        for position in range(len(trajectories.window)):
+            with torch.enable_grad(), self.compute_loss_context_manager():
+                inputs = trajectories.transitions(position)
+                step = self._transition(self._policy_model, inputs)
+            log_probs.append(log_prob(step, inputs.next_latents, inputs.window.log_prob_type).detach())
+        self._metrics["train"].record("num_train_evaluations", len(trajectories) * len(log_probs), "sum")
+        return torch.stack(log_probs, 1)
+
+    @property
+    def _policy_model(self) -> torch.nn.Module:
+        """What predicts outside of an update: sharded weights need their wrapper, DDP's would only exchange buffers."""
+        return self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
 
     def _generate_and_score(self, rows: list[dict[str, Any]]) -> Trajectories:
         """Sample trajectories with their completions, score every image, and lay the rewards out for the loss."""
@@ -278,10 +327,10 @@ class TPGRPOTrainer(_BaseTrainer):
         prompts = torch.tensor([distinct.index(row["prompt"]) for row in rows])
         metrics = self._metrics[self._mode]
         with metrics.seconds("rollout"):
-            conditioning = self.policy.encode(distinct)
-            rollout = self._roll_out(conditioning, prompts, generators, window, completion)
+            conditioning = self.images.embeddings(distinct)
+            rollout = self.images.roll_out(self._policy_model, conditioning, prompts, generators, window, completion)
         with metrics.seconds("decode"):
-            images = self._decode(rollout.final_latents)
+            images = self.images.decode(rollout.final_latents)
         with metrics.seconds("score"):
             scores = self._calculate_rewards([rows[row] for row in rollout.rows.tolist()], images)
         counts = {"evaluations": rollout.num_evaluations, "calls": rollout.num_calls}
@@ -289,75 +338,13 @@ class TPGRPOTrainer(_BaseTrainer):
             metrics.record(f"num_{name}", value, "sum")
         return Sampled(conditioning, prompts, rollout, images, scores[:, rollout.image_of].transpose(0, 1))
 
-    def _roll_out(
-        self,
-        conditioning: Conditioning,
-        prompts: Tensor,
-        generators: list[torch.Generator],
-        window: Window | None,
-        completion: CompletionRule | None,
-    ) -> Rollout:
-        num_steps = self.args.num_inference_steps_eval if window is None else self.args.num_inference_steps
-        schedule = self.policy.schedule(num_steps)
-        model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
-        prompts = prompts.to(self.args.device)
-
-        def velocity(latents: Tensor, step: int, rows: Tensor) -> Tensor:
-            return self.policy.velocity(model, latents, schedule.timesteps[step], conditioning[prompts[rows]])
-
-        sharing = self.args.num_generations if self.args.share_initial_noise and window is not None else 1
-        noise = self.policy.initial_noise(generators[::sharing])
-        if "model" not in self._batch_sizes:
-            rows = torch.zeros(LARGEST_BATCH, dtype=torch.long, device=self.args.device)
-            self._batch_sizes["model"] = self._measure_batch_size(
-                lambda size: velocity(noise[:1].expand(size, *noise.shape[1:]), 0, rows[:size])
-            )
-        hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
-        with tqdm(total=num_steps, desc="Rollout", leave=False, disable=hidden) as progress:
-            return roll_out(
-                velocity,
-                noise,
-                schedule.sigmas,
-                window,
-                generators,
-                completion,
-                self._batch_sizes["model"],
-                progress.update,
-            )
-
-    def _decode(self, latents: Tensor) -> list[Image.Image]:
-        if "vae" not in self._batch_sizes:
-            self._batch_sizes["vae"] = self._measure_batch_size(
-                lambda size: self.policy.decode(latents[:1].expand(size, *latents.shape[1:]))
-            )
-        return self.policy.decode(latents, self._batch_sizes["vae"])
-
-    @torch.no_grad()
-    def _measure_batch_size(self, run: Callable[[int], object]) -> int:
-        """The batch size at which `run` takes the least time a sample, the same on all processes."""
-
-        def seconds(batch_size: int) -> float:
-            try:
-                fastest = min(self._seconds(run, batch_size) for _ in range(6))  # the first of them warms up
-            except torch.OutOfMemoryError:
-                fastest = float("inf")
-            return self.accelerator.reduce(torch.tensor(fastest, device=self.args.device), "mean").item()
-
-        return fastest_batch_size(seconds, LARGEST_BATCH)
-
-    def _seconds(self, run: Callable[[int], object], batch_size: int) -> float:
-        start = time.perf_counter()
-        run(batch_size)
-        if self.args.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter() - start
-
     def _calculate_rewards(self, rows: list[dict[str, Any]], images: list[Image.Image]) -> Tensor:
         """Rewards of M images, each of the row at its place: float32, (F, M), on the CPU, NaN where one does not apply."""
         prompts = [row["prompt"] for row in rows]
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         extra = {"trainer_state": self.state, "log_metric": self._metrics[self._mode].record}
-        return torch.stack([score(function, images, prompts, columns, **extra) for function in self.reward_funcs])
+        with on_device(self._reward_models, self.args.device, self.args.offload_between_phases):
+            return torch.stack([score(function, images, prompts, columns, **extra) for function in self.reward_funcs])
 
     def _draw_window(self, generation: int) -> Window:
         """The rollout's SDE window, the same on all processes."""
@@ -471,8 +458,9 @@ class TPGRPOTrainer(_BaseTrainer):
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
         step = self._transition(model, inputs)
         log_probs = log_prob(step, inputs.next_latents, inputs.window.log_prob_type)
+        old_log_probs = log_probs.detach() if inputs.old_log_probs is None else inputs.old_log_probs
         surrogate = clipped_surrogate(
-            log_probs, inputs.old_log_probs, inputs.advantages, self.args.epsilon, self.args.epsilon_high
+            log_probs, old_log_probs, inputs.advantages, self.args.epsilon, self.args.epsilon_high
         )
         loss, metrics = surrogate.loss.sum() / inputs.num_trajectories, self._metrics["train"]
         if self.args.beta > 0:
@@ -496,18 +484,18 @@ class TPGRPOTrainer(_BaseTrainer):
             window.sde_type, inputs.latents, velocity, inputs.sigma, inputs.sigma_next, window.noise_level
         )
 
-    @torch.no_grad()
     def _reference_transition(self, inputs: Transitions) -> Transition:
         """That of the model before training; kept if the rollout is trained on again."""
         velocity = inputs.reference.get(inputs.position)
         if velocity is None:
             velocity = self._reference_velocity(inputs)
-            self._metrics["train"].record("num_train_evaluations", len(velocity), "sum")
             if self.args.num_iterations > 1:
                 inputs.reference[inputs.position] = velocity
-        return self._transition_of(velocity, inputs)
+        return self._transition_of(velocity.to(inputs.latents.device), inputs)
 
+    @torch.no_grad()
     def _reference_velocity(self, inputs: Transitions) -> Tensor:
+        self._metrics["train"].record("num_train_evaluations", len(inputs.latents), "sum")
         if self.reference is not None:
             with self.accelerator.autocast():
                 return self.policy.velocity(self.reference, inputs.latents, inputs.timestep, inputs.conditioning)
@@ -584,7 +572,7 @@ class TPGRPOTrainer(_BaseTrainer):
                 "step": self._step,
                 "buffered_inputs": in_use,
                 "measured_window": self._measured_window,
-                "batch_sizes": self._batch_sizes,
+                "batch_sizes": self.images.batch_sizes,
             }
             torch.save(progress, self._rollout_file(folder))
         super()._save_checkpoint(model, trial)
@@ -617,8 +605,10 @@ class TPGRPOTrainer(_BaseTrainer):
         if self.args.sde_window_share is not None:
             self._measured_window = saved["measured_window"]
         if self.args.rollout_batch_size is None:  # a fixed one may be another than before, say for lack of memory
-            self._batch_sizes = saved["batch_sizes"]
-        self._buffered_inputs = in_use and [trajectories.to(self.args.device) for trajectories in in_use]
+            self.images.batch_sizes = saved["batch_sizes"]
+        self._buffered_inputs = in_use and [
+            trajectories.to(self.args.device, self.args.offload_trajectories) for trajectories in in_use
+        ]
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

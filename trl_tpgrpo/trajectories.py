@@ -41,7 +41,7 @@ class Transitions:
     Attributes:
         latents: float32, (B, ...), before the step.
         next_latents: float32, (B, ...), after it.
-        old_log_probs: float32, (B,), when it was sampled.
+        old_log_probs: float32, (B,), when it was sampled; `None`: as the policy that is trained now has them.
         sigma: 0-dimensional, on the CPU, before the step.
         sigma_next: 0-dimensional, on the CPU, after it.
         timestep: 0-dimensional, on the CPU, before the step.
@@ -56,7 +56,7 @@ class Transitions:
 
     latents: Tensor
     next_latents: Tensor
-    old_log_probs: Tensor
+    old_log_probs: Tensor | None
     sigma: Tensor
     sigma_next: Tensor
     timestep: Tensor
@@ -79,8 +79,8 @@ class Trajectories:
     """B trajectories, with all that training on them needs.
 
     Attributes:
-        states: float32, (B, K + 1, ...).
-        log_probs: float32, (B, K).
+        states: float32, (B, K + 1, ...), on the CPU if they are offloaded.
+        log_probs: float32, (B, K); `None`: as the policy that is trained now has them.
         window: The SDE window.
         schedule: The noise levels.
         conditioning: The distinct prompts of the generation batch.
@@ -91,7 +91,7 @@ class Trajectories:
     """
 
     states: Tensor
-    log_probs: Tensor
+    log_probs: Tensor | None
     window: Window
     schedule: Schedule
     conditioning: Conditioning
@@ -108,33 +108,35 @@ class Trajectories:
         return replace(
             self,
             states=self.states[chosen],
-            log_probs=self.log_probs[chosen],
+            log_probs=None if self.log_probs is None else self.log_probs[chosen],
             prompts=self.prompts[chosen],
             rows=self.rows[chosen],
             reference={},
         )
 
-    def to(self, device: torch.device) -> "Trajectories":
-        """With states, log-probabilities and prompts on `device`; the rest stays on the CPU."""
+    def to(self, device: torch.device, offload: bool) -> "Trajectories":
+        """With log-probabilities and prompts on `device`, states and velocities too unless they are offloaded."""
+        of_states = torch.device("cpu") if offload else device
         return replace(
             self,
-            states=self.states.to(device),
-            log_probs=self.log_probs.to(device),
+            states=self.states.to(of_states),
+            log_probs=None if self.log_probs is None else self.log_probs.to(device),
             conditioning=self.conditioning.to(device),
-            reference={position: velocity.to(device) for position, velocity in self.reference.items()},
+            reference={position: velocity.to(of_states) for position, velocity in self.reference.items()},
         )
 
     def advantages(self, position: int) -> Tensor:
         """float32, (B,), on the CPU: of the SDE step at `position` of the window."""
         return self.table.advantages[self.rows, position]
 
-    def transitions(self, position: int, chosen: Tensor) -> Transitions:
-        """The SDE step at `position` of the window, of the trajectories at the places `chosen` (an index on the CPU)."""
-        step = self.window.start + position
+    def transitions(self, position: int, chosen: Tensor | None = None) -> Transitions:
+        """The SDE step at `position` of the window, of all or of the trajectories at places `chosen` (on the CPU)."""
+        chosen = torch.arange(len(self)) if chosen is None else chosen
+        step, device = self.window.start + position, self.conditioning.prompt_embeds.device
         return Transitions(
-            latents=self.states[chosen, position],
-            next_latents=self.states[chosen, position + 1],
-            old_log_probs=self.log_probs[chosen, position],
+            latents=self.states[chosen, position].to(device),
+            next_latents=self.states[chosen, position + 1].to(device),
+            old_log_probs=None if self.log_probs is None else self.log_probs[chosen, position],
             sigma=self.schedule.sigmas[step],
             sigma_next=self.schedule.sigmas[step + 1],
             timestep=self.schedule.timesteps[step],

@@ -37,6 +37,7 @@ GROUPS = {
     "completion": "TP-GRPO: completions",
     "reward_weights": "TP-GRPO: reward and credit",
     "beta": "TP-GRPO: training",
+    "quantization": "TP-GRPO: memory and speed",
 }
 
 
@@ -86,10 +87,15 @@ class TPGRPOModelConfig(ModelConfig):
         targets: Any = self.lora_target_modules  # type: ignore[has-type]
         super().__post_init__()
         self.lora_target_modules = targets  # TRL makes a string, a regular expression to PEFT, of a single name
-        if self.load_in_8bit or self.load_in_4bit:
-            raise ValueError("load_in_8bit and load_in_4bit are not supported yet: quantised base models are to come.")
+        if self.load_in_4bit:
+            raise ValueError("load_in_4bit is for language models: use --quantization nf4.")
+        if self.load_in_8bit:
+            raise ValueError(
+                "load_in_8bit is LLM.int8, whose outputs differ between training and evaluation by more than the clip range: "
+                "use --quantization int8 (torchao, weights only) or nf4."
+            )
         if self.attn_implementation is not None:
-            raise ValueError("attn_implementation is for language models; diffusers chooses the attention itself.")
+            raise ValueError("attn_implementation is for language models: use --attention_backend.")
 
 
 def main(argv: list[str]) -> int:

@@ -6,9 +6,11 @@ channels).
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
@@ -23,6 +25,8 @@ from torch import Tensor
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_METADATA = "lora_adapter_metadata"
 TRANSFORMER_FOLDER = "transformer"
+MOST_COMPILATIONS = 64
+"""Of one kind of block: variants of the block, each with and without gradients, adapter and more than one sample."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,10 @@ class Conditioning:
         """In another dtype or on another device."""
         return self._map(lambda value: value.to(target))
 
+    def expand(self, number: int) -> "Conditioning":
+        """The only prompt, as `number` rows that share their memory."""
+        return self._map(lambda value: value.expand(number, *value.shape[1:]))
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
         negative = None if self.negative is None else self.negative._map(function)
         return Conditioning(function(self.prompt_embeds), function(self.pooled_prompt_embeds), negative)
@@ -101,11 +109,14 @@ class FlowPolicy(ABC):
 
     pipeline_class: type[DiffusionPipeline]
     lora_target_modules: list[str]
+    repeated_blocks: tuple[str, ...]
+    """Class names of the blocks that the transformer repeats."""
 
     def __init__(self, pipeline: DiffusionPipeline, guidance: Guidance):
         self.pipeline = pipeline
         self.guidance = guidance
         self.dtype: torch.dtype = pipeline.transformer.dtype
+        self.device: torch.device = pipeline.vae.device
         self._check_pipeline()
         self._check_guidance()
 
@@ -157,11 +168,6 @@ class FlowPolicy(ABC):
     def unpack(self, latents: Tensor) -> Tensor:
         """Latents as the VAE takes them, still scaled: (N, C, H, W)."""
 
-    @property
-    def device(self) -> torch.device:
-        """Where encoders and VAE are."""
-        return self.pipeline.vae.device
-
     def _resolution_shift(self, num_tokens: int, default_max_shift: float) -> float:
         """The scheduler's `mu` for an image of so many tokens, as the pipelines compute it."""
         config = self.pipeline.scheduler.config
@@ -173,10 +179,60 @@ class FlowPolicy(ABC):
             config.get("max_shift", default_max_shift),
         )
 
+    @property
+    @abstractmethod
+    def uses_negative_prompt(self) -> bool:
+        """Whether the model is asked twice, with the prompt and with the negative one."""
+
+    @property
+    def encoding_settings(self) -> dict[str, Any]:
+        """What `encode` depends on besides encoders and prompts."""
+        names = ("negative_prompt", "max_sequence_length")
+        return {name: getattr(self.guidance, name) for name in names} | {"negative": self.uses_negative_prompt}
+
     def to(self, device: torch.device) -> None:
-        """Move everything that is not trained."""
-        for module in self.frozen_modules():
-            module.to(device)
+        """Work on `device` from now on: the VAE goes there; the text encoders do when they are needed."""
+        self.device = device
+        self.pipeline.vae.to(device)
+
+    def text_encoders(self) -> dict[str, torch.nn.Module]:
+        """Those that the pipeline has."""
+        return {name: part for name, part in self._parts("text_encoder").items() if part is not None}
+
+    def tokenizers(self) -> dict[str, Any]:
+        """Those that the pipeline has."""
+        return {name: part for name, part in self._parts("tokenizer").items() if part is not None}
+
+    def _parts(self, kind: str) -> dict[str, Any]:
+        return {name: part for name, part in self.pipeline.components.items() if name.startswith(kind)}
+
+    @contextmanager
+    def text_encoders_on_device(self) -> Iterator[None]:
+        """The text encoders are on the device inside, and on the CPU afterwards."""
+        encoders = self.text_encoders().values()
+        try:
+            for encoder in encoders:
+                encoder.to(self.device)
+            yield
+        finally:
+            for encoder in encoders:
+                encoder.to("cpu")
+
+    def drop_text_encoders(self) -> None:
+        """Free their memory; the pipeline cannot encode prompts afterwards."""
+        for name in self.text_encoders():
+            setattr(self.pipeline, name, None)
+
+    def compile(self, model: ModelMixin, backend: str) -> None:
+        """Compile the repeated blocks of `model`, for batches of any size and with and without gradients and adapter.
+
+        A block that is compiled once too often is an error instead of running slowly.
+        """
+        torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        for block in model.modules():
+            if type(block).__name__ in self.repeated_blocks:
+                block.compile(backend=backend, dynamic=True)
 
     def frozen_modules(self) -> list[torch.nn.Module]:
         """The encoders and the VAE."""

@@ -23,6 +23,11 @@ class FluxPolicy(FlowPolicy):
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
     ]  # fmt: skip
+    repeated_blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+
+    @property
+    def uses_negative_prompt(self) -> bool:
+        return self.guidance.negative_prompt is not None
 
     def _check_guidance(self) -> None:
         super()._check_guidance()
@@ -35,9 +40,7 @@ class FluxPolicy(FlowPolicy):
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         negative_prompt = self.guidance.negative_prompt
-        negative = None
-        if negative_prompt is not None:
-            negative = self._encode([negative_prompt] * len(prompts))
+        negative = None if negative_prompt is None else self._encode([negative_prompt] * len(prompts))
         encoded = self._encode(prompts)
         return Conditioning(encoded.prompt_embeds, encoded.pooled_prompt_embeds, negative).to(self.dtype)
 

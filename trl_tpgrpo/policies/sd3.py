@@ -17,17 +17,17 @@ class SD3Policy(FlowPolicy):
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     ]  # fmt: skip
+    repeated_blocks = ("JointTransformerBlock",)
 
     @property
-    def uses_guidance(self) -> bool:
-        """Whether the model is asked twice, with the prompt and with the negative one."""
+    def uses_negative_prompt(self) -> bool:
         return self.guidance.guidance_scale > 1
 
     def _check_guidance(self) -> None:
         super()._check_guidance()
         if self.guidance.true_cfg_scale != 1:
             raise ValueError("true_cfg_scale is for FLUX; with this model classifier-free guidance is guidance_scale.")
-        if self.guidance.negative_prompt is not None and not self.uses_guidance:
+        if self.guidance.negative_prompt is not None and not self.uses_negative_prompt:
             raise ValueError(
                 f"negative_prompt has no effect without guidance: guidance_scale is {self.guidance.guidance_scale}, must be "
                 "above 1."
@@ -44,10 +44,10 @@ class SD3Policy(FlowPolicy):
             negative_prompt=None
             if self.guidance.negative_prompt is None
             else [self.guidance.negative_prompt] * len(prompts),
-            do_classifier_free_guidance=self.uses_guidance,
+            do_classifier_free_guidance=self.uses_negative_prompt,
             max_sequence_length=256 if length is None else length,
         )
-        negative = Conditioning(negative_embeds, negative_pooled) if self.uses_guidance else None
+        negative = Conditioning(negative_embeds, negative_pooled) if self.uses_negative_prompt else None
         return Conditioning(embeds, pooled, negative).to(self.dtype)
 
     def initial_noise(self, generators: list[torch.Generator]) -> Tensor:

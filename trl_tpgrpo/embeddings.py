@@ -1,0 +1,148 @@
+"""Encoded prompts: each is encoded once, kept off the device or on disk, and the encoders make room in between.
+
+A prompt is always encoded alone, so that what it becomes does not depend on those that happen to be encoded with it.
+"""
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .policies import Conditioning, FlowPolicy
+
+
+KEPT_IN_MEMORY = 1024
+"""Prompts; one of FLUX.1-dev takes 4 MB."""
+
+
+class PromptEmbeddings:
+    """The encoded prompts of a policy.
+
+    Args:
+        policy: Its text encoders are moved to the device when they are needed and to the CPU when they are not.
+        folder: Where encoded prompts are kept; `None`: the latest `KEPT_IN_MEMORY` in memory. A subfolder is named after
+            everything that an encoded prompt depends on, weights included, so that another encoder, dtype, length or
+            negative prompt never finds these.
+    """
+
+    def __init__(self, policy: FlowPolicy, folder: str | Path | None = None):
+        self.policy = policy
+        self.folder = None if folder is None else Path(folder) / fingerprint(policy)
+        self._kept: OrderedDict[str, Conditioning] = OrderedDict()
+        self._negative: Conditioning | None = None
+        self._has_encoders = True
+
+    def __call__(self, prompts: list[str]) -> Conditioning:
+        """Encoded prompts, one row each, on the policy's device.
+
+        Raises:
+            ValueError: If one is new and the encoders have been dropped.
+        """
+        self._encode_missing(prompts)
+        encoded = [self._read(prompt) for prompt in prompts]
+        embeds = torch.cat([one.prompt_embeds for one in encoded])
+        pooled = torch.cat([one.pooled_prompt_embeds for one in encoded])
+        together = Conditioning(embeds, pooled, self._negative and self._negative.expand(len(prompts)))
+        return together.to(self.policy.device)
+
+    def precompute(self, prompts: list[str], show_progress: bool = False) -> None:
+        """Encode all of them now, and drop the encoders.
+
+        Raises:
+            ValueError: If they are too many to be kept in memory and there is no folder.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        if self.folder is None and len(distinct) > KEPT_IN_MEMORY:
+            raise ValueError(
+                f"precompute_prompt_embeds: {len(distinct)} prompts are more than the {KEPT_IN_MEMORY} that are kept in memory: "
+                "set prompt_embeds_dir, a folder to keep them in."
+            )
+        self._encode_missing(distinct, show_progress)
+        self.policy.drop_text_encoders()
+        self._has_encoders = False
+
+    def _encode_missing(self, prompts: list[str], show_progress: bool = False) -> None:
+        missing = [prompt for prompt in dict.fromkeys(prompts) if not self._has(prompt)]
+        if not missing:
+            if self._negative is None and self.policy.uses_negative_prompt:
+                self._negative = _load(self._negative_file)
+            return
+        if not self._has_encoders:
+            raise ValueError(
+                f"The prompt {missing[0]!r} has not been encoded before, and precompute_prompt_embeds has dropped the text "
+                "encoders: pass all datasets to the trainer, or leave precompute_prompt_embeds out."
+            )
+        with self.policy.text_encoders_on_device():
+            for prompt in tqdm(missing, desc="Encoding prompts", leave=False, disable=not show_progress):
+                self._keep(prompt, self.policy.encode([prompt]).to(torch.device("cpu")))
+        while len(self._kept) > max(KEPT_IN_MEMORY, len(prompts)):
+            self._kept.popitem(last=False)
+
+    def _has(self, prompt: str) -> bool:
+        return prompt in self._kept if self.folder is None else self._file(prompt).exists()
+
+    def _keep(self, prompt: str, encoded: Conditioning) -> None:
+        self._negative = encoded.negative
+        alone = Conditioning(encoded.prompt_embeds, encoded.pooled_prompt_embeds)
+        if self.folder is None:
+            self._kept[prompt] = alone
+            return
+        if encoded.negative is not None and not self._negative_file.exists():
+            _write(self._negative_file, encoded.negative)
+        _write(self._file(prompt), alone)
+
+    def _read(self, prompt: str) -> Conditioning:
+        if self.folder is not None:
+            return _load(self._file(prompt))
+        self._kept.move_to_end(prompt)
+        return self._kept[prompt]
+
+    @property
+    def _negative_file(self) -> Path:
+        assert self.folder is not None
+        return self.folder / "negative_prompt.safetensors"
+
+    def _file(self, prompt: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
+
+
+def _write(path: Path, encoded: Conditioning) -> None:
+    """Whole or not at all, whatever other processes write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(f".{os.getpid()}.tmp")
+    tensors = {"prompt_embeds": encoded.prompt_embeds, "pooled_prompt_embeds": encoded.pooled_prompt_embeds}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, written)
+    written.replace(path)
+
+
+def _load(path: Path) -> Conditioning:
+    tensors = load_file(path)
+    return Conditioning(tensors["prompt_embeds"], tensors["pooled_prompt_embeds"])
+
+
+def fingerprint(policy: FlowPolicy) -> str:
+    """Of everything that an encoded prompt depends on but the prompt."""
+    parts: list[str] = [type(policy).__name__, str(policy.dtype), json.dumps(policy.encoding_settings, sort_keys=True)]
+    for name, encoder in policy.text_encoders().items():
+        weights = {key: checksum(value) for key, value in encoder.state_dict().items()}
+        parts += [name, type(encoder).__name__, json.dumps(weights, sort_keys=True)]
+    for name, tokenizer in policy.tokenizers().items():
+        vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        parts += [name, type(tokenizer).__name__, str(tokenizer.model_max_length), vocabulary]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def checksum(values: Tensor) -> str:
+    """Of a tensor's dtype, shape and bits, which it reads at the speed of memory; not for secrets."""
+    bits = values.detach().contiguous().flatten().view(torch.uint8)
+    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(torch.int64)
+    places = torch.arange(len(bits), device=bits.device) * 2 + 1
+    total = ((bits ^ (bits >> 29)) * places).sum().item()  # modulo 2 ** 64
+    return f"{values.dtype} {list(values.shape)} {total}"

@@ -1,0 +1,132 @@
+"""From prompts to images: encoding, rollout and decoding, each with its models where they belong and in batches that fit."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .completion import CompletionRule
+from .config import TPGRPOConfig
+from .embeddings import PromptEmbeddings
+from .policies import Conditioning, FlowPolicy
+from .rollout import Rollout, Window, fastest_batch_size, roll_out
+
+
+LARGEST_BATCH = 256
+"""The largest batch that is tried where the batch size of rollouts is measured."""
+
+
+class ImageGenerator:
+    """Makes images with a policy as a config says.
+
+    Args:
+        policy: On its device, but for the text encoders.
+        args: The settings.
+        embeddings: The encoded prompts.
+        accelerator: Of the run.
+
+    Attributes:
+        batch_sizes: How many samples the `model` and the `vae` are given at once; measured at the first use if absent.
+    """
+
+    def __init__(self, policy: FlowPolicy, args: TPGRPOConfig, embeddings: PromptEmbeddings, accelerator: Accelerator):
+        self.policy, self.args, self.embeddings, self.accelerator = policy, args, embeddings, accelerator
+        fixed = args.rollout_batch_size
+        self.batch_sizes = {} if fixed is None else {"model": fixed, "vae": fixed}
+
+    def roll_out(
+        self,
+        model: torch.nn.Module,
+        conditioning: Conditioning,
+        prompts: Tensor,
+        generators: list[torch.Generator],
+        window: Window | None,
+        completion: CompletionRule | None,
+    ) -> Rollout:
+        """One trajectory for each of B prompts, see [`~trl_tpgrpo.rollout.roll_out`].
+
+        Args:
+            model: Predicts the velocities.
+            conditioning: The distinct prompts.
+            prompts: (B,), their places among them.
+            generators: B; under `share_initial_noise` the first of a group draws the group's noise.
+            window: The SDE steps of `num_inference_steps`; `None` takes `num_inference_steps_eval` ODE steps.
+            completion: How states in the window are completed; `None`: not at all.
+        """
+        num_steps = self.args.num_inference_steps_eval if window is None else self.args.num_inference_steps
+        schedule, device = self.policy.schedule(num_steps), self.policy.device
+        prompts = prompts.to(device)
+
+        def velocity(latents: Tensor, step: int, rows: Tensor) -> Tensor:
+            return self.policy.velocity(model, latents, schedule.timesteps[step], conditioning[prompts[rows]])
+
+        sharing = self.args.num_generations if self.args.share_initial_noise and window is not None else 1
+        noise = self.policy.initial_noise(generators[::sharing])
+        if "model" not in self.batch_sizes:
+            rows = torch.zeros(LARGEST_BATCH, dtype=torch.long, device=device)
+            self.batch_sizes["model"] = _measure_batch_size(
+                lambda size: velocity(noise[:1].expand(size, *noise.shape[1:]), 0, rows[:size]), self.accelerator
+            )
+        hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
+        with tqdm(total=num_steps, desc="Rollout", leave=False, disable=hidden) as progress:
+            return roll_out(
+                velocity,
+                noise,
+                schedule.sigmas,
+                window,
+                generators,
+                completion,
+                self.batch_sizes["model"],
+                progress.update,
+                offload_states=self.args.offload_trajectories,
+            )
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """The images of final latents (M, ...)."""
+        with on_device([self.policy.pipeline.vae], self.policy.device, self.args.offload_between_phases):
+            if "vae" not in self.batch_sizes:
+                self.batch_sizes["vae"] = _measure_batch_size(
+                    lambda size: self.policy.decode(latents[:1].expand(size, *latents.shape[1:])), self.accelerator
+                )
+            return self.policy.decode(latents, self.batch_sizes["vae"])
+
+
+@contextmanager
+def on_device(modules: Iterable, device: torch.device, offload: bool) -> Iterator[None]:
+    """With `offload` the modules are on `device` inside and on the CPU afterwards; without it they stay where they are."""
+    try:
+        for module in modules if offload else ():
+            module.to(device)
+        yield
+    finally:
+        for module in modules if offload else ():
+            module.to(torch.device("cpu"))
+
+
+@torch.no_grad()
+def _measure_batch_size(run: Callable[[int], object], accelerator: Accelerator) -> int:
+    """The batch size at which `run` takes the least time a sample, the same on all processes."""
+
+    def seconds(batch_size: int) -> float:
+        try:
+            fastest = min(
+                _seconds(run, batch_size, accelerator.device) for _ in range(6)
+            )  # the first of them warms up
+        except torch.OutOfMemoryError:
+            fastest = float("inf")
+        return accelerator.reduce(torch.tensor(fastest, device=accelerator.device), "mean").item()
+
+    return fastest_batch_size(seconds, LARGEST_BATCH)
+
+
+def _seconds(run: Callable[[int], object], batch_size: int, device: torch.device) -> float:
+    start = time.perf_counter()
+    run(batch_size)
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
