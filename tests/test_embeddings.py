@@ -1,0 +1,184 @@
+"""Encoded prompts: the same wherever they are kept, and never those of another encoder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import PROMPTS, SIZE, assert_same, build, prompts, trained
+from tiny import tiny_flux, tiny_sd3
+
+from trl_tpgrpo import embeddings
+from trl_tpgrpo.embeddings import PromptEmbeddings, checksum, fingerprint
+from trl_tpgrpo.policies import Conditioning, FlowPolicy, Guidance, build_policy
+
+
+def policy(family: Callable = tiny_sd3, **changes: object) -> FlowPolicy:
+    return build_policy(family(), Guidance(**{**SIZE, "guidance_scale": 2.0, **changes}))
+
+
+def counted(of: FlowPolicy) -> list[str]:
+    """The prompts that are encoded from now on."""
+    encoded, encode = [], of.encode
+
+    def counting(given: list[str]) -> Conditioning:
+        encoded.extend(given)
+        return encode(given)
+
+    of.encode = counting
+    return encoded
+
+
+def assert_equal(one: Conditioning, other: Conditioning) -> None:
+    assert torch.equal(one.prompt_embeds, other.prompt_embeds)
+    assert torch.equal(one.pooled_prompt_embeds, other.pooled_prompt_embeds)
+    assert (one.negative is None) == (other.negative is None)
+    if one.negative is not None:
+        assert_equal(one.negative, other.negative)
+
+
+GUIDED = {"true_cfg_scale": 2.0, "negative_prompt": "a green square"}
+CASES = [(tiny_sd3, {}), (tiny_sd3, {"guidance_scale": 1.0}), (tiny_flux, {}), (tiny_flux, GUIDED)]
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES)
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_prompts_are_encoded_once_and_come_back_to_the_bit(
+    family, changes: dict, on_disk: bool, tmp_path: Path
+) -> None:
+    its_policy = policy(family, **changes)
+    alone = {prompt: its_policy.encode([prompt]) for prompt in PROMPTS}
+    encoded = counted(its_policy)
+    kept = PromptEmbeddings(its_policy, tmp_path if on_disk else None)
+    for chosen in (PROMPTS[:3], PROMPTS[1:5], [PROMPTS[2], PROMPTS[2]]):
+        for row, prompt in enumerate(chosen):
+            assert_equal(kept(chosen)[torch.tensor([row])], alone[prompt])
+    assert encoded == PROMPTS[:5]
+
+
+def test_a_later_run_finds_what_an_earlier_one_has_written(tmp_path: Path) -> None:
+    first = PromptEmbeddings(policy(), tmp_path)(PROMPTS)
+    later = policy()
+    encoded = counted(later)
+    assert_equal(PromptEmbeddings(later, tmp_path)(PROMPTS), first)
+    assert encoded == []
+
+
+def other_weight() -> FlowPolicy:
+    changed = policy()
+    with torch.no_grad():
+        next(changed.pipeline.text_encoder_2.parameters()).view(-1)[3] += 1e-6
+    return changed
+
+
+def swapped_weights() -> FlowPolicy:
+    changed = policy()
+    with torch.no_grad():
+        values = next(changed.pipeline.text_encoder_2.parameters()).view(-1)
+        values[[0, 1]] = values[[1, 0]]
+    return changed
+
+
+def half_precision() -> FlowPolicy:
+    return build_policy(tiny_sd3(dtype=torch.bfloat16), Guidance(**SIZE, guidance_scale=2.0))
+
+
+def shorter_tokens() -> FlowPolicy:
+    changed = policy()
+    changed.pipeline.tokenizer.model_max_length -= 1
+    return changed
+
+
+OTHERS = {
+    "a weight": other_weight,
+    "two weights in each other's place": swapped_weights,
+    "the dtype": half_precision,
+    "the length": lambda: policy(max_sequence_length=9),
+    "the tokenizer's length": shorter_tokens,
+    "the negative prompt": lambda: policy(negative_prompt="a blue circle"),
+    "no guidance": lambda: policy(guidance_scale=1.0),
+    "no T5": lambda: policy(lambda: tiny_sd3(t5=False)),
+    "the family": lambda: policy(tiny_flux),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_encoder_or_length_never_hits(other: str) -> None:
+    assert fingerprint(OTHERS[other]()) != fingerprint(policy())
+    assert fingerprint(policy()) == fingerprint(policy())
+
+
+def test_checksums_see_each_bit() -> None:
+    values = torch.randn(13, generator=torch.Generator().manual_seed(0))
+    sums = {checksum(values), checksum(values.view(1, 13)), checksum(values.double()), checksum(values.flip(0))}
+    for place in range(13):
+        changed = values.clone()
+        changed[place] = torch.nextafter(changed[place], torch.tensor(9.0))
+        sums.add(checksum(changed))
+    assert len(sums) == 4 + 13
+
+
+def test_the_oldest_leave_the_memory_first(monkeypatch) -> None:
+    monkeypatch.setattr(embeddings, "KEPT_IN_MEMORY", 2)
+    its_policy = policy()
+    encoded, kept = counted(its_policy), PromptEmbeddings(its_policy)
+    for chosen in (PROMPTS[:1], PROMPTS[1:2], PROMPTS[:1], PROMPTS[2:3], PROMPTS[:1], PROMPTS[1:2]):
+        kept(chosen)
+    assert encoded == [PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[1]]
+    assert len(kept(PROMPTS).prompt_embeds) == 6  # more than fit, at once
+
+
+def test_encoders_are_on_the_device_only_while_they_encode() -> None:
+    its_policy = policy()
+    moved = []
+    for encoder in its_policy.text_encoders().values():
+        encoder.to = lambda device: moved.append(torch.device(device).type)
+    its_policy.device = torch.device("cpu")
+    kept = PromptEmbeddings(its_policy)
+    kept(PROMPTS[:2])
+    assert moved == ["cpu"] * 6  # three encoders, there and back
+    kept(PROMPTS[:2])
+    assert len(moved) == 6
+
+
+def test_encoders_are_dropped_once_all_is_encoded(tmp_path: Path) -> None:
+    trainer = build(
+        tmp_path, precompute_prompt_embeds=True, eval_dataset=prompts(2), train_dataset=prompts(5), max_steps=1
+    )
+    assert trainer.policy.text_encoders() == {}
+    trainer.train()
+    trainer.evaluate()
+    with pytest.raises(ValueError, match=f"{PROMPTS[5]!r} has not been encoded before"):
+        trainer.evaluate(prompts(6))
+
+
+def test_kept_prompts_change_no_rollout(tmp_path: Path) -> None:
+    options = [{}, {"prompt_embeds_dir": str(tmp_path / "prompts")}, {"precompute_prompt_embeds": True}]
+    options += [{**options[1], **options[2]}, options[1]]  # once more, from the disk alone
+    weights, states = [], []
+    for changes in options:
+        trainer = build(tmp_path, **changes)
+        rows, window = [{"prompt": prompt, "topic": 0} for prompt in PROMPTS], trainer._draw_window(0)
+        states.append(trainer.sample_and_score(rows, trainer._generators(0, 0, 6), window).rollout.states)
+        trainer.train()
+        weights.append(trained(trainer))
+    for other, of_other in zip(weights[1:], states[1:], strict=True):
+        assert torch.equal(of_other, states[0])
+        assert_same(other, weights[0])
+
+
+def test_a_broken_write_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> None:
+    """A crash in the middle of a file must not be taken for an encoded prompt."""
+
+    def crash(tensors: dict, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    kept = PromptEmbeddings(policy(), tmp_path)
+    with monkeypatch.context() as broken, pytest.raises(OSError):
+        broken.setattr(embeddings, "save_file", crash)
+        kept(PROMPTS[:1])
+    its_policy = policy()
+    encoded = counted(its_policy)
+    PromptEmbeddings(its_policy, tmp_path)(PROMPTS[:1])
+    assert encoded == PROMPTS[:1]

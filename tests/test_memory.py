@@ -1,0 +1,299 @@
+"""Quantised bases and the options for memory and speed: what they must not change, and that they do what they are for."""
+
+from pathlib import Path
+
+import bitsandbytes
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
+from test_trainer import PROMPTS, assert_same, brightness, build, config, logged, lora, prompts, trained
+from tiny import tiny_flux, tiny_sd3
+
+from trl_tpgrpo import TPGRPOTrainer
+from trl_tpgrpo.generation import on_device
+
+
+WIDE = {"r": 256, "lora_alpha": 256}  # bitsandbytes keeps 8-bit states from 4,096 elements on
+
+
+@pytest.fixture(params=["sd3", "flux"])
+def folder(request, tmp_path: Path) -> Path:
+    """A saved pipeline in bfloat16, as quantised bases start from."""
+    pipeline = {"sd3": tiny_sd3, "flux": tiny_flux}[request.param](dtype=torch.bfloat16)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+@pytest.fixture
+def nf4_on_cpu(monkeypatch) -> None:
+    """diffusers refuses NF4 without a GPU, though bitsandbytes can; and its packed CPU format has no gradient."""
+    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda *args, **kwargs: None)
+    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
+    monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "support_avx512bf16_for_cpu", False, raising=False)
+
+
+def quantized(folder: Path, output_dir: Path, quantization: str, **changes: object) -> TPGRPOTrainer:
+    settings = {
+        "quantization": quantization,
+        "model_init_kwargs": {"dtype": "bfloat16"},
+        "bf16": True,
+        "beta": 0.1,
+        "optim": "adamw_bnb_8bit",
+        "activation_checkpointing": True,
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        **changes,
+    }
+    return TPGRPOTrainer(str(folder), brightness, config(output_dir, **settings), prompts(), peft_config=lora(**WIDE))
+
+
+def check_a_quantized_run(folder: Path, tmp_path: Path, quantization: str) -> TPGRPOTrainer:
+    """Ratio 1 before the first update, 8-bit states, a resumed run like the uninterrupted one, an adapter that reloads."""
+    whole = quantized(folder, tmp_path / "whole", quantization, save_strategy="steps", save_steps=2)
+    whole.train()
+    assert logged(whole, "ratio/max_deviation")[0] == 0.0
+    assert logged(whole, "kl")[0] == 0.0 < logged(whole, "kl")[-1]
+    states = [state["state1"] for state in whole.optimizer.optimizer.state.values()]
+    assert any(state.dtype == torch.uint8 for state in states)
+    assert all(value.dtype == torch.float32 for value in trained(whole).values())
+
+    resumed = quantized(folder, tmp_path / "resumed", quantization)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    assert_same(trained(whole), trained(resumed))
+
+    whole.save_model()
+    pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=torch.bfloat16)
+    pipeline.load_lora_weights(tmp_path / "whole")
+    loaded = {name: value for name, value in pipeline.transformer.state_dict().items() if "lora_" in name}
+    assert len(loaded) == len(trained(whole))
+    return whole
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_a_quantized_base_trains_resumes_and_saves(quantization: str, folder: Path, tmp_path: Path) -> None:
+    trainer = check_a_quantized_run(folder, tmp_path, quantization)
+    kinds = {
+        type(module.weight).__name__ for module in trainer.policy.pipeline.transformer.modules() if is_base(module)
+    }
+    assert kinds == {"int8": {"Int8Tensor"}, "fp8": {"Float8Tensor"}}[quantization]
+
+
+def is_base(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
+
+
+@pytest.mark.usefixtures("nf4_on_cpu")
+def test_a_base_in_nf4_trains_resumes_and_saves(folder: Path, tmp_path: Path) -> None:
+    trainer = check_a_quantized_run(folder, tmp_path, "nf4")
+    layers = [m for m in trainer.policy.pipeline.transformer.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert layers and all(layer.weight.quant_state.nested for layer in layers)
+
+
+# What changes no weight
+
+OPTIONS = {
+    "checkpointed activations": {"activation_checkpointing": True},
+    "trajectories on the CPU": {"offload_trajectories": True},
+    "offloading between phases": {"offload_between_phases": True},
+    "precomputed prompts": {"precompute_prompt_embeds": True},
+    "old log-probabilities recomputed": {"recompute_old_log_probs": True},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("family", [tiny_sd3, tiny_flux])
+def test_options_change_no_weight(family, option: str, tmp_path: Path) -> None:
+    """To the bit: none of them computes anything in another order."""
+    weights = []
+    for changes in ({}, OPTIONS[option]):
+        trainer = build(tmp_path, family(), beta=0.1, num_iterations=2, max_steps=4, **changes)
+        trainer.train()
+        weights.append(trained(trainer))
+    assert_same(*weights)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"offload_reference": True}, {"offload_reference": True, "offload_trajectories": True}]
+)
+def test_an_offloaded_reference_changes_no_weight(changes: dict, tmp_path: Path) -> None:
+    runs = [build(tmp_path, full=True, beta=0.1, max_steps=4, learning_rate=1e-4, **more) for more in ({}, changes)]
+    for run in runs:
+        run.train()
+    assert_same(*map(trained, runs))
+    assert logged(runs[0], "kl") == logged(runs[1], "kl")
+    assert logged(runs[0], "num_train_evaluations") == logged(runs[1], "num_train_evaluations")
+
+
+def decoded(trainer: TPGRPOTrainer) -> torch.Tensor:
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return torch.stack(
+        [torch.tensor(np.asarray(image), dtype=torch.float) for image in trainer.images.decode(latents)]
+    )
+
+
+def test_slices_change_images_by_rounding_and_tiles_by_more(tmp_path: Path) -> None:
+    """Convolutions round otherwise at other batch sizes. Tiles do not see across their borders, and are blended there."""
+    size = {"height": 32, "width": 32}
+    whole, sliced, tiled = (
+        build(tmp_path, **size, **options) for options in ({}, {"vae_slicing": True}, {"vae_tiling": True})
+    )
+    tiled.policy.pipeline.vae.tile_latent_min_size, tiled.policy.pipeline.vae.tile_sample_min_size = 4, 16
+    assert (decoded(whole) - decoded(sliced)).abs().max() <= 1
+    assert decoded(tiled).shape == decoded(whole).shape and not torch.equal(decoded(tiled), decoded(whole))
+
+
+# That they do what they are for
+
+
+def test_between_phases_models_are_on_the_device_only_while_they_work() -> None:
+    """Seen with the device "meta", as there is no GPU."""
+    module = torch.nn.Linear(2, 2)
+    with on_device([module], torch.device("cpu"), offload=True):
+        assert module.weight.device.type == "cpu"
+    with on_device([module], torch.device("meta"), offload=False):
+        assert module.weight.device.type == "cpu"
+    places = []
+
+    class Model:
+        def to(self, device: torch.device) -> None:
+            places.append(torch.device(device).type)
+
+    with pytest.raises(OSError), on_device([Model()], torch.device("meta"), offload=True):
+        assert places == ["meta"]
+        raise OSError
+    assert places == ["meta", "cpu"]
+
+
+def test_reward_models_are_moved(tmp_path: Path) -> None:
+    class Judge:
+        __name__ = "judge"
+        places: list[str] = []
+
+        def to(self, device: torch.device) -> None:
+            self.places.append(torch.device(device).type)
+
+        def __call__(self, images, **columns: object) -> list[float]:
+            self.places.append("called")
+            return brightness(images)
+
+    build(tmp_path, reward_funcs=Judge(), max_steps=1).train()
+    assert Judge.places == ["cpu", "called"]
+    Judge.places.clear()
+    build(tmp_path, reward_funcs=Judge(), max_steps=1, offload_between_phases=True).train()
+    assert Judge.places == ["cpu", "called", "cpu"]
+
+
+def test_offloaded_states_are_those_of_the_rollout(tmp_path: Path) -> None:
+    rollouts = []
+    for offload in (False, True):
+        trainer = build(tmp_path, offload_trajectories=offload)
+        rows, window = [{"prompt": PROMPTS[0], "topic": 0}] * 2, trainer._draw_window(0)
+        rollouts.append(trainer.sample_and_score(rows, trainer._generators(0, 0, 2), window).rollout)
+    assert torch.equal(rollouts[0].states, rollouts[1].states)
+
+
+def test_recomputed_log_probs_make_the_ratio_one(tmp_path: Path) -> None:
+    """With a model that computes a little otherwise when it needs no gradients, as fused kernels do."""
+    deviations, evaluations = [], []
+    for recompute in (False, True):
+        trainer = build(
+            tmp_path, recompute_old_log_probs=recompute, beta=0.0, advantage_baseline="completion", scale_rewards="batch",
+            per_device_train_batch_size=2, steps_per_generation=4, gradient_accumulation_steps=2,
+        )  # fmt: skip
+        velocity = trainer.policy.velocity
+        trainer.policy.velocity = lambda *inputs, velocity=velocity: (
+            velocity(*inputs) * (1 if torch.is_grad_enabled() else 1 + 1e-3)
+        )
+        trainer.train()
+        deviations.append(logged(trainer, "ratio/max_deviation"))
+        evaluations.append(sum(logged(trainer, "num_train_evaluations")))
+    assert deviations[0][0] > 1e-6 and deviations[1][0] == 0.0
+    assert deviations[1][1] > 0  # the second update's policy has moved
+    assert evaluations[1] == evaluations[0] + 4 * 3  # the transitions of the second update alone
+
+
+def test_the_rollout_that_is_recomputed_twice_gives_the_same(tmp_path: Path) -> None:
+    trainer = build(tmp_path, recompute_old_log_probs=True, num_iterations=2)
+    trainer.model.train()
+    (chunk,) = [trainer._prepare_inputs([{"prompt": PROMPTS[0], "topic": 0}] * 4)]
+    assert torch.equal(chunk.log_probs, trainer._training_log_probs(chunk))
+    assert not chunk.log_probs.requires_grad
+
+
+# Compilation and attention
+
+
+@pytest.mark.parametrize("family", [tiny_sd3, tiny_flux])
+def test_compiled_blocks_train_alike_and_compile_once_for_all_batch_sizes(family, tmp_path: Path) -> None:
+    """The backend "eager" traces as "inductor" does, without its minutes in a compiler.
+
+    The batch of 6 is as large as no other dimension, for which it would be taken at first.
+    """
+    torch._dynamo.reset()
+    weights = []
+    for backend in (None, "eager"):
+        trainer = build(
+            tmp_path, family(), beta=0.1, compile_backend=backend, max_steps=1, per_device_train_batch_size=6
+        )
+        trainer.train()
+        weights.append(trained(trainer))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-4)  # other kernels; Adam steps of 1e-2
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compiled > 0
+    rows = [{"prompt": prompt, "topic": 0} for prompt in PROMPTS]
+    for number in (2, 3, 5, 6):
+        trainer.sample_and_score(rows[:number], trainer._generators(0, 0, number), trainer._draw_window(0), None)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+
+
+def test_flux_takes_an_attention_backend(tmp_path: Path) -> None:
+    weights = []
+    for backend in (None, "_native_math"):
+        trainer = build(tmp_path, tiny_flux(), attention_backend=backend, optim="sgd")
+        trainer.train()
+        weights.append(trained(trainer))
+    processors = trainer.policy.pipeline.transformer.attn_processors.values()
+    assert {processor._attention_backend.value for processor in processors} == {"_native_math"}
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-4)
+
+
+# What is refused
+
+
+def test_options_that_cannot_work_are_refused(tmp_path: Path) -> None:
+    for build_it, message in {
+        lambda: build(tmp_path, attention_backend="_native_math"): "no effect on SD3Transformer2DModel",
+        lambda: build(tmp_path, tiny_flux(), attention_backend="flush"): "attention_backend='flush' cannot be used",
+        lambda: build(tmp_path, quantization="int8"): "quantization is for a model given by name",
+        lambda: build(tmp_path, quantization="int3"): "quantization must be one of",
+        lambda: build(tmp_path, offload_reference=True): "offload_reference is for full fine-tuning",
+        lambda: build(tmp_path, full=True, beta=0.0, offload_reference=True): "there is no reference model",
+        lambda: build(tmp_path, torch_compile=True): "set compile_backend",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            build_it()
+
+
+def test_a_quantized_base_needs_an_adapter(folder: Path, tmp_path: Path) -> None:
+    settings = {"quantization": "int8", "model_init_kwargs": {"dtype": "bfloat16"}}
+    with pytest.raises(ValueError, match="cannot be trained itself: pass a peft_config"):
+        TPGRPOTrainer(str(folder), brightness, config(tmp_path, **settings), prompts())
+
+
+def test_llm_int8_is_refused_with_the_reason(tmp_path: Path) -> None:
+    pipeline = tiny_sd3(dtype=torch.bfloat16)
+    pipeline.transformer.quantization_method = "bitsandbytes"
+    pipeline.transformer.register_to_config(quantization_config=type("Config", (), {"load_in_8bit": True})())
+    with pytest.raises(ValueError, match="outputs differ between training and evaluation"):
+        build(tmp_path, pipeline)
+
+
+def test_too_many_prompts_for_the_memory_need_a_folder(tmp_path: Path) -> None:
+    many = Dataset.from_dict({"prompt": [f"a red circle {number}" for number in range(1025)]})
+    with pytest.raises(ValueError, match="set prompt_embeds_dir"):
+        build(tmp_path, train_dataset=many, precompute_prompt_embeds=True)
