@@ -5,12 +5,19 @@ import importlib
 import logging
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
 
 
 COMMANDS = {
     "train": "fine-tune a model, with a YAML recipe or options, on one device or many",
     "sample": "make images with a model, with or without a trained adapter",
     "fidelity": "measure how faithful cheap completions are on a model, its prompts and its reward",
+    "plan": "what a run will cost: evaluations, memory per device, and what to change if it does not fit",
     "demo": "train the embedded tiny model in a few minutes and show what it learned",
 }
 
@@ -35,7 +42,33 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    return importlib.import_module(f"trl_tpgrpo.commands.{command}").main(argv[1:])
+    with one_recipe(argv[1:]) as arguments:
+        return importlib.import_module(f"trl_tpgrpo.commands.{command}").main(arguments)
+
+
+@contextmanager
+def one_recipe(argv: list[str]) -> Iterator[list[str]]:
+    """The arguments with several recipes after `--config` made one, in which later ones override earlier ones.
+
+    Raises:
+        ValueError: If a recipe is no mapping of options.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="*", default=[])
+    recipes, others = parser.parse_known_args(argv)
+    if len(recipes.config) < 2:
+        yield argv
+        return
+    merged: dict = {}
+    for path in recipes.config:
+        recipe = yaml.safe_load(Path(path).read_text())
+        if not isinstance(recipe, dict):
+            raise ValueError(f"The recipe {path} must be a mapping of options to values, got {type(recipe).__name__}.")
+        merged |= recipe
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(merged))
+        yield [*others, "--config", str(path)]
 
 
 if __name__ == "__main__":

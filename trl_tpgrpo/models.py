@@ -36,6 +36,8 @@ def load_policy(model: str | Path | DiffusionPipeline, args: TPGRPOConfig, use_l
     elif isinstance(model, str | Path):
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         dtype = half if use_lora else torch.float32  # weights that are trained need the precision
+        if args.quantization is not None and dtype == torch.float32:
+            dtype = torch.bfloat16  # what is not quantised; the quantisers know no other
         pipeline = load_pipeline(
             model, **{"dtype": dtype, "quantization": args.quantization, **(args.model_init_kwargs or {})}
         )

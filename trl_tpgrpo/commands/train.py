@@ -139,7 +139,9 @@ def make_parser(
     types = (*own_types, TPGRPOScriptArguments, TPGRPOModelConfig, DatasetMixtureConfig, TPGRPOConfig)
     parser = TrlParser(types, prog=prog, description=description)
     parser.add_argument(
-        "--config", metavar="RECIPE.yaml", help="Recipe with any of the options below; these override it."
+        "--config",
+        metavar="RECIPE.yaml ...",
+        help="Recipes with any of the options below; later ones override earlier ones, and the command line overrides all.",
     )
     _group_own_options(parser)
     return parser
