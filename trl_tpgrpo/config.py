@@ -23,8 +23,7 @@ class TPGRPOConfig(_BaseConfig):
     r"""
     Configuration class for the [`TPGRPOTrainer`].
 
-    `TPGRPOConfig(output_dir)` is TurningPoint-GRPO (arXiv 2602.06422) as published for SD3.5-medium, but for the moving
-    average of the weights. Names and meanings are those of [`~trl.GRPOConfig`] wherever it has the setting. For the rest of
+    `TPGRPOConfig(output_dir)` is TurningPoint-GRPO (arXiv 2602.06422) as published for SD3.5-medium. Names and meanings are those of [`~trl.GRPOConfig`] wherever it has the setting. For the rest of
     the arguments see [`~transformers.TrainingArguments`].
 
     Parameters:
@@ -155,6 +154,12 @@ class TPGRPOConfig(_BaseConfig):
             Clip range of the ratio. It belongs to `log_prob_type="squared_error"`; a Gaussian log-probability moves more.
         epsilon_high (`float`, *optional*):
             Upper clip range. `None` uses `epsilon`.
+        ema_decay (`float`, *optional*, defaults to `0.9`):
+            Decay of the moving average of the trained weights, which is what is evaluated and saved, once it has begun.
+            `None`: no average.
+        ema_update_every (`int`, *optional*, defaults to `8`):
+            The average moves after every so many updates, the first time after the first of them; until then the weights
+            themselves are evaluated and saved.
         recompute_old_log_probs (`bool`, *optional*, defaults to `False`):
             Whether to compute the log-probabilities of a rollout once more as training computes them, before its first
             update. For models whose kernels differ with and without gradients (NF4 on a GPU, compiled blocks, `"auto"` batch
@@ -340,6 +345,10 @@ class TPGRPOConfig(_BaseConfig):
     num_iterations: int = field(default=1, metadata={"help": "How often each rollout is trained on."})
     epsilon: float = field(default=1e-5, metadata={"help": "Clip range of the ratio."})
     epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range. None: epsilon."})
+    ema_decay: float | None = field(
+        default=0.9, metadata={"help": "Decay of the moving average of the weights that is evaluated and saved."}
+    )
+    ema_update_every: int = field(default=8, metadata={"help": "Updates between two moves of the average."})
     recompute_old_log_probs: bool = field(
         default=False,
         metadata={"help": "Compute the log-probabilities of a rollout as training does, before updates."},
@@ -576,6 +585,11 @@ class TPGRPOConfig(_BaseConfig):
 
     def _check_trainer(self) -> None:
         self._require_at_least("beta", 0)
+        self._require_at_least("ema_update_every", 1)
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(
+                f"ema_decay must be at least 0 and below 1, or None for no average, got {self.ema_decay}."
+            )
         for name in ("epsilon", "epsilon_high"):
             if not getattr(self, name) > 0:
                 raise ValueError(

@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
+from .averaging import AveragedWeights
 from .checks import all_prompts, check_datasets, check_optimizer
 from .completion import CompletionRule
 from .config import TPGRPOConfig
@@ -43,6 +44,9 @@ from .trajectories import Sampled, Trajectories, Transitions
 
 NOISE, WINDOW, EVALUATION, PROBE = range(4)
 """What a seed is for; the random numbers of one never depend on how many another took."""
+
+LAST = "last"
+"""The folder of a checkpoint with the weights that training goes on from, where those beside it are averaged."""
 
 PROBED_GROUPS = 16
 """How many prompts of a process the window is measured on."""
@@ -141,7 +145,9 @@ class TPGRPOTrainer(_BaseTrainer):
         check_optimizer(self.optimizer)
         self.images = ImageGenerator(self.policy, args, embeddings, self.accelerator)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_funcs))
+        self.averaged = AveragedWeights(self.model, args.ema_decay, args.ema_update_every)
         self.add_callback(self._set_epoch)
+        self.add_callback(self.averaged)
 
     def _place_frozen_models(
         self, embeddings: PromptEmbeddings, transformer: torch.nn.Module, args: TPGRPOConfig, datasets: tuple
@@ -372,7 +378,7 @@ class TPGRPOTrainer(_BaseTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as [`~transformers.Trainer.train`] does."""
-        self._step, self._buffered_inputs = 0, None
+        self._step, self._buffered_inputs, self.averaged.average = 0, None, None
         if getattr(self.model, "_is_accelerate_prepared", False) and not self.is_in_train:
             # An evaluate() before train() has prepared the model for inference; left so, DDP would never wrap it.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -515,7 +521,8 @@ class TPGRPOTrainer(_BaseTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
             check_datasets(None, eval_dataset, self.reward_funcs, self.args)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with self.averaged.in_use():
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     @torch.no_grad()
     def prediction_step(
@@ -554,11 +561,12 @@ class TPGRPOTrainer(_BaseTrainer):
     # ---------------------------------------------------------------------------------------- saving and resuming
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the trained weights in diffusers' format: the adapter, or the folder `transformer`."""
+        """Write the trained weights, their average if there is one, in diffusers' format: the adapter, or `transformer`."""
         output_dir = output_dir or self.args.output_dir
         if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            self.policy.save_weights(self.accelerator.unwrap_model(self.model), output_dir)
+            with self.averaged.in_use():
+                self.policy.save_weights(self.accelerator.unwrap_model(self.model), output_dir)
             torch.save(self.args, Path(output_dir) / "training_args.bin")
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -571,10 +579,13 @@ class TPGRPOTrainer(_BaseTrainer):
             progress = {
                 "step": self._step,
                 "buffered_inputs": in_use,
+                "num_moves_of_average": self.averaged.num_moves,
                 "measured_window": self._measured_window,
                 "batch_sizes": self.images.batch_sizes,
             }
             torch.save(progress, self._rollout_file(folder))
+            if self.averaged.num_moves and self.args.should_save:
+                self.policy.save_weights(self.accelerator.unwrap_model(self.model), folder / LAST)
         super()._save_checkpoint(model, trial)
 
     def _rollout_file(self, checkpoint: str | Path) -> Path:
@@ -582,10 +593,16 @@ class TPGRPOTrainer(_BaseTrainer):
         return Path(checkpoint) / f"rollout_{self.accelerator.process_index}.pt"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        self.policy.load_weights(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+        trained, last = self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint) / LAST
+        self.policy.load_weights(trained, resume_from_checkpoint)
+        if last.exists():  # what has just been loaded is the average
+            if self.args.ema_decay is not None:
+                self.averaged.start()
+            self.policy.load_weights(trained, last)
 
     def _load_best_model(self) -> None:
         self.policy.load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+        self.averaged.average = None  # or it would be evaluated and saved instead
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -602,6 +619,8 @@ class TPGRPOTrainer(_BaseTrainer):
             )
         saved = torch.load(self._rollout_file(checkpoint), map_location="cpu", weights_only=False)
         self._step, in_use = saved["step"], saved["buffered_inputs"]
+        if self.averaged.average is not None:
+            self.averaged.average.optimization_step = saved["num_moves_of_average"]
         if self.args.sde_window_share is not None:
             self._measured_window = saved["measured_window"]
         if self.args.rollout_batch_size is None:  # a fixed one may be another than before, say for lack of memory

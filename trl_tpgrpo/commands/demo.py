@@ -107,6 +107,7 @@ def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
         beta=0.0,
         learning_rate=1e-4,
         lr_scheduler_type="linear",
+        ema_decay=None,  # a learning rate that falls to 0 does what an average would
         max_steps=max_steps,
         activation_checkpointing=False,
         save_strategy="no",

@@ -1,0 +1,59 @@
+"""The moving average of the trained weights, which the paper evaluates and saves."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from transformers import TrainerCallback, TrainerState
+
+
+class AveragedWeights(TrainerCallback):
+    """diffusers' `EMAModel` of what is trained, from the first update that it takes in; until then the weights themselves.
+
+    The average moves after every `every`-th update, by a decay that rises as (1 + n) / (10 + n) with the number n of its
+    earlier moves, up to `decay`.
+
+    Args:
+        model: Whose trained weights are averaged.
+        decay: At most, of a move; in [0, 1). `None`: there is never an average.
+        every: So many updates a move.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float | None, every: int):
+        self.model, self.decay, self.every = model, decay, every
+        self.average: EMAModel | None = None
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.decay is None or state.global_step % self.every:
+            return
+        average = self.average or self.start()
+        average.step(self._trained())
+
+    def start(self) -> EMAModel:
+        """Take the weights that the model has now for the average."""
+        self.average = EMAModel(self._trained(), decay=self.decay)
+        return self.average
+
+    @property
+    def num_moves(self) -> int:
+        """So far."""
+        return 0 if self.average is None else self.average.optimization_step
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The model has the averaged weights inside, and afterwards its own, to the bit."""
+        average = self.average
+        if average is None:
+            yield
+            return
+        average.store(self._trained())
+        average.copy_to(self._trained())
+        try:
+            yield
+        finally:
+            average.restore(self._trained())
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
