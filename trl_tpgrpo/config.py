@@ -598,6 +598,7 @@ class TPGRPOConfig(_BaseConfig):
         unsupported = {
             "auto_find_batch_size": "a smaller batch would tear prompt groups apart; lower per_device_train_batch_size",
             "use_liger_kernel": "Liger's kernels are for language models",
+            "enable_jit_checkpoint": "it saves in the middle of an update; SIGTERM is answered after the update without it",
             "torch_compile": "it would compile the model for training alone; set compile_backend='inductor'",
             "neftune_noise_alpha": "it adds noise to token embeddings, which a transformer of latents does not have",
         }

@@ -19,11 +19,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
 from .averaging import AveragedWeights
+from .checkpoints import StopOnSignal, being_written, is_complete, last_complete
 from .checks import all_prompts, check_datasets, check_optimizer
 from .completion import CompletionRule
 from .config import TPGRPOConfig
@@ -148,6 +149,8 @@ class TPGRPOTrainer(_BaseTrainer):
         self.averaged = AveragedWeights(self.model, args.ema_decay, args.ema_update_every)
         self.add_callback(self._set_epoch)
         self.add_callback(self.averaged)
+        self.stop_on_signal = StopOnSignal(self.accelerator)
+        self.add_callback(self.stop_on_signal)
 
     def _place_frozen_models(
         self, embeddings: PromptEmbeddings, transformer: torch.nn.Module, args: TPGRPOConfig, datasets: tuple
@@ -376,15 +379,26 @@ class TPGRPOTrainer(_BaseTrainer):
 
     # ------------------------------------------------------------------------------------------------- the training
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, as [`~transformers.Trainer.train`] does."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, as [`~transformers.Trainer.train`] does; after SIGTERM until the end of the update, with a checkpoint.
+
+        Raises:
+            FileNotFoundError: If `resume_from_checkpoint` is `True` and there is no complete checkpoint, or it is the path of
+                one that is incomplete.
+            ValueError: If the checkpoint belongs to a run with other batches or another number of processes.
+        """
         self._step, self._buffered_inputs, self.averaged.average = 0, None, None
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_complete(self.args.output_dir))
+        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            raise FileNotFoundError(f"{resume_from_checkpoint} is no checkpoint, or was not written to its end.")
         if getattr(self.model, "_is_accelerate_prepared", False) and not self.is_in_train:
             # An evaluate() before train() has prepared the model for inference; left so, DDP would never wrap it.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model.__dict__.pop("_is_accelerate_prepared", None)
             self.model_wrapped = self.model
-        return super().train(*args, **kwargs)
+        with self.stop_on_signal.listening():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
@@ -572,21 +586,42 @@ class TPGRPOTrainer(_BaseTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        if not self.args.save_only_model:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            in_use = self._buffered_inputs if self._step % self._generate_every else None
-            progress = {
-                "step": self._step,
-                "buffered_inputs": in_use,
-                "num_moves_of_average": self.averaged.num_moves,
-                "measured_window": self._measured_window,
-                "batch_sizes": self.images.batch_sizes,
-            }
-            torch.save(progress, self._rollout_file(folder))
-            if self.averaged.num_moves and self.args.should_save:
-                self.policy.save_weights(self.accelerator.unwrap_model(self.model), folder / LAST)
-        super()._save_checkpoint(model, trial)
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self.args.save_total_limit = (
+            self.args.save_total_limit,
+            None,
+        )  # none is deleted before this one is whole
+        try:
+            with being_written(folder, self.accelerator):
+                if not self.args.save_only_model:
+                    self._save_progress(folder)
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _save_progress(self, folder: Path) -> None:
+        """What training goes on from, besides what transformers saves and the weights that are evaluated."""
+        progress = {
+            "step": self._step,
+            "layout": self._layout,
+            "buffered_inputs": self._buffered_inputs if self._step % self._generate_every else None,
+            "num_moves_of_average": self.averaged.num_moves,
+            "measured_window": self._measured_window,
+            "batch_sizes": self.images.batch_sizes,
+        }
+        torch.save(progress, self._rollout_file(folder))
+        if self.averaged.num_moves and self.args.should_save:
+            self.policy.save_weights(self.accelerator.unwrap_model(self.model), folder / LAST)
+
+    @property
+    def _layout(self) -> dict[str, int]:
+        """What a resumed run must have in common with the one before."""
+        names = ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps", "num_iterations",
+                 "num_generations", "num_inference_steps", "seed")  # fmt: skip
+        return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
 
     def _rollout_file(self, checkpoint: str | Path) -> Path:
         """Where a process keeps its micro-step and, inside a rollout, the rollout."""
@@ -608,16 +643,23 @@ class TPGRPOTrainer(_BaseTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        if not any(Path(checkpoint).glob("*optimizer*")) and not self.is_deepspeed_enabled:
-            raise FileNotFoundError(
-                f"{checkpoint} holds no optimizer (saved with save_only_model?): it cannot be resumed."
-            )
+        for part in ("optimizer", "scheduler"):
+            if not any(Path(checkpoint).glob(f"*{part}*")) and not self.is_deepspeed_enabled:
+                raise FileNotFoundError(
+                    f"{checkpoint} holds no {part} (saved with save_only_model?): it cannot be resumed."
+                )
         if not self._rollout_file(checkpoint).exists():
             raise FileNotFoundError(
                 f"{self._rollout_file(checkpoint)} is missing: the rollout in use when the checkpoint was saved. (A run is "
                 "resumed on the number of processes that it was saved on.)"
             )
         saved = torch.load(self._rollout_file(checkpoint), map_location="cpu", weights_only=False)
+        for name, value in self._layout.items():
+            if saved["layout"][name] != value:
+                raise ValueError(
+                    f"{checkpoint} was saved with {saved['layout'][name]} for {name}, and this run has {value}: a run is "
+                    "resumed with the batches, processes and seed that it was begun with."
+                )
         self._step, in_use = saved["step"], saved["buffered_inputs"]
         if self.averaged.average is not None:
             self.averaged.average.optimization_step = saved["num_moves_of_average"]

@@ -185,7 +185,12 @@ def run(
 ) -> None:
     """Load model, rewards and data; train, save and, if asked to, push."""
     trainer = build_trainer(script_args, model_args, dataset_args, training_args)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume = training_args.resume_from_checkpoint  # the command line and YAML give a path, "true" or a boolean
+    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
+    if trainer.stop_on_signal.stopped:
+        trainer.accelerator.print("Stopped by SIGTERM with a checkpoint. Go on with --resume_from_checkpoint true.")
+        trainer.end()
+        return
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Trained weights saved to {training_args.output_dir}.")
     if training_args.push_to_hub:

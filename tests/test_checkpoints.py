@@ -1,0 +1,226 @@
+"""Killed runs go on as if nothing had happened, whatever they were doing, and never from half a checkpoint."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import assert_same, build, lora, trained
+
+from trl_tpgrpo import checkpoints
+from trl_tpgrpo import trainer as trainer_module
+from trl_tpgrpo.checkpoints import INCOMPLETE, is_complete, last_complete
+
+
+TESTS = Path(__file__).parent
+SCRIPT = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from test_trainer import brightness, build, lora, trained
+
+out, calls, number, options = Path(sys.argv[1]), [], int(sys.argv[2]), json.loads(sys.argv[3])
+resume, rank = sys.argv[4] == "resume", int(os.environ.get("RANK", 0))
+
+def reward(images, **columns):
+    calls.append(len(images))
+    if len(calls) == number and rank == 0:
+        os.kill(os.getpid(), getattr(signal, options["signal"]))
+    return brightness(images)
+
+settings = {name: value for name, value in options.items() if name not in ("signal", "rank")}
+trainer = build(out, reward_funcs=reward, peft_config=lora(r=options["rank"]), save_strategy="steps", save_steps=1, **settings)
+trainer.train(resume_from_checkpoint=resume or None)
+torch.save((trained(trainer), trainer.stop_on_signal.stopped, trainer.state.global_step), out / f"end-{rank}.pt")
+"""
+SETTINGS = {"max_steps": 5, "rank": 4, "signal": "SIGKILL"}
+SMALL_BATCHES = {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 2}
+CASES = {
+    "inside an epoch": {"per_device_train_batch_size": 2, "num_generations": 2},
+    "in the second epoch": {"per_device_train_batch_size": 6},
+    "inside a generation cycle": SMALL_BATCHES,
+    "two passes over a rollout": {"num_iterations": 2, **SMALL_BATCHES},
+    "an average": {"ema_update_every": 1},
+    "an 8-bit optimizer": {"optim": "adamw_bnb_8bit", "rank": 256},
+    "two processes": {"sde_window_size": 1, "sde_window_range": [0, 3], "processes": 2, **SMALL_BATCHES},
+}
+
+
+def run(output_dir: Path, number: int, options: dict, resume: bool = False) -> subprocess.Popen:
+    """A run in a process of its own that sends itself a signal as it scores for the `number`-th time."""
+    options = {**SETTINGS, **options}
+    launch = [sys.executable]
+    if (processes := options.pop("processes", 1)) > 1:
+        launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    output_dir.mkdir(exist_ok=True)
+    script = output_dir.parent / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    arguments = [str(script), str(output_dir), str(number), json.dumps(options), "resume" if resume else "begin"]
+    return subprocess.Popen([*launch, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finished(output_dir: Path, number: int, options: dict, resume: bool = False) -> tuple:
+    """The trained weights of a run, whether a signal stopped it, and its last update."""
+    if number < 0 and "processes" not in options:  # no signal: it may as well run here
+        settings = {name: value for name, value in {**SETTINGS, **options}.items() if name not in ("signal", "rank")}
+        adapter = lora(r=options.get("rank", SETTINGS["rank"]))
+        trainer = build(output_dir, peft_config=adapter, save_strategy="steps", save_steps=1, **settings)
+        trainer.train(resume_from_checkpoint=resume or None)
+        return trained(trainer), trainer.stop_on_signal.stopped, trainer.state.global_step
+    process = run(output_dir, number, options, resume)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    return torch.load(output_dir / "end-0.pt")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(case: str, tmp_path: Path) -> None:
+    """SIGKILL in a rollout drawn at random, but the first, before which there is no checkpoint."""
+    rollouts = {"inside a generation cycle": 2, "two passes over a rollout": 1, "two processes": 2}.get(case, 4)
+    number = random.randrange(1, rollouts + 1) + 1
+    whole, *_ = finished(tmp_path / "whole", -1, CASES[case])
+    process = run(tmp_path / "killed", number, CASES[case])
+    process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert not (tmp_path / "killed/end-0.pt").exists(), f"rollout {number} was not reached"
+    resumed, *_ = finished(tmp_path / "killed", -1, CASES[case], resume=True)
+    assert_same(whole, resumed)
+
+
+def test_sigterm_saves_after_the_update_and_stops(tmp_path: Path) -> None:
+    whole, stopped, step = finished(tmp_path / "whole", -1, {})
+    assert not stopped and step == 5
+    options = {"signal": "SIGTERM"}
+    _, stopped, step = finished(tmp_path / "stopped", 3, options)
+    assert stopped and step == 3
+    assert last_complete(tmp_path / "stopped").name == "checkpoint-3"
+    resumed, *_ = finished(tmp_path / "stopped", -1, options, resume=True)
+    assert_same(whole, resumed)
+
+
+def test_sigterm_to_one_process_stops_all_after_the_same_update(tmp_path: Path) -> None:
+    options = {**CASES["two processes"], "signal": "SIGTERM"}
+    _, stopped, step = finished(tmp_path / "stopped", 2, options)
+    _, other_stopped, other_step = torch.load(tmp_path / "stopped/end-1.pt")
+    assert stopped and other_stopped and step == other_step == 3  # the second rollout begins with the third update
+
+
+def test_signals_are_left_alone_outside_of_training_and_in_other_threads(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = build(tmp_path, max_steps=1)
+    trainer.train()
+    assert signal.getsignal(signal.SIGTERM) is before
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    thread.join()
+    assert trainer.state.global_step == 1
+
+
+# Crashes while a checkpoint is written
+
+
+class Crash(BaseException):
+    """Nothing of the package catches it."""
+
+
+POINTS = {
+    "before anything": (checkpoints.Path, "mkdir"),
+    "the rollout": (trainer_module.torch, "save"),
+    "the weights": ("policy", "save_weights"),
+    "the optimizer": ("trainer", "_save_optimizer_and_scheduler"),
+    "the random states": ("trainer", "_save_rng_state"),
+    "the trainer's state": ("state", "save_to_json"),
+    "the end of writing": (checkpoints.Path, "unlink"),
+    "old checkpoints deleted": (trainer_module, "rotate_checkpoints"),
+}
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_crash_while_writing_leaves_a_checkpoint_to_resume_from(
+    point: str, after: bool, tmp_path: Path, monkeypatch
+) -> None:
+    """At each thing that is written, before and after it, with only one checkpoint kept."""
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 1,
+        "ema_update_every": 2,
+        "max_steps": 4,
+    }
+    whole = build(tmp_path / "whole", **{**settings, "save_strategy": "no"})
+    whole.train()
+    trainer = build(tmp_path / "crashed", **settings)
+    holder, name = POINTS[point]
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_at_step(3, trainer, patch, holder, name, after)
+        trainer.train()
+    complete = last_complete(tmp_path / "crashed")
+    assert is_complete(complete)
+    resumed = build(tmp_path / "crashed", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(trained(whole), trained(resumed))
+
+
+def crash_at_step(step: int, trainer, patch, holder, name: str, after: bool) -> None:
+    """Make a function raise as the checkpoint of `step` is written."""
+    saving, save = [], trainer._save_checkpoint
+
+    def save_checkpoint(*inputs) -> None:
+        saving.append(trainer.state.global_step)
+        if trainer.state.global_step == step:
+            target = (
+                {"policy": trainer.policy, "trainer": trainer, "state": trainer.state}.get(holder, holder)
+                if isinstance(holder, str)
+                else holder
+            )
+            original = getattr(target, name)
+
+            def crashing(*args, **kwargs):
+                if after:
+                    original(*args, **kwargs)
+                raise Crash
+
+            patch.setattr(target, name, crashing)
+        save(*inputs)
+
+    patch.setattr(trainer, "_save_checkpoint", save_checkpoint)
+
+
+def test_an_incomplete_checkpoint_is_an_error_if_it_is_named(tmp_path: Path) -> None:
+    build(tmp_path, save_strategy="steps", save_steps=1).train()
+    (tmp_path / "checkpoint-2" / INCOMPLETE).touch()
+    with pytest.raises(FileNotFoundError, match="checkpoint-2 is no checkpoint, or was not written to its end"):
+        build(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert last_complete(tmp_path).name == "checkpoint-1"
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint to resume from"):
+        build(tmp_path / "none").train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"per_device_train_batch_size": 2}, "4 for per_device_train_batch_size, and this run has 2"),
+        ({"seed": 7}, "42 for seed, and this run has 7"),
+        ({"num_inference_steps": 5}, "4 for num_inference_steps, and this run has 5"),
+    ],
+)
+def test_a_resume_with_other_batches_is_refused(changes: dict, message: str, tmp_path: Path) -> None:
+    build(tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, **changes).train(resume_from_checkpoint=True)
+
+
+def test_old_checkpoints_are_deleted_and_only_weights_kept(tmp_path: Path) -> None:
+    build(tmp_path, save_strategy="steps", save_steps=1, save_total_limit=2, max_steps=4, save_only_model=True).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert not list(tmp_path.glob("checkpoint-*/rollout_0.pt"))
+    with pytest.raises(FileNotFoundError, match="holds no optimizer"):
+        build(tmp_path).train(resume_from_checkpoint=True)
