@@ -12,8 +12,8 @@ from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuan
 from test_trainer import PROMPTS, assert_same, brightness, build, config, logged, lora, prompts, trained
 from tiny import tiny_flux, tiny_sd3
 
-from trl_tpgrpo import TPGRPOTrainer
-from trl_tpgrpo.generation import on_device
+from trl_tpgrpo import TPGRPOTrainer, generation
+from trl_tpgrpo.generation import on_device, sweeps
 
 
 WIDE = {"r": 256, "lora_alpha": 256}  # bitsandbytes keeps 8-bit states from 4,096 elements on
@@ -297,3 +297,38 @@ def test_too_many_prompts_for_the_memory_need_a_folder(tmp_path: Path) -> None:
     many = Dataset.from_dict({"prompt": [f"a red circle {number}" for number in range(1025)]})
     with pytest.raises(ValueError, match="set prompt_embeds_dir"):
         build(tmp_path, train_dataset=many, precompute_prompt_embeds=True)
+
+
+# Sweeps
+
+
+@pytest.mark.parametrize("changes", [{}, {"share_initial_noise": True}, {"completion": "at_2"}])
+def test_a_rollout_in_several_sweeps_is_the_same(changes: dict, tmp_path: Path, monkeypatch) -> None:
+    """To the bit, if the model is given one latent at a time however many are under way."""
+    runs, images = [], []
+    for size in (64, 2):
+        monkeypatch.setattr(generation, "SWEEP", size)
+        seen: list[int] = []
+
+        def reward(images: list, seen: list[int] = seen, **columns: object) -> list[float]:
+            seen.append(len(images))
+            return brightness(images)
+
+        one_by_one = {"per_device_rollout_batch_size": 1, "per_device_train_batch_size": 6, "max_steps": 3}
+        run = build(tmp_path, reward_funcs=reward, **one_by_one, **changes)
+        run.train()
+        runs.append(run)
+        images.append(seen)
+    assert_same(*map(trained, runs))
+    assert logged(runs[0], "num_evaluations") == logged(runs[1], "num_evaluations")
+    assert len(images[1]) == 3 * len(images[0]) and sum(images[1]) == sum(images[0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "batch", "sizes"), [(1152, 24, 9, [72] * 16), (100, 8, 96, [96, 4]), (12, 24, 6, [12])]
+)
+def test_sweeps_are_of_whole_groups_that_fill_a_batch(rows: int, group: int, batch: int, sizes: list[int]) -> None:
+    args = config(
+        Path("x"), num_generations=group, per_device_train_batch_size=group, per_device_rollout_batch_size=batch
+    )
+    assert [len(range(rows)[part]) for part in sweeps(rows, args)] == sizes

@@ -1,4 +1,4 @@
-"""The command line: `trl-tpgrpo train | sample | fidelity | demo`."""
+"""The command line: `trl-tpgrpo train | plan | sample | fidelity | demo`."""
 
 import argparse
 import importlib

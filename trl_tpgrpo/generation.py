@@ -17,6 +17,10 @@ from .policies import Conditioning, FlowPolicy
 from .rollout import Rollout, Window, fastest_batch_size, roll_out
 
 
+SWEEP = 64
+"""At least so many trajectories are sampled together, so that batches are full, and not many more, so that memory and the number of
+images at a time do not grow with the rollout."""
+
 LARGEST_BATCH = 256
 """The largest batch that is tried where the batch size of rollouts is measured."""
 
@@ -94,6 +98,13 @@ class ImageGenerator:
                     lambda size: self.policy.decode(latents[:1].expand(size, *latents.shape[1:])), self.accelerator
                 )
             return self.policy.decode(latents, self.batch_sizes["vae"])
+
+
+def sweeps(num_rows: int, args: TPGRPOConfig) -> list[slice]:
+    """The rows of a rollout, cut into those that are sampled together: whole groups that fill a batch of the model."""
+    at_least = max(SWEEP, args.rollout_batch_size or LARGEST_BATCH)
+    size = -(-at_least // args.num_generations) * args.num_generations
+    return [slice(start, start + size) for start in range(0, num_rows, size)]
 
 
 @contextmanager

@@ -26,9 +26,10 @@ from torch.utils._pytree import tree_leaves
 from .architectures import load_architecture, load_part
 from .completion import CompletionRule
 from .config import TPGRPOConfig
+from .generation import sweeps
 from .models import load_policy, prepare_transformer
 from .policies import Conditioning
-from .rollout import EXACT, Window, roll_out
+from .rollout import EXACT, Rollout, Window, roll_out
 from .trainer import PROBED_GROUPS
 
 
@@ -142,18 +143,20 @@ def count(args: TPGRPOConfig, dataset_size: int | None = None) -> Counts:
         args: The settings.
         dataset_size: Prompts for training; `None`: not known.
     """
-    rows = rows_of(args)
+    rows, sizes = rows_of(args), sweep_sizes(args)
     group = args.num_generations
     of_probe = min(rows, PROBED_GROUPS * group) if rows % group == 0 else rows
     whole = args.window(*args.sde_window_limits)
     num_updates, num_rollouts = _lengths(args, dataset_size)
     return Counts(
         trajectories=rows * args.world_size,
-        sampling=sampling_of(args, rows, windows_of(args), args.completion_rule),
+        sampling=sampling_of(args, sizes, windows_of(args), args.completion_rule),
         transitions=rows * args.world_size * len(windows_of(args)[0]),
         train_evaluations=_train_evaluations(args) * args.world_size,
-        measuring=None if args.sde_window_share is None else sampling_of(args, of_probe, [whole], EXACT),
-        checking=sampling_of(args, min(rows, group), windows_of(args), EXACT) if args.completion_check_every else None,
+        measuring=None if args.sde_window_share is None else sampling_of(args, [of_probe], [whole], EXACT),
+        checking=sampling_of(args, [min(rows, group)], windows_of(args), EXACT)
+        if args.completion_check_every
+        else None,
         updates=_updates(args),
         num_updates=num_updates,
         num_rollouts=num_rollouts,
@@ -173,29 +176,37 @@ def windows_of(args: TPGRPOConfig) -> list[Window]:
     return [args.window(start, start + args.num_sde_steps) for start in args.window_starts]
 
 
-def sampling_of(args: TPGRPOConfig, rows: int, windows: list[Window], rule: CompletionRule | None) -> Sampling:
-    """What sampling `rows` trajectories on each process takes, with each of `windows` as likely as the others."""
-    rollouts = [
-        roll_out(
-            lambda latents, step, which: torch.zeros_like(latents),
-            torch.zeros(rows // _sharing(args), 1),
-            torch.linspace(1, 0, args.num_inference_steps + 1),
-            window,
-            [torch.Generator()] * rows,
-            rule,
-            args.rollout_batch_size,
-        )
-        for window in windows
-    ]
+def sweep_sizes(args: TPGRPOConfig) -> list[int]:
+    """The trajectories that a process samples together, one number after the other."""
+    rows = range(rows_of(args))
+    return [len(rows[part]) for part in sweeps(len(rows), args)]
 
-    def spread(values: list[int]) -> Spread:
-        values = [value * args.world_size for value in values]
+
+def sampling_of(args: TPGRPOConfig, sizes: list[int], windows: list[Window], rule: CompletionRule | None) -> Sampling:
+    """What sweeps of `sizes` trajectories on each process take, with each of `windows` as likely as the others."""
+    rollouts = [{size: _counted(args, size, window, rule) for size in set(sizes)} for window in windows]
+
+    def spread(number: Callable[[Rollout], int]) -> Spread:
+        values = [args.world_size * sum(number(by_size[size]) for size in sizes) for by_size in rollouts]
         return Spread(sum(values) / len(values), min(values), max(values))
 
     return Sampling(
-        evaluations=spread([rollout.num_evaluations for rollout in rollouts]),
-        calls=None if args.rollout_batch_size is None else spread([rollout.num_calls for rollout in rollouts]),
-        images=spread([len(rollout.final_latents) for rollout in rollouts]),
+        evaluations=spread(lambda rollout: rollout.num_evaluations),
+        calls=None if args.rollout_batch_size is None else spread(lambda rollout: rollout.num_calls),
+        images=spread(lambda rollout: len(rollout.final_latents)),
+    )
+
+
+def _counted(args: TPGRPOConfig, rows: int, window: Window, rule: CompletionRule | None) -> Rollout:
+    """A sweep of latents of one number."""
+    return roll_out(
+        lambda latents, step, which: torch.zeros_like(latents),
+        torch.zeros(rows // _sharing(args), 1),
+        torch.linspace(1, 0, args.num_inference_steps + 1),
+        window,
+        [torch.Generator()] * rows,
+        rule,
+        args.rollout_batch_size,
     )
 
 
@@ -534,16 +545,15 @@ def estimate(args: TPGRPOConfig, model: FakeModel) -> Memory:
     """The memory that a run with these settings takes on each device, reward models aside."""
     stays, kept = _staying(args, model), _kept_rollout(args, model)
     prompts = {"prompt embeddings": _prompts_size(args, model)}
-    of_last = {"last rollout": sum(kept.values()) + sum(prompts.values())}
     in_training = stays | {"gradients": 4 * sum(model.trained)} | prompts | kept
     unpacked = 0 if args.quantization is None else max(math.prod(shape) for shape in model.weights.linear)
     unpacked *= model.dtype.itemsize
     of_rollout = model.velocity(args.rollout_batch_size or args.per_device_train_batch_size) + unpacked
     of_training = model.training(args.per_device_train_batch_size, bool(args.activation_checkpointing)) + unpacked
     phases = {
-        "encode": _encoding(model, stays | of_last, alone=args.precompute_prompt_embeds),
-        "rollout": stays | of_last | prompts | _sweep(args, model) | {"activations": of_rollout},
-        "decode": stays | {"VAE": _size(model.policy.pipeline.vae)} | of_last | prompts | _decoding(args, model),
+        "encode": _encoding(model, stays, alone=args.precompute_prompt_embeds),
+        "rollout": stays | prompts | _sweep(args, model) | {"activations": of_rollout},
+        "decode": stays | {"VAE": _size(model.policy.pipeline.vae)} | prompts | _decoding(args, model),
         "train": in_training | {"activations": of_training},
         "update": in_training | {"optimizer's temporaries": optimizer_size(optim_of(args), model.trained)[1]},
     }
@@ -586,7 +596,10 @@ def _prompts_size(args: TPGRPOConfig, model: FakeModel) -> int:
 
 
 def _sweep(args: TPGRPOConfig, model: FakeModel) -> dict[str, float]:
-    """Trajectories and completions at the fullest moment of a rollout, as one of few and short latents shows it."""
+    """Trajectories and completions at the fullest moment of a sweep, as one of few and short latents shows it, and all states.
+
+    After the last sweep the states are put together and parted into micro-batches, and are there twice for a moment.
+    """
     rows, numbers = args.num_generations, 512
     windows = windows_of(args)
     with LiveBytes() as bytes_of:
@@ -598,17 +611,19 @@ def _sweep(args: TPGRPOConfig, model: FakeModel) -> dict[str, float]:
             [torch.Generator()] * rows,
             args.completion_rule,
         )
-    of_one = bytes_of.peak / (rows * numbers)
-    if args.offload_trajectories:
-        of_one -= 4 * (len(windows[0]) + 1)
-    return {"trajectories": of_one * rows_of(args) * math.prod(model.latent_shape)}
+    of_a_state = 0 if args.offload_trajectories else 4
+    of_states = of_a_state * (len(windows[0]) + 1)
+    of_one = bytes_of.peak / (rows * numbers) - 4 * (len(windows[0]) + 1)
+    in_sweeps = of_one * sweep_sizes(args)[0] + of_states * rows_of(args)
+    return {"trajectories": max(in_sweeps, 2 * of_states * rows_of(args)) * math.prod(model.latent_shape)}
 
 
 def _decoding(args: TPGRPOConfig, model: FakeModel) -> dict[str, float]:
-    """The rollout's states and the latents that are decoded, and what the VAE needs for a batch."""
+    """The rollout's states and a sweep's latents that are decoded, and what the VAE needs for a batch."""
     rows, numbers = rows_of(args), math.prod(model.latent_shape)
     of_one = 0 if args.offload_trajectories else 4 * (len(windows_of(args)[0]) + 1)
-    images = sampling_of(args, rows, windows_of(args)[:1], args.completion_rule).images.most // args.world_size
+    of_sweep = sampling_of(args, sweep_sizes(args)[:1], windows_of(args)[:1], args.completion_rule)
+    images = of_sweep.images.most // args.world_size
     batch_size = args.rollout_batch_size or args.per_device_train_batch_size
     return {
         "trajectories": numbers * (of_one * rows + 4 * images),

@@ -31,11 +31,12 @@ from .config import TPGRPOConfig
 from .credit import RewardTable, shortest_window, step_reward_variances
 from .embeddings import PromptEmbeddings
 from .fidelity import compare
-from .generation import ImageGenerator, on_device
+from .generation import ImageGenerator, on_device, sweeps
 from .losses import clipped_surrogate
 from .metrics import Metrics, rollout_metrics
 from .model_card import build_model_card
 from .models import load_policy, prepare_transformer
+from .policies import Conditioning
 from .rewards.scoring import RewardFunc, check_applicability, reward_names, score
 from .rollout import EXACT, Window
 from .sampler import EpochSampler, SetEpoch
@@ -210,6 +211,7 @@ class TPGRPOTrainer(_BaseTrainer):
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> Trajectories:
         """Roll out when the buffer is used up; hand out its next micro-batch."""
         if self._step % self._generate_every == 0 or self._buffered_inputs is None:
+            self._buffered_inputs = None  # makes room
             trajectories = self._generate_and_score(generation_batch)
             updates = max(1, self.args.steps_per_generation // self.args.gradient_accumulation_steps)
             # Each update gets every so-manieth trajectory: a share of each group, the same for any number of processes.
@@ -261,20 +263,27 @@ class TPGRPOTrainer(_BaseTrainer):
         if self.args.sde_window_share is not None and self._measured_window is None:
             self._measured_window = self._measure_window(rows)
         window, rule = self._measured_window or self._draw_window(generation), self.args.completion_rule
-        sampled = self.sample_and_score(rows, self._generators(NOISE, generation, len(rows)), window, rule)
-        table = self._reward_table(rows, sampled.rewards, window, rule)
+        generators = self._generators(NOISE, generation, len(rows))
+        kept: dict[str, list[Tensor]] = {"states": [], "log_probs": [], "rewards": []}  # not the images
+        for part in sweeps(len(rows), self.args):
+            sampled = self.sample_and_score(rows[part], generators[part], window, rule)
+            kept["states"].append(sampled.rollout.states)
+            kept["log_probs"].append(sampled.rollout.log_probs)
+            kept["rewards"].append(sampled.rewards)
+        table = self._reward_table(rows, torch.cat(kept["rewards"]), window, rule)
         for name, value in rollout_metrics(table, self.reward_func_names).items():
             self._metrics["train"].record(name, value)
         if self.args.completion_check_every and generation % self.args.completion_check_every == 0:
             self._check_completions(rows, window, generation, table)
         first = self.accelerator.process_index * len(rows)
+        conditioning, prompts = self._encode(rows)
         return Trajectories(
-            states=sampled.rollout.states,
-            log_probs=sampled.rollout.log_probs,
+            states=torch.cat(kept["states"]),
+            log_probs=torch.cat(kept["log_probs"]),
             window=window,
             schedule=self.policy.schedule(self.args.num_inference_steps),
-            conditioning=sampled.conditioning,
-            prompts=sampled.prompts,
+            conditioning=conditioning,
+            prompts=prompts,
             rows=torch.arange(first, first + len(rows)),
             table=table,
         )
@@ -332,11 +341,9 @@ class TPGRPOTrainer(_BaseTrainer):
             RewardError: If a reward function fails.
             FloatingPointError: If a prediction is not finite.
         """
-        distinct = list(dict.fromkeys(row["prompt"] for row in rows))
-        prompts = torch.tensor([distinct.index(row["prompt"]) for row in rows])
         metrics = self._metrics[self._mode]
         with metrics.seconds("rollout"):
-            conditioning = self.images.embeddings(distinct)
+            conditioning, prompts = self._encode(rows)
             rollout = self.images.roll_out(self._policy_model, conditioning, prompts, generators, window, completion)
         with metrics.seconds("decode"):
             images = self.images.decode(rollout.final_latents)
@@ -345,7 +352,13 @@ class TPGRPOTrainer(_BaseTrainer):
         counts = {"evaluations": rollout.num_evaluations, "calls": rollout.num_calls}
         for name, value in {**counts, "decoded_images": len(images), "scored_images": len(images)}.items():
             metrics.record(f"num_{name}", value, "sum")
-        return Sampled(conditioning, prompts, rollout, images, scores[:, rollout.image_of].transpose(0, 1))
+        return Sampled(rollout, images, scores[:, rollout.image_of].transpose(0, 1))
+
+    def _encode(self, rows: list[dict[str, Any]]) -> tuple[Conditioning, Tensor]:
+        """The distinct prompts of B rows, and (B,), on the CPU, the rows' places among them."""
+        distinct = list(dict.fromkeys(row["prompt"] for row in rows))
+        prompts = torch.tensor([distinct.index(row["prompt"]) for row in rows])
+        return self.images.embeddings(distinct), prompts
 
     def _calculate_rewards(self, rows: list[dict[str, Any]], images: list[Image.Image]) -> Tensor:
         """Rewards of M images, each of the row at its place: float32, (F, M), on the CPU, NaN where one does not apply."""

@@ -19,16 +19,12 @@ class Sampled:
     """What sampling and scoring B rows of a dataset gives.
 
     Attributes:
-        conditioning: Their distinct prompts.
-        prompts: (B,), on the CPU, the rows' places among them.
         rollout: The trajectories.
         images: M, one for each of `rollout.final_latents`.
         rewards: float32, (B, F, C + 1), on the CPU, of the images that `rollout.image_of` names; NaN where a function does
             not apply.
     """
 
-    conditioning: Conditioning
-    prompts: Tensor
     rollout: Rollout
     images: list[Image.Image]
     rewards: Tensor

@@ -1,0 +1,314 @@
+"""What real models take: peak memory and seconds of each phase, evaluations a second and FLOP utilisation.
+
+Builds the true architecture of FLUX.1-dev or SD3.5-medium with random weights, saves it, and for each base (bf16, nf4, int8, fp8;
+each also compiled) loads and trains it in a process of its own, through the trainer, with the settings of a recipe and fewer
+prompts. Memory and time do not depend on what weights say. Results go to benchmarks/results/.
+
+    python benchmarks/gpu.py --model flux.1-dev --machine 1x80gb --bases bf16 nf4 int8 --compile no yes
+    python benchmarks/gpu.py --model sd3.5-medium --reduced --bases bf16 int8   # the same on a CPU: one layer, small images
+
+FLOPs are those that the mathematics takes: of an evaluation, counted on the architecture; of a transition under LoRA, twice that
+(the base has no weight gradients), under full training three times; of the reference's, once. What activation checkpointing
+computes again is not counted. Utilisation is held against a large matrix product in the same process.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTokenizer, T5TokenizerFast
+from trl import get_peft_config
+
+from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
+from trl_tpgrpo.architectures import FOLDERS, load_architecture
+from trl_tpgrpo.commands.train import make_parser
+from trl_tpgrpo.policies import Conditioning, FlowPolicy, build_policy
+
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "examples/recipes"
+ARCHITECTURES = {folder.name: folder for folder in FOLDERS.values()}
+BASES = ("bf16", "nf4", "int8", "fp8")
+REDUCED = {"num_layers": 1, "num_single_layers": 1, "num_hidden_layers": 1, "dual_attention_layers": [0], "vocab_size": 512,
+           "d_ff": 1024, "block_out_channels": [32] * 4, "layers_per_block": 1}  # fmt: skip
+SMALL = {"height": 64, "width": 64, "num_generations": 4, "per_device_train_batch_size": 2, "max_sequence_length": 32,
+         "num_inference_steps": 3, "use_cpu": True, "bf16": False}  # fmt: skip
+ROLLOUTS = 2
+"""The last is measured; the one before it warms up and compiles."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=list(ARCHITECTURES), default="flux.1-dev", help="(default: %(default)s)")
+    parser.add_argument("--machine", default="1x80gb", help="of the recipe (default: %(default)s)")
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=["bf16", "nf4"], help="(default: %(default)s)")
+    parser.add_argument("--compile", nargs="+", choices=["no", "yes"], default=["no"], help="(default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=1, help="a rollout, of a group of images each (default: 1)")
+    parser.add_argument("--reduced", action="store_true", help="one layer and small images, for a CPU")
+    parser.add_argument(
+        "--options", nargs=argparse.REMAINDER, default=[], help="of trl-tpgrpo train, over the recipe's"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks/results", help="folder (default: %(default)s)"
+    )
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.variant:
+        print(json.dumps(run_variant(args, **json.loads(args.variant))))  # noqa: T201
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        build_pipeline(args.model, args.reduced).save_pretrained(folder)
+        variants = [{"base": b, "compiled": c == "yes", "folder": folder} for b in args.bases for c in args.compile]
+        rows = [in_a_process(variant) for variant in variants]
+    results = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **machine(), "rows": rows}
+    (args.results / f"gpu_{args.model}.json").write_text(json.dumps(results, indent=1))
+    print(report(results))  # noqa: T201
+
+
+def in_a_process(variant: dict) -> dict:
+    """The result of a variant, or what it failed with, which must not keep the others from running."""
+    command = [sys.executable, *sys.argv, "--variant", json.dumps(variant)]
+    if "--options" in command:  # takes all that follows it
+        place = command.index("--options")
+        command = [*command[:place], "--variant", json.dumps(variant), *command[place:-2]]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    shown = {name: value for name, value in variant.items() if name != "folder"}
+    if run.returncode:
+        return {**shown, "failed": f"exit status {run.returncode}, see the output above"}
+    return {**shown, **json.loads(run.stdout.splitlines()[-1])}
+
+
+def machine() -> dict:
+    """Where this runs, and on what versions."""
+    packages = ("torch", "diffusers", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "torchao")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"device": device, "versions": {name: version(name) for name in packages}}
+
+
+# ------------------------------------------------------------------------------------------------------- the models
+
+
+def build_pipeline(model: str, reduced: bool) -> DiffusionPipeline:
+    """The architecture with random weights in bfloat16 and tokenizers that know letters."""
+    folder = ARCHITECTURES[model]
+    with tempfile.TemporaryDirectory() as copied:
+        if reduced:
+            folder = shutil.copytree(folder, Path(copied) / model)
+            for part in folder.glob("*/config.json"):
+                config = json.loads(part.read_text())
+                part.write_text(json.dumps(config | {key: REDUCED[key] for key in REDUCED.keys() & config.keys()}))
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            return load_architecture(folder, torch.bfloat16, **tokenizers(folder))
+
+
+def tokenizers(folder: Path) -> dict[str, object]:
+    index = json.loads((folder / "model_index.json").read_text())
+    makers = {"CLIPTokenizer": clip_tokenizer, "T5TokenizerFast": t5_tokenizer}
+    return {name: makers[part[1]]() for name, part in index.items() if name.startswith("tokenizer")}
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
+    return T5TokenizerFast(vocab=special + [(letter, -1.0) for letter in letters], extra_ids=0)
+
+
+# ------------------------------------------------------------------------------------------------------ the variants
+
+
+def run_variant(args: argparse.Namespace, base: str, compiled: bool, folder: str) -> dict:
+    """Train for `ROLLOUTS` rollouts and say what the last one took."""
+    phases = Phases()
+    model_args, config = settings(args, base, compiled)
+    dataset = Dataset.from_dict({"prompt": [f"a {letter}" for letter in "abcdefghijklmnop"[: args.prompts]]})
+    with phases.measure("load"):
+        trainer = TPGRPOTrainer(folder, brightness, config, dataset, peft_config=get_peft_config(model_args))
+    trainer._metrics["train"].seconds = phases.recording(trainer._metrics["train"].seconds)
+    trainer.train()
+    last = [entry for entry in trainer.state.log_history if "seconds/train" in entry][-updates_of(config) :]
+    seconds = {
+        phase: sum(entry.get(f"seconds/{phase}", 0.0) for entry in last)
+        for phase in ("rollout", "decode", "score", "train")
+    }
+    counts = {
+        name: sum(entry.get(name, 0.0) for entry in last) for name in ("num_evaluations", "num_train_evaluations")
+    }
+    flops, transitions = flops_of_an_evaluation(trainer.policy), config.generation_batch_size * config.num_sde_steps
+    of_training = (
+        transitions * (2 if config_uses_lora(model_args) else 3) + counts["num_train_evaluations"] - transitions
+    )
+    available = matmul_flops(config.device)
+    return {
+        "seconds": seconds,
+        "peak_gib": phases.peaks,
+        **counts,
+        "evaluations_per_second": counts["num_evaluations"] / seconds["rollout"],
+        "tflops_of_an_evaluation": flops / 1e12,
+        "matmul_tflops_per_second": available / 1e12,
+        "rollout_utilisation": counts["num_evaluations"] * flops / seconds["rollout"] / available,
+        "train_utilisation": of_training * flops / seconds["train"] / available,
+        "loss_is_finite": all(np.isfinite(entry["loss"]) for entry in last),
+        "settings": {name: getattr(config, name) for name in ("height", "num_inference_steps", "num_generations", "optim",
+                     "per_device_train_batch_size", "generation_batch_size", "activation_checkpointing", "beta")},
+    }  # fmt: skip
+
+
+def settings(args: argparse.Namespace, base: str, compiled: bool) -> tuple:
+    """Of the recipe, but for what a variant and the number of prompts change."""
+    recipe: dict = {}
+    for name in (args.model, f"{args.model}_{args.machine}"):
+        recipe |= yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    recipe |= {"quantization": None if base == "bf16" else base, "prompt_embeds_dir": None}
+    recipe |= {"compile_backend": "inductor" if compiled else None, "save_strategy": "no", "disable_tqdm": True}
+    recipe |= SMALL if args.reduced else {}
+    recipe |= {"generation_batch_size": args.prompts * recipe["num_generations"], "report_to": "none"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump({name: value for name, value in recipe.items() if value is not None}))
+        arguments = ["--config", str(path), "--output_dir", str(Path(folder) / "run"), *args.options]
+        parsed = make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False)
+    config = parsed[3]
+    config.model_init_kwargs = {"dtype": "bfloat16"}
+    config.max_steps = ROLLOUTS * updates_of(config)
+    return parsed[1], config
+
+
+def updates_of(config: TPGRPOConfig) -> int:
+    return config.steps_per_generation * config.num_iterations // config.gradient_accumulation_steps
+
+
+def config_uses_lora(model_args: object) -> bool:
+    return get_peft_config(model_args) is not None
+
+
+def brightness(images: list, **columns: object) -> list[float]:
+    return [float(np.asarray(image, dtype=np.float32).mean() / 255) for image in images]
+
+
+class Phases:
+    """Peak memory of each phase: GiB allocated on the GPU; without one, of the process so far."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        yield
+        self.peaks[phase] = max(self.peaks[phase], peak_bytes() / 2**30)
+
+    def recording(self, seconds: object) -> object:
+        """`Metrics.seconds`, which marks the phases of a run, with their peaks measured."""
+
+        @contextmanager
+        def both(phase: str) -> Iterator[None]:
+            with self.measure(phase), seconds(phase):
+                yield
+
+        return both
+
+
+def peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def flops_of_an_evaluation(policy: FlowPolicy) -> int:
+    """Of a velocity at one latent, guidance included, counted on tensors without values."""
+    transformer, settings = policy.pipeline.transformer, policy.guidance
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
+        bare = type(transformer).from_config(
+            {k: v for k, v in transformer.config.items() if k != "quantization_config"}
+        )
+        like = build_policy(type(policy.pipeline)(**{**policy.pipeline.components, "transformer": bare}), settings)
+        like.device = torch.device("cpu")
+        latents = like.initial_noise([torch.Generator()])
+        like.velocity(bare, latents, like.schedule(2).timesteps[0], conditioning_like(like))
+    return counter.get_total_flops()
+
+
+def conditioning_like(policy: FlowPolicy) -> Conditioning:
+    config, flux = policy.pipeline.transformer.config, "Flux" in type(policy).__name__
+    length = policy.guidance.max_sequence_length or (512 if flux else 256)
+    tokens = length if flux else length + 77  # SD3 has those of CLIP before those of T5
+    one = Conditioning(
+        torch.zeros(1, tokens, config.joint_attention_dim), torch.zeros(1, config.pooled_projection_dim)
+    )
+    return (
+        Conditioning(*vars(one).values())
+        if not policy.uses_negative_prompt
+        else Conditioning(one.prompt_embeds, one.pooled_prompt_embeds, one)
+    )
+
+
+def matmul_flops(device: torch.device) -> float:
+    """FLOPs a second of the best of some matrix products in bfloat16 (float32 on a CPU)."""
+    cuda = device.type == "cuda"
+    size, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    fastest = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        left @ right
+        if cuda:
+            torch.cuda.synchronize()
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * size**3 / fastest
+
+
+def report(results: dict) -> str:
+    """A row for each variant, in Markdown."""
+    lines = [
+        f"{results['device']}, {results['date']}",
+        "",
+        "| base | compiled | peak GiB: load | rollout | decode | train | seconds: rollout | decode | train | evaluations/s | "
+        "utilisation: rollout | train |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        name = f"| {row['base']} | {'yes' if row['compiled'] else 'no'} | "
+        if "failed" in row:
+            lines.append(f"{name}{row['failed']} |")
+            continue
+        peaks = " | ".join(f"{row['peak_gib'][phase]:.1f}" for phase in ("load", "rollout", "decode", "train"))
+        seconds = " | ".join(f"{row['seconds'][phase]:.1f}" for phase in ("rollout", "decode", "train"))
+        lines.append(
+            f"{name}{peaks} | {seconds} | {row['evaluations_per_second']:.2f} | {row['rollout_utilisation']:.0%} | "
+            f"{row['train_utilisation']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
