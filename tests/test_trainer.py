@@ -503,6 +503,15 @@ def test_a_folder_is_a_model(tmp_path: Path) -> None:
     trainer.train()
 
 
+def test_a_variant_of_a_folder_is_loaded_in_the_dtype_that_is_named(tmp_path: Path) -> None:
+    tiny_sd3(dtype=torch.bfloat16).save_pretrained(tmp_path / "model", variant="bf16")
+    named = {"variant": "bf16", "dtype": "float16"}
+    trainer = TPGRPOTrainer(
+        str(tmp_path / "model"), brightness, config(tmp_path, model_init_kwargs=named), prompts(), peft_config=lora()
+    )
+    assert trainer.policy.dtype == trainer.policy.pipeline.vae.dtype == torch.float16
+
+
 def test_adapter_of_a_half_precision_model_is_in_float32(tmp_path: Path) -> None:
     trainer = build(tmp_path, tiny_sd3(dtype=torch.bfloat16), max_steps=1)
     trainer.train()
