@@ -159,9 +159,10 @@ class TPGRPOTrainer(_BaseTrainer):
         """Encode prompts if that comes first, while the transformer is not on the device; then move what stays there."""
         self.policy.to(args.device)
         if args.precompute_prompt_embeds:
-            transformer.to("cpu")  # a quantised one has been loaded onto the device
+            loaded_onto = next(transformer.parameters()).device  # for a quantised one the GPU
+            transformer.to("cpu")
             embeddings.precompute(all_prompts(*datasets), show_progress=not args.disable_tqdm)
-            transformer.to(args.device)
+            transformer.to(loaded_onto)
         if self.reference is not None and not args.offload_reference:
             self.reference.to(args.device)
         for model in [] if args.offload_between_phases else self._reward_models:
