@@ -341,6 +341,52 @@ def test_evaluation_reports_rewards_and_repeats_itself(tmp_path: Path) -> None:
     assert first["eval_num_evaluations"] == 4 * 3 * 3
 
 
+def test_rewards_for_evaluation_are_logged_and_change_nothing(tmp_path: Path) -> None:
+    seen = []
+
+    def held_out(images: list[Image.Image], **columns: object) -> list[float]:
+        seen.append(len(images))
+        return [10.0] * len(images)
+
+    runs = []
+    for functions in (None, held_out):
+        arguments = config(
+            tmp_path, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4, num_generations_eval=1
+        )
+        run = TPGRPOTrainer(
+            tiny_sd3(), brightness, arguments, prompts(), prompts(4), peft_config=lora(),
+            eval_reward_funcs=functions,
+        )  # fmt: skip
+        run.train()
+        runs.append(run)
+    assert seen == [4, 4]
+    assert logged(runs[1], "eval_rewards/held_out/mean") == [10.0, 10.0]
+    assert (
+        logged(runs[0], "eval_reward")
+        == logged(runs[1], "eval_reward")
+        == logged(runs[1], "eval_rewards/brightness/mean")
+    )
+    assert_same(*map(trained, runs))
+    assert not [name for entry in runs[1].state.log_history for name in entry if name.startswith("rewards/held_out")]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [((brightness, prompts(4)), "different names"), ((len, None), "eval_dataset too")]
+)
+def test_wrong_rewards_for_evaluation_are_refused(given: tuple, message: str, tmp_path: Path) -> None:
+    function, dataset = given
+    with pytest.raises(ValueError, match=message):
+        TPGRPOTrainer(
+            tiny_sd3(),
+            brightness,
+            config(tmp_path),
+            prompts(),
+            dataset,
+            peft_config=lora(),
+            eval_reward_funcs=function,
+        )
+
+
 def test_datasets_of_a_dict_keep_their_names(tmp_path: Path) -> None:
     trainer = build(tmp_path, eval_dataset={"few": prompts(2), "many": prompts(6)})
     metrics = trainer.evaluate()

@@ -63,6 +63,7 @@ def check_datasets(
     train: Dataset | None,
     evaluation: Dataset | dict | None,
     reward_funcs: list[RewardFunc],
+    eval_reward_funcs: list[RewardFunc],
     args: TPGRPOConfig,
 ) -> None:
     """Refuse datasets that cannot be trained or evaluated on with these reward functions.
@@ -75,8 +76,10 @@ def check_datasets(
     for name, dataset in {"train_dataset": train, **named}.items():
         if dataset is not None:
             _check_dataset(name, dataset)
-            for reward_func in reward_funcs:
+            for reward_func in reward_funcs if dataset is train else [*reward_funcs, *eval_reward_funcs]:
                 check_signature(reward_func, [column for column in dataset.column_names if column != "prompt"])
+    if evaluation is None and eval_reward_funcs and train is not None:
+        raise ValueError("eval_reward_funcs are called in evaluation only: pass an eval_dataset too.")
     if evaluation is None and args.eval_strategy != "no":
         raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset.")
     num_prompts = args.prompts_per_generation

@@ -86,6 +86,8 @@ class TPGRPOTrainer(_BaseTrainer):
             Rows with a string in the column `"prompt"`; other columns are passed to the reward functions. Needed to train.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             The same for evaluation.
+        eval_reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
+            Called in evaluation only, and logged there: rewards that are not trained on show when those that are get hacked.
         callbacks (`list[~transformers.TrainerCallback]`, *optional*):
             Added to the default ones.
         optimizers (`tuple`, *optional*):
@@ -111,20 +113,25 @@ class TPGRPOTrainer(_BaseTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: LoraConfig | None = None,
+        eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
     ):
         args = args or TPGRPOConfig("tp-grpo")
         self.reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        self.reward_func_names = reward_names(self.reward_funcs)
+        of_evaluation = eval_reward_funcs if isinstance(eval_reward_funcs, list) else [eval_reward_funcs]
+        self.eval_reward_funcs = [function for function in of_evaluation if function is not None]
+        names = reward_names([*self.reward_funcs, *self.eval_reward_funcs])
+        self.reward_func_names, self.eval_reward_func_names = names[: len(self.reward_funcs)], names
         if args.reward_weights is not None and len(args.reward_weights) != len(self.reward_funcs):
             raise ValueError(
                 f"reward_weights has {len(args.reward_weights)} entries for {len(self.reward_funcs)} reward functions."
             )
-        check_datasets(train_dataset, eval_dataset, self.reward_funcs, args)
+        check_datasets(train_dataset, eval_dataset, self.reward_funcs, self.eval_reward_funcs, args)
         set_seed(args.seed)  # before the adapter's random weights
         self.policy = load_policy(model, args, use_lora=peft_config is not None)
         transformer, self.reference = prepare_transformer(self.policy, peft_config, args)
         embeddings = PromptEmbeddings(self.policy, args.prompt_embeds_dir)
-        self._reward_models = [function for function in self.reward_funcs if hasattr(function, "to")]
+        functions = [*self.reward_funcs, *self.eval_reward_funcs]
+        self._reward_models = [function for function in functions if hasattr(function, "to")]
         self._place_frozen_models(embeddings, transformer, args, (train_dataset, eval_dataset))
         self._set_epoch = SetEpoch()
         self._step = 0
@@ -328,6 +335,7 @@ class TPGRPOTrainer(_BaseTrainer):
         generators: list[torch.Generator],
         window: Window | None = None,
         completion: CompletionRule | None = None,
+        reward_funcs: list[RewardFunc] | None = None,
     ) -> Sampled:
         """One trajectory for each of B rows, its images and their rewards.
 
@@ -337,6 +345,7 @@ class TPGRPOTrainer(_BaseTrainer):
                 first of a group gives the group its first noise).
             window: The SDE steps of `num_inference_steps`; `None` takes `num_inference_steps_eval` ODE steps.
             completion: How states in the window are completed; `None`: not at all.
+            reward_funcs: The F functions to score with; `None`: those that are trained on.
 
         Raises:
             RewardError: If a reward function fails.
@@ -349,7 +358,8 @@ class TPGRPOTrainer(_BaseTrainer):
         with metrics.seconds("decode"):
             images = self.images.decode(rollout.final_latents)
         with metrics.seconds("score"):
-            scores = self._calculate_rewards([rows[row] for row in rollout.rows.tolist()], images)
+            scored = [rows[row] for row in rollout.rows.tolist()]
+            scores = self._calculate_rewards(scored, images, reward_funcs or self.reward_funcs)
         counts = {"evaluations": rollout.num_evaluations, "calls": rollout.num_calls}
         for name, value in {**counts, "decoded_images": len(images), "scored_images": len(images)}.items():
             metrics.record(f"num_{name}", value, "sum")
@@ -361,13 +371,15 @@ class TPGRPOTrainer(_BaseTrainer):
         prompts = torch.tensor([distinct.index(row["prompt"]) for row in rows])
         return self.images.embeddings(distinct), prompts
 
-    def _calculate_rewards(self, rows: list[dict[str, Any]], images: list[Image.Image]) -> Tensor:
+    def _calculate_rewards(
+        self, rows: list[dict[str, Any]], images: list[Image.Image], reward_funcs: list[RewardFunc]
+    ) -> Tensor:
         """Rewards of M images, each of the row at its place: float32, (F, M), on the CPU, NaN where one does not apply."""
         prompts = [row["prompt"] for row in rows]
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         extra = {"trainer_state": self.state, "log_metric": self._metrics[self._mode].record}
         with on_device(self._reward_models, self.args.device, self.args.offload_between_phases):
-            return torch.stack([score(function, images, prompts, columns, **extra) for function in self.reward_funcs])
+            return torch.stack([score(function, images, prompts, columns, **extra) for function in reward_funcs])
 
     def _draw_window(self, generation: int) -> Window:
         """The rollout's SDE window, the same on all processes."""
@@ -547,7 +559,7 @@ class TPGRPOTrainer(_BaseTrainer):
     ) -> dict[str, float]:
         """Mean reward of images sampled by the ODE in `num_inference_steps_eval` steps, with the same noise each time."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
-            check_datasets(None, eval_dataset, self.reward_funcs, self.args)
+            check_datasets(None, eval_dataset, self.reward_funcs, self.eval_reward_funcs, self.args)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
         with self.averaged.in_use():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -564,13 +576,16 @@ class TPGRPOTrainer(_BaseTrainer):
         first = self._num_evaluated + self.accelerator.process_index * len(inputs)
         self._num_evaluated += self.accelerator.num_processes * len(inputs)
         generators = self._generators(EVALUATION, 0, len(inputs), first)
-        rewards = self.sample_and_score(inputs, generators).rewards
-        check_applicability(rewards, self.reward_func_names, [row["prompt"] for row in inputs], num_generations=1)
+        functions = [*self.reward_funcs, *self.eval_reward_funcs]
+        rewards = self.sample_and_score(inputs, generators, reward_funcs=functions).rewards
+        trained = len(self.reward_funcs)
+        prompts = [row["prompt"] for row in inputs]
+        check_applicability(rewards[:, :trained], self.reward_func_names, prompts, num_generations=1)
         final = self.accelerator.gather_for_metrics(rewards[:, :, -1].to(self.args.device)).cpu()  # (N, F)
         metrics = self._metrics["eval"]
-        for name, values in zip(self.reward_func_names, final.unbind(1), strict=True):
+        for name, values in zip(self.eval_reward_func_names, final.unbind(1), strict=True):
             metrics.record(f"rewards/{name}/mean", values)
-        metrics.record("reward", (final * self.reward_weights).nansum(1))
+        metrics.record("reward", (final[:, :trained] * self.reward_weights).nansum(1))
         return None, None, None
 
     # -------------------------------------------------------------------------------------------------- the metrics

@@ -50,6 +50,8 @@ class TPGRPOScriptArguments(ScriptArguments):
         reward_funcs (`list[str]`):
             Names of built-in reward functions or dotted import paths, such as `my_rewards.brightness`, looked up from the
             current directory too.
+        eval_reward_funcs (`list[str]`, *optional*):
+            The same for functions that are called in evaluation only.
     """
 
     _argument_group_name = "Script"
@@ -59,6 +61,9 @@ class TPGRPOScriptArguments(ScriptArguments):
         metadata={
             "help": f"Reward functions: {', '.join(BUILT_IN_REWARDS)}, or dotted import paths (my_rewards.mine)."
         },
+    )
+    eval_reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Reward functions for evaluation only, which are logged and not trained on."}
     )
 
 
@@ -229,6 +234,7 @@ def build_trainer(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         peft_config=get_peft_config(model_args),
+        eval_reward_funcs=[load_reward(name) for name in script_args.eval_reward_funcs or []],
     )
 
 
