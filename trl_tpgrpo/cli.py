@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     if command != "train":  # notices of libraries would hide the little that these commands print
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+            logging.getLogger(library).setLevel(logging.ERROR)
     with one_recipe(argv[1:]) as arguments:
         return importlib.import_module(f"trl_tpgrpo.commands.{command}").main(arguments)
 
