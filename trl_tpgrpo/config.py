@@ -196,7 +196,8 @@ class TPGRPOConfig(_BaseConfig):
         vae_slicing (`bool`, *optional*, defaults to `False`):
             Whether the VAE decodes image by image.
         vae_tiling (`bool`, *optional*, defaults to `False`):
-            Whether the VAE decodes images in overlapping tiles that are blended: less memory, slightly other images.
+            Whether the VAE decodes images that are larger than one of its tiles (1,024 pixels for SD3.5 and FLUX.1) in
+            overlapping tiles that are blended: less memory, slightly other images.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
