@@ -50,6 +50,9 @@ REDUCED = {"num_layers": 1, "num_single_layers": 1, "num_hidden_layers": 1, "dua
            "d_ff": 1024, "block_out_channels": [32] * 4, "layers_per_block": 1}  # fmt: skip
 SMALL = {"height": 64, "width": 64, "num_generations": 4, "per_device_train_batch_size": 2, "max_sequence_length": 32,
          "num_inference_steps": 3, "use_cpu": True, "bf16": False}  # fmt: skip
+ROOM = 48 * 2**30
+"""Bytes for the weights of FLUX.1-dev with its text encoders, 34 GB, and what drawing them takes."""
+
 ROLLOUTS = 2
 """The last is measured; the one before it warms up and compiles."""
 
@@ -75,6 +78,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         build_pipeline(args.model, args.reduced).save_pretrained(folder)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the variants are processes of their own
         variants = [{"base": b, "compiled": c == "yes", "folder": folder} for b in args.bases for c in args.compile]
         rows = [in_a_process(variant) for variant in variants]
     results = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **machine(), "rows": rows}
@@ -114,8 +119,14 @@ def build_pipeline(model: str, reduced: bool) -> DiffusionPipeline:
             for part in folder.glob("*/config.json"):
                 config = json.loads(part.read_text())
                 part.write_text(json.dumps(config | {key: REDUCED[key] for key in REDUCED.keys() & config.keys()}))
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        with torch.device(builder()):
             return load_architecture(folder, torch.bfloat16, **tokenizers(folder))
+
+
+def builder() -> str:
+    """Where random weights are drawn: on a GPU in seconds, if it holds them all, else on the CPU in minutes."""
+    has_room = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > ROOM
+    return "cuda" if has_room else "cpu"
 
 
 def tokenizers(folder: Path) -> dict[str, object]:

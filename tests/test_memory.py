@@ -13,6 +13,7 @@ from test_trainer import PROMPTS, assert_same, brightness, build, config, logged
 from tiny import tiny_flux, tiny_sd3
 
 from trl_tpgrpo import TPGRPOTrainer, generation
+from trl_tpgrpo.checks import check_sharded_optimizer
 from trl_tpgrpo.generation import on_device, sweeps
 from trl_tpgrpo.models import load_policy
 from trl_tpgrpo.policies import FlowPolicy
@@ -301,6 +302,18 @@ def test_llm_int8_is_refused_with_the_reason(tmp_path: Path) -> None:
     pipeline.transformer.register_to_config(quantization_config=type("Config", (), {"load_in_8bit": True})())
     with pytest.raises(ValueError, match="outputs differ between training and evaluation"):
         build(tmp_path, pipeline)
+
+
+@pytest.mark.parametrize(
+    "optim", ["adamw_bnb_8bit", "paged_adamw_32bit", "lion_8bit", "adamw_torch_8bit", "adamw_torch_fused", "sgd"]
+)
+def test_optimizers_of_bitsandbytes_are_refused_under_fsdp(optim: str) -> None:
+    check_sharded_optimizer(optim, is_fsdp_enabled=False)
+    if "torch" in optim or optim == "sgd":
+        check_sharded_optimizer(optim, is_fsdp_enabled=True)
+    else:
+        with pytest.raises(ValueError, match="use 'adamw_torch_8bit'"):
+            check_sharded_optimizer(optim, is_fsdp_enabled=True)
 
 
 def test_too_many_prompts_for_the_memory_need_a_folder(tmp_path: Path) -> None:

@@ -59,6 +59,19 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None) -> None:
         )
 
 
+def check_sharded_optimizer(optim: str, is_fsdp_enabled: bool) -> None:
+    """Refuse optimizers of bitsandbytes under FSDP, whose kernels do not know sharded tensors (bitsandbytes#1633).
+
+    Raises:
+        ValueError: If `optim` is one of them.
+    """
+    of_bitsandbytes = (
+        any(part in optim for part in ("bnb", "8bit", "paged", "lion", "ademamix")) and "torch" not in optim
+    )
+    if is_fsdp_enabled and of_bitsandbytes:
+        raise ValueError(f"optim={optim!r} is of bitsandbytes and fails under FSDP: use 'adamw_torch_8bit' (torchao).")
+
+
 def check_datasets(
     train: Dataset | None,
     evaluation: Dataset | dict | None,

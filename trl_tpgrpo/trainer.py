@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.training_args import OptimizerNames
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
 from .averaging import AveragedWeights
 from .checkpoints import StopOnSignal, being_written, is_complete, last_complete
-from .checks import all_prompts, check_datasets, check_optimizer
+from .checks import all_prompts, check_datasets, check_optimizer, check_sharded_optimizer
 from .completion import CompletionRule
 from .config import TPGRPOConfig
 from .credit import RewardTable, shortest_window, step_reward_variances
@@ -152,6 +153,7 @@ class TPGRPOTrainer(_BaseTrainer):
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: launch one process per GPU with `accelerate launch`.")
         check_optimizer(self.optimizer)
+        check_sharded_optimizer(OptimizerNames(args.optim).value, self.is_fsdp_enabled)
         self.images = ImageGenerator(self.policy, args, embeddings, self.accelerator)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_funcs))
         self.averaged = AveragedWeights(self.model, args.ema_decay, args.ema_update_every)
