@@ -28,6 +28,11 @@ MAY_IMPORT = {
     "config": {"completion", "credit", "rollout", "sde"},
     "checks": {"config", "rewards"},
     "models": {"checks", "compat", "config", "policies"},
+    "embeddings": {"policies"},
+    "generation": {"completion", "config", "embeddings", "policies", "rollout"},
+    "averaging": set(),
+    "checkpoints": set(),
+    "architectures": set(),
 }
 MAY_TOUCH_TRL = {"config", "sampler", "trainer", "commands"}
 

@@ -1,8 +1,9 @@
 """From prompts to images: encoding, rollout and decoding, each with its models where they belong and in batches that fit."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -108,14 +109,15 @@ def sweeps(num_rows: int, args: TPGRPOConfig) -> list[slice]:
 
 
 @contextmanager
-def on_device(modules: Iterable, device: torch.device, offload: bool) -> Iterator[None]:
+def on_device(modules: list[Any], device: torch.device, offload: bool) -> Iterator[None]:
     """With `offload` the modules are on `device` inside and on the CPU afterwards; without it they stay where they are."""
+    moved = modules if offload else []
     try:
-        for module in modules if offload else ():
+        for module in moved:
             module.to(device)
         yield
     finally:
-        for module in modules if offload else ():
+        for module in moved:
             module.to(torch.device("cpu"))
 
 
@@ -125,9 +127,8 @@ def _measure_batch_size(run: Callable[[int], object], accelerator: Accelerator) 
 
     def seconds(batch_size: int) -> float:
         try:
-            fastest = min(
-                _seconds(run, batch_size, accelerator.device) for _ in range(6)
-            )  # the first of them warms up
+            # the first of them warms up
+            fastest = min(_seconds(run, batch_size, accelerator.device) for _ in range(6))
         except torch.OutOfMemoryError:
             fastest = float("inf")
         return accelerator.reduce(torch.tensor(fastest, device=accelerator.device), "mean").item()

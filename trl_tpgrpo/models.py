@@ -15,7 +15,8 @@ from .policies import FlowPolicy, Guidance, build_policy, load_pipeline
 
 
 LLM_INT8 = (
-    "LLM.int8 is refused: its outputs differ between training and evaluation by more than the clip range of the ratio. Use "
+    "LLM.int8 is refused: its layers compute otherwise in training than in evaluation, so that the policy that is trained is "
+    "not the one that sampled. Use "
     "quantization='int8' (torchao, weights only) or 'nf4'."
 )
 

@@ -258,7 +258,7 @@ class TPGRPOTrainer(_BaseTrainer):
             with torch.enable_grad(), self.compute_loss_context_manager():
                 inputs = trajectories.transitions(position)
                 step = self._transition(self._policy_model, inputs)
-            log_probs.append(log_prob(step, inputs.next_latents, inputs.window.log_prob_type).detach())
+                log_probs.append(log_prob(step, inputs.next_latents, inputs.window.log_prob_type).detach())
         self._metrics["train"].record("num_train_evaluations", len(trajectories) * len(log_probs), "sum")
         return torch.stack(log_probs, 1)
 
@@ -274,13 +274,8 @@ class TPGRPOTrainer(_BaseTrainer):
             self._measured_window = self._measure_window(rows)
         window, rule = self._measured_window or self._draw_window(generation), self.args.completion_rule
         generators = self._generators(NOISE, generation, len(rows))
-        kept: dict[str, list[Tensor]] = {"states": [], "log_probs": [], "rewards": []}  # not the images
-        for part in sweeps(len(rows), self.args):
-            sampled = self.sample_and_score(rows[part], generators[part], window, rule)
-            kept["states"].append(sampled.rollout.states)
-            kept["log_probs"].append(sampled.rollout.log_probs)
-            kept["rewards"].append(sampled.rewards)
-        table = self._reward_table(rows, torch.cat(kept["rewards"]), window, rule)
+        states, log_probs, rewards = self._sample_in_sweeps(rows, generators, window, rule)
+        table = self._reward_table(rows, rewards, window, rule)
         for name, value in rollout_metrics(table, self.reward_func_names).items():
             self._metrics["train"].record(name, value)
         if self.args.completion_check_every and generation % self.args.completion_check_every == 0:
@@ -288,8 +283,8 @@ class TPGRPOTrainer(_BaseTrainer):
         first = self.accelerator.process_index * len(rows)
         conditioning, prompts = self._encode(rows)
         return Trajectories(
-            states=torch.cat(kept["states"]),
-            log_probs=torch.cat(kept["log_probs"]),
+            states=states,
+            log_probs=log_probs,
             window=window,
             schedule=self.policy.schedule(self.args.num_inference_steps),
             conditioning=conditioning,
@@ -297,6 +292,21 @@ class TPGRPOTrainer(_BaseTrainer):
             rows=torch.arange(first, first + len(rows)),
             table=table,
         )
+
+    def _sample_in_sweeps(
+        self,
+        rows: list[dict[str, Any]],
+        generators: list[torch.Generator],
+        window: Window,
+        rule: CompletionRule | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """States, log-probabilities and rewards of B rows; the images of a sweep are gone before the next."""
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        for part in sweeps(len(rows), self.args):
+            sampled = self.sample_and_score(rows[part], generators[part], window, rule)
+            kept.append((sampled.rollout.states, sampled.rollout.log_probs, sampled.rewards))
+        states, log_probs, rewards = (torch.cat(values) for values in zip(*kept, strict=True))
+        return states, log_probs, rewards
 
     def _reward_table(
         self, rows: list[dict[str, Any]], rewards: Tensor, window: Window, rule: CompletionRule | None
@@ -313,8 +323,8 @@ class TPGRPOTrainer(_BaseTrainer):
         if len(rows) % group == 0:  # else groups straddle processes, and are whole only if all rows are taken
             rows = rows[: PROBED_GROUPS * group]
         whole = self.args.window(*self.args.sde_window_limits)
-        sampled = self.sample_and_score(rows, self._generators(PROBE, 0, len(rows)), whole, EXACT)
-        table = self._reward_table(rows, sampled.rewards, whole, EXACT)
+        *_, rewards = self._sample_in_sweeps(rows, self._generators(PROBE, 0, len(rows)), whole, EXACT)
+        table = self._reward_table(rows, rewards, whole, EXACT)
         variances = step_reward_variances(table.rewards, group)
         start, stop = shortest_window(variances, self.args.sde_window_share)
         return self.args.window(whole.start + start, whole.start + stop)

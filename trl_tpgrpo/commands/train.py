@@ -96,7 +96,7 @@ class TPGRPOModelConfig(ModelConfig):
             raise ValueError("load_in_4bit is for language models: use --quantization nf4.")
         if self.load_in_8bit:
             raise ValueError(
-                "load_in_8bit is LLM.int8, whose outputs differ between training and evaluation by more than the clip range: "
+                "load_in_8bit is LLM.int8, whose layers compute otherwise in training than in evaluation: "
                 "use --quantization int8 (torchao, weights only) or nf4."
             )
         if self.attn_implementation is not None:
