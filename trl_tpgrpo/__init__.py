@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import TPGRPOConfig
+    from .guard_rails import GuardRails
     from .trainer import TPGRPOTrainer
 
 
-__all__ = ["TPGRPOConfig", "TPGRPOTrainer"]
+MODULES = {"GuardRails": "guard_rails", "TPGRPOConfig": "config", "TPGRPOTrainer": "trainer"}
+__all__ = ["GuardRails", "TPGRPOConfig", "TPGRPOTrainer"]
 
 try:
     __version__ = version("trl-tpgrpo")
@@ -20,7 +22,6 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 def __getattr__(name: str) -> object:
     """Import torch, diffusers and TRL when they are needed, not for `trl-tpgrpo --help`."""
-    if name in __all__:
-        module = "config" if name == "TPGRPOConfig" else "trainer"
-        return getattr(importlib.import_module(f".{module}", __name__), name)
+    if name in MODULES:
+        return getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

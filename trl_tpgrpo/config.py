@@ -9,6 +9,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from .completion import CompletionRule
 from .credit import AGGREGATIONS, BASELINES, CREDITS, SCALES, SCOPES, TRENDS, CreditRule
+from .guard_rails import ACTIONS
 from .rollout import Window
 from .sde import LOG_PROB_TYPES, SDE_TYPES
 
@@ -160,6 +161,10 @@ class TPGRPOConfig(_BaseConfig):
         ema_update_every (`int`, *optional*, defaults to `8`):
             The average moves after every so many updates, the first time after the first of them; until then the weights
             themselves are evaluated and saved.
+        guard_rails (`str`, *optional*, defaults to `"warn"`):
+            What to do about signs of a run that goes wrong, looked for before each update: `"warn"`, `"skip"` the update,
+            `"stop"` with an error, or `"off"`. For other limits pass a [`~trl_tpgrpo.GuardRails`] in the trainer's
+            `callbacks`.
         recompute_old_log_probs (`bool`, *optional*, defaults to `False`):
             Whether to compute the log-probabilities of a rollout once more as training computes them, before its first
             update. For models whose kernels differ with and without gradients (NF4 on a GPU, compiled blocks, `"auto"` batch
@@ -350,6 +355,10 @@ class TPGRPOConfig(_BaseConfig):
         default=0.9, metadata={"help": "Decay of the moving average of the weights that is evaluated and saved."}
     )
     ema_update_every: int = field(default=8, metadata={"help": "Updates between two moves of the average."})
+    guard_rails: str = field(
+        default="warn",
+        metadata={"help": "What to do when a run goes wrong.", "choices": ["off", *ACTIONS]},
+    )
     recompute_old_log_probs: bool = field(
         default=False,
         metadata={"help": "Compute the log-probabilities of a rollout as training does, before updates."},
@@ -458,6 +467,7 @@ class TPGRPOConfig(_BaseConfig):
             "advantage_baseline": BASELINES,
             "scale_rewards": SCALES,
             "advantage_scope": SCOPES,
+            "guard_rails": ("off", *ACTIONS),
             "quantization": (None, *QUANTIZATIONS),
         }
         for name, allowed in choices.items():

@@ -4,31 +4,44 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
 from .credit import RewardTable
+
+
+def _spread(values: Tensor) -> Tensor:
+    return (values - values.nanmean()).square().nanmean().sqrt()
 
 
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": torch.Tensor.nanmean,
     "sum": torch.Tensor.sum,
     "max": torch.Tensor.amax,
+    "std": _spread,
 }
+
+
+THUMBNAIL = 32
+"""Pixels, about, of the images whose variety is measured: what a person would see as another picture."""
 
 
 class Metrics:
     """Values by name, kept on their device until `flush`, so that recording waits for nothing.
 
-    A name is reduced as it was first recorded: by `"mean"` (NaN left out), `"sum"` or `"max"`. Every process must record the
-    same names.
+    A name is reduced as it was first recorded: by `"mean"` (NaN left out), `"sum"`, `"max"` or `"std"` (of values that all processes have).
+    Every process must record the same names.
     """
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = defaultdict(list)
         self._reductions: dict[str, str] = {}
+        self._num_seen: dict[str, int] = {}
 
     def record(self, name: str, value: float | Tensor, reduction: str = "mean") -> None:
         """Add a number, or each number of a tensor."""
@@ -44,21 +57,37 @@ class Metrics:
 
     def flush(self, accelerator: Accelerator) -> dict[str, float]:
         """Everything recorded since the last flush, reduced over all processes; seconds are those of the slowest one."""
-        names = sorted(self._values)
+        values = dict(self._values)
+        self._values.clear()
+        self._num_seen.clear()
+        return self._reduce(values, accelerator)
+
+    def latest(self, accelerator: Accelerator) -> dict[str, float]:
+        """What has been recorded since `latest` or `flush` was last called, reduced like that; it stays for the next flush."""
+        values = {name: recorded[self._num_seen.get(name, 0) :] for name, recorded in self._values.items()}
+        self._num_seen = {name: len(recorded) for name, recorded in self._values.items()}
+        return self._reduce({name: recorded for name, recorded in values.items() if recorded}, accelerator)
+
+    def _reduce(self, values: dict[str, list[Tensor]], accelerator: Accelerator) -> dict[str, float]:
+        names = sorted(values)
         if not names:
             return {}
         reductions = [self._reductions[name] for name in names]
         local = [
-            REDUCTIONS[reduction](torch.cat([value.cpu() for value in self._values[name]]))
+            REDUCTIONS[reduction](torch.cat([value.cpu() for value in values[name]]))
             for name, reduction in zip(names, reductions, strict=True)
         ]
         gathered = accelerator.gather(torch.stack(local).to(accelerator.device)[None]).cpu()  # (processes, names)
-        self._values.clear()
-        over_processes = ["max" if name.startswith("seconds/") else self._reductions[name] for name in names]
         return {
-            name: REDUCTIONS[reduction](gathered[:, index]).item()
-            for index, (name, reduction) in enumerate(zip(names, over_processes, strict=True))
+            name: REDUCTIONS[_over_processes(name, reduction)](gathered[:, index]).item()
+            for index, (name, reduction) in enumerate(zip(names, reductions, strict=True))
         }
+
+
+def _over_processes(name: str, reduction: str) -> str:
+    if name.startswith("seconds/"):
+        return "max"
+    return "mean" if reduction == "std" else reduction
 
 
 def rollout_metrics(table: RewardTable, names: list[str]) -> dict[str, Tensor]:
@@ -101,3 +130,28 @@ def _credit_metrics(table: RewardTable) -> dict[str, Tensor]:
         metrics[f"turning_points/step_{step}"] = turning[:, step].mean()
         metrics[f"step_reward_std/step_{step}"] = within_group[:, step].mean()
     return metrics
+
+
+def image_variety(images: list[Image.Image], prompts: list[str]) -> Tensor:
+    """How much the images of a prompt differ: the standard deviation of a pixel's value, in [0, 0.5].
+
+    Args:
+        images: B images, all of one size; those of a prompt are neighbours. They are compared at 32 pixels or less.
+        prompts: Their B prompts.
+
+    Returns:
+        (P,), of each prompt; NaN where it has one image only.
+    """
+    pixels = torch.stack([_thumbnail(image) for image in images])
+    sizes = [len(list(group)) for _, group in groupby(prompts)]
+    spreads = [
+        group.std(0, correction=0).mean() if len(group) > 1 else group.new_tensor(torch.nan)
+        for group in pixels.split(sizes)
+    ]
+    return torch.stack(spreads)
+
+
+def _thumbnail(image: Image.Image) -> Tensor:
+    """float32, (H, W, 3), in [0, 1]."""
+    factor = max(1, max(image.size) // THUMBNAIL)
+    return torch.from_numpy(np.asarray(image.convert("RGB").reduce(factor), np.float32) / 255)

@@ -33,8 +33,9 @@ from .credit import RewardTable, shortest_window, step_reward_variances
 from .embeddings import PromptEmbeddings
 from .fidelity import compare
 from .generation import ImageGenerator, on_device, sweeps
+from .guard_rails import GuardRails
 from .losses import clipped_surrogate
-from .metrics import Metrics, rollout_metrics
+from .metrics import Metrics, image_variety, rollout_metrics
 from .model_card import build_model_card
 from .models import load_policy, prepare_transformer
 from .policies import Conditioning
@@ -136,6 +137,7 @@ class TPGRPOTrainer(_BaseTrainer):
         self._place_frozen_models(embeddings, transformer, args, (train_dataset, eval_dataset))
         self._set_epoch = SetEpoch()
         self._step = 0
+        self._grad_norm: float | None = None
         self._buffered_inputs: list[Trajectories] | None = None
         self._measured_window: Window | None = None
         self._metrics = {"train": Metrics(), "eval": Metrics()}
@@ -161,6 +163,7 @@ class TPGRPOTrainer(_BaseTrainer):
         self.add_callback(self.averaged)
         self.stop_on_signal = StopOnSignal(self.accelerator)
         self.add_callback(self.stop_on_signal)
+        self.guard_rails = self._add_guard_rails()
 
     def _place_frozen_models(
         self, embeddings: PromptEmbeddings, transformer: torch.nn.Module, args: TPGRPOConfig, datasets: tuple
@@ -178,6 +181,20 @@ class TPGRPOTrainer(_BaseTrainer):
             model.to(args.device)
         if args.offload_between_phases:
             self.policy.pipeline.vae.to("cpu")
+
+    def _add_guard_rails(self) -> GuardRails | None:
+        """Those among the user's callbacks, or one as `args.guard_rails` says."""
+        given = [callback for callback in self.callback_handler.callbacks if isinstance(callback, GuardRails)]
+        if not given and self.args.guard_rails != "off":
+            given = [GuardRails(self.args.guard_rails)]
+            self.add_callback(given[0])
+        if not given:
+            return None
+        if given[0].action == "skip" and self.is_deepspeed_enabled:
+            raise ValueError("guard_rails='skip' cannot hold back an update of DeepSpeed: use 'warn' or 'stop'.")
+        held_out = self.eval_reward_func_names[len(self.reward_funcs) :]
+        given[0].watch(self._metrics_of_update, self._metrics["train"].record, held_out)
+        return given[0]
 
     def _send_telemetry(self) -> None:
         """TRL's reads `model.config.model_type`, which diffusers models do not have, and would report nothing of use."""
@@ -304,6 +321,9 @@ class TPGRPOTrainer(_BaseTrainer):
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
         for part in sweeps(len(rows), self.args):
             sampled = self.sample_and_score(rows[part], generators[part], window, rule)
+            own = [sampled.images[place] for place in sampled.rollout.image_of[:, -1]]
+            variety = image_variety(own, [row["prompt"] for row in rows[part]])
+            self._metrics["train"].record("image_variety", variety)
             kept.append((sampled.rollout.states, sampled.rollout.log_probs, sampled.rewards))
         states, log_probs, rewards = (torch.cat(values) for values in zip(*kept, strict=True))
         return states, log_probs, rewards
@@ -426,6 +446,8 @@ class TPGRPOTrainer(_BaseTrainer):
             ValueError: If the checkpoint belongs to a run with other batches or another number of processes.
         """
         self._step, self._buffered_inputs, self.averaged.average = 0, None, None
+        if self.guard_rails is not None:
+            self.guard_rails.forget()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete(self.args.output_dir))
         elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
@@ -462,6 +484,24 @@ class TPGRPOTrainer(_BaseTrainer):
                 )
         self._step += 1
         return total
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
+        """The norm before clipping, which float16 alone may make infinite."""
+        self._grad_norm = super()._get_grad_norm(model, grad_norm)
+        if self._grad_norm is not None and not self.args.fp16 and not np.isfinite(self._grad_norm):
+            raise FloatingPointError(
+                f"The gradient's norm at update {self.state.global_step} is {self._grad_norm}, of a finite loss: nothing has been "
+                "updated. Lower learning_rate, or train in another precision."
+            )
+        return self._grad_norm
+
+    def _metrics_of_update(self) -> dict[str, float]:
+        """What the update under way has recorded, on all processes: what the guard rails look at."""
+        first = self._step - self.args.gradient_accumulation_steps
+        metrics = self._metrics["train"].latest(self.accelerator)
+        if self._grad_norm is not None:
+            metrics["grad_norm"] = self._grad_norm
+        return {**metrics, "is_on_policy": float(first % self._generate_every == 0)}
 
     def _contributing(self, trajectories: Trajectories) -> dict[int, Tensor]:
         """By SDE step, the trajectories that add to the loss: without a KL term, those whose advantage is not 0.
@@ -527,6 +567,7 @@ class TPGRPOTrainer(_BaseTrainer):
             metrics.record("kl", kl)
         metrics.record("ratio/mean", surrogate.ratio.mean())
         metrics.record("ratio/max_deviation", (surrogate.ratio - 1).abs().max(), "max")
+        metrics.record("ratio/frac_above_one", (0.5 * (surrogate.ratio - 1).sign() + 0.5).mean())
         metrics.record("clip_ratio", surrogate.clipped.float().mean())
         metrics.record("num_train_evaluations", len(log_probs), "sum")
         return loss
@@ -597,7 +638,10 @@ class TPGRPOTrainer(_BaseTrainer):
         metrics = self._metrics["eval"]
         for name, values in zip(self.eval_reward_func_names, final.unbind(1), strict=True):
             metrics.record(f"rewards/{name}/mean", values)
-        metrics.record("reward", (final[:, :trained] * self.reward_weights).nansum(1))
+            metrics.record(f"rewards/{name}/std", values, "std")
+        reward = (final[:, :trained] * self.reward_weights).nansum(1)
+        metrics.record("reward", reward)
+        metrics.record("reward_std", reward, "std")
         return None, None, None
 
     # -------------------------------------------------------------------------------------------------- the metrics
@@ -652,6 +696,7 @@ class TPGRPOTrainer(_BaseTrainer):
             "num_moves_of_average": self.averaged.num_moves,
             "measured_window": self._measured_window,
             "batch_sizes": self.images.batch_sizes,
+            "guard_rails": self.guard_rails and self.guard_rails.state_dict(),
         }
         torch.save(progress, self._rollout_file(folder))
         if self.averaged.num_moves and self.args.should_save:
@@ -704,6 +749,8 @@ class TPGRPOTrainer(_BaseTrainer):
         self._step, in_use = saved["step"], saved["buffered_inputs"]
         if self.averaged.average is not None:
             self.averaged.average.optimization_step = saved["num_moves_of_average"]
+        if self.guard_rails is not None and saved["guard_rails"] is not None:
+            self.guard_rails.load_state_dict(saved["guard_rails"])
         if self.args.sde_window_share is not None:
             self._measured_window = saved["measured_window"]
         if self.args.rollout_batch_size is None:  # a fixed one may be another than before, say for lack of memory
