@@ -38,7 +38,7 @@ def test_every_logged_metric_is_explained(tmp_path: Path) -> None:
     trainer = build(tmp_path, max_steps=1, eval_dataset=prompts(4), beta=0.1)
     trainer.train()
     trainer.evaluate()
-    text = (ROOT / "docs/trainer.md").read_text()
+    text = (ROOT / "docs/logged_metrics.md").read_text()
     of_transformers = re.compile("train_|total_flos|step$|eval_(runtime|samples|steps|num_|seconds|model_prep)")
     for name in {name for entry in trainer.state.log_history for name in entry}:
         documented = re.sub(r"rewards/\w+/", "rewards/{name}/", re.sub(r"(step|state)_\d+$", r"\1_{j}", name))

@@ -46,7 +46,7 @@ COLLAPSES = {
 HEALTHY = {
     "all weights": {"adapter": False, "beta": 1e-3},
     "an adapter under the paper's SDE": {
-        "adapter": True, "learning_rate": 3e-4, "beta": 4e-4, "sde_type": "cps", "epsilon": 1e-5, **TWO_UPDATES,
+        "adapter": True, "learning_rate": 3e-4, "beta": 4e-4, "sde_type": "cps", "epsilon": 1e-5, "sde_window_size": 7, **TWO_UPDATES,
     },
 }  # fmt: skip
 
@@ -77,23 +77,21 @@ def test_a_healthy_run_raises_no_warning(case: str, tmp_path: Path, caplog) -> N
 
 
 def run_into(action: str, output_dir: Path, **changes: object) -> tuple[TPGRPOTrainer, dict[str, torch.Tensor]]:
-    """A trainer whose every update is a problem (no KL divergence is allowed), and its weights."""
+    """A trainer whose every update is a problem (not even no distance from the reference is allowed), and its weights."""
     trainer = TPGRPOTrainer(
         model=tiny_sd3(),
         reward_funcs=brightness,
         args=config(output_dir, **changes),
         train_dataset=prompts(),
         peft_config=LoraConfig(r=4, lora_alpha=8),
-        callbacks=[GuardRails(action, max_kl=-1.0)],
+        callbacks=[GuardRails(action, max_reference_drift=-1.0)],
     )
     return trainer, trained(trainer)
 
 
 def test_stop_raises_before_the_update(tmp_path: Path) -> None:
     trainer, before = run_into("stop", tmp_path)
-    with pytest.raises(
-        GuardRailError, match="After update 0: the KL divergence from the reference is .* Lower learning_rate"
-    ):
+    with pytest.raises(GuardRailError, match="After update 0: the predicted velocity differs .* Lower learning_rate"):
         trainer.train()
     assert_same(before, trained(trainer))
 
@@ -105,7 +103,7 @@ def test_skip_leaves_the_weights_to_the_bit_and_ends_a_run_that_gets_nowhere(tmp
     assert_same(before, trained(trainer))
     trainer, _ = run_into("skip", tmp_path, max_steps=MOST_SKIPPED + 2)
     with pytest.raises(
-        GuardRailError, match=f"{MOST_SKIPPED} updates in a row were skipped; the last problem: the KL"
+        GuardRailError, match=f"{MOST_SKIPPED} updates in a row were skipped; the last problem: the predicted"
     ):
         trainer.train()
     assert trainer.state.global_step == MOST_SKIPPED
@@ -116,7 +114,7 @@ def test_warn_changes_nothing_and_says_it_once(tmp_path: Path, caplog) -> None:
     with caplog.at_level(logging.WARNING, module.__name__):
         trainer.train()
     assert len([record for record in caplog.records if record.name == module.__name__]) == 1
-    assert logged(trainer, "guard_rails/kl") == [1.0, 1.0, 1.0]
+    assert logged(trainer, "guard_rails/reference_drift") == [1.0, 1.0, 1.0]
     off = build(tmp_path, guard_rails="off", max_steps=3)
     assert off.guard_rails is None
     off.train()
@@ -158,7 +156,7 @@ def test_unknown_actions_are_refused(tmp_path: Path) -> None:
 HEALTHY_UPDATE = {
     "ratio/max_deviation": 2e-4,
     "ratio/frac_above_one": 0.55,
-    "kl": 0.01,
+    "reference_drift": 0.01,
     "grad_norm": 0.02,
     "is_on_policy": 0.0,
 }
@@ -173,7 +171,7 @@ HEALTHY_ROLLOUT = {"reward": 0.5, "reward_std": 0.3, "frac_reward_zero_std": 0.2
         ({"is_on_policy": 1.0, "ratio/max_deviation": 1e-7, "ratio/frac_above_one": 0.99}, []),
         ({"ratio/frac_above_one": 0.05}, ["one_sided_ratio"]),
         ({"ratio/frac_above_one": 0.95}, ["one_sided_ratio"]),
-        ({"kl": 0.11}, ["kl"]),
+        ({"reference_drift": 0.26}, ["reference_drift"]),
         ({"grad_norm": 0.21}, ["grad_norm"]),
     ],
 )

@@ -64,7 +64,8 @@ class GuardRails(TrainerCallback):
         max_one_sided: Which share of the ratios of a later update may lie on one side of 1.
         max_frac_reward_zero_std: Which share of the groups may have no spread in their final rewards.
         max_grad_norm_factor: How many times the median of earlier gradient norms a gradient's may be.
-        max_kl: KL divergence from the reference, averaged over the dimensions of a latent.
+        max_reference_drift: `|v - v_ref|^2 / |v_ref|^2`, how far the predicted velocity may be from the reference's. (The KL divergence
+            says the same in units of the SDE's noise, so that what is healthy depends on sampler and window.)
         min_image_variety: Which share of the variety of the first rollouts' images must be left.
         max_reward_drop: In standard deviations of a reward, how far a rollout's mean may be below that of earlier ones.
         max_evaluation_errors: In standard errors, how far a held-out reward may fall while the trained one rises.
@@ -80,7 +81,7 @@ class GuardRails(TrainerCallback):
         max_one_sided: float = 0.9,
         max_frac_reward_zero_std: float = 0.8,
         max_grad_norm_factor: float = 10.0,
-        max_kl: float = 0.1,
+        max_reference_drift: float = 0.25,
         min_image_variety: float = 0.25,
         max_reward_drop: float = 1.0,
         max_evaluation_errors: float = 3.0,
@@ -90,7 +91,7 @@ class GuardRails(TrainerCallback):
         self.action = action
         self.max_on_policy_deviation, self.max_one_sided = max_on_policy_deviation, max_one_sided
         self.max_frac_reward_zero_std, self.max_grad_norm_factor = max_frac_reward_zero_std, max_grad_norm_factor
-        self.max_kl, self.min_image_variety = max_kl, min_image_variety
+        self.max_reference_drift, self.min_image_variety = max_reference_drift, min_image_variety
         self.max_reward_drop, self.max_evaluation_errors = max_reward_drop, max_evaluation_errors
         self.metrics_of_update: Callable[[], dict[str, float]] = dict
         self.record: Callable[[str, float], None] = lambda name, value: None
@@ -184,7 +185,7 @@ class GuardRails(TrainerCallback):
     # The checks
 
     def problems_of_update(self, metrics: dict[str, float], args: Any) -> Iterator[Problem]:
-        """Ratio, KL divergence and gradient of the update under way.
+        """Ratio, distance from the reference, and gradient of the update under way.
 
         Args:
             metrics: See `watch`.
@@ -207,12 +208,13 @@ class GuardRails(TrainerCallback):
                 "rollout that the clip acts on one sign of the advantages alone. Lower learning_rate, or make fewer "
                 "updates a rollout (gradient_accumulation_steps=steps_per_generation).",
             )
-        if metrics.get("kl", 0.0) > self.max_kl:
+        drift = metrics.get("reference_drift", 0.0)
+        if drift > self.max_reference_drift:
             yield Problem(
-                "kl",
-                f"the KL divergence from the reference is {metrics['kl']:.2g} a dimension (healthy runs stay below "
-                f"{self.max_kl}): the images are probably falling apart. Lower learning_rate, raise beta, or go back to an "
-                "earlier checkpoint.",
+                "reference_drift",
+                f"the predicted velocity differs from the reference's by {drift:.2g} of its square (healthy runs stay far below "
+                f"{self.max_reference_drift}): the images are probably falling apart. Lower learning_rate, raise beta, or go back "
+                "to an earlier checkpoint.",
             )
         yield from self._grad_norm(metrics)
 

@@ -1,4 +1,4 @@
-"""The clipped surrogate of PPO and GRPO, for one transition a row."""
+"""The clipped surrogate of PPO and GRPO, for one transition a row, and how far a policy has moved from its reference."""
 
 from dataclasses import dataclass
 
@@ -39,3 +39,14 @@ def clipped_surrogate(
     too_low = (ratio < 1 - epsilon) & (advantages < 0)
     too_high = (ratio > 1 + epsilon_high) & (advantages > 0)
     return Surrogate(loss, ratio.detach(), too_low | too_high)
+
+
+def relative_difference(velocity: Tensor, reference: Tensor) -> Tensor:
+    """`|v - v_ref|^2 / |v_ref|^2`, (B,): how far a prediction has moved, whatever the sampler makes of it.
+
+    Args:
+        velocity: (B, ...).
+        reference: (B, ...).
+    """
+    distance = (velocity.float() - reference.float()).flatten(1).square().sum(1)
+    return distance / reference.float().flatten(1).square().sum(1)

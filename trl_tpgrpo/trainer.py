@@ -34,7 +34,7 @@ from .embeddings import PromptEmbeddings
 from .fidelity import compare
 from .generation import ImageGenerator, on_device, sweeps
 from .guard_rails import GuardRails
-from .losses import clipped_surrogate
+from .losses import clipped_surrogate, relative_difference
 from .metrics import Metrics, image_variety, rollout_metrics
 from .model_card import build_model_card
 from .models import load_policy, prepare_transformer
@@ -554,7 +554,8 @@ class TPGRPOTrainer(_BaseTrainer):
         """
         if return_outputs:
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
-        step = self._transition(model, inputs)
+        velocity = self.policy.velocity(model, inputs.latents, inputs.timestep, inputs.conditioning)
+        step = self._transition_of(velocity, inputs)
         log_probs = log_prob(step, inputs.next_latents, inputs.window.log_prob_type)
         old_log_probs = log_probs.detach() if inputs.old_log_probs is None else inputs.old_log_probs
         surrogate = clipped_surrogate(
@@ -562,9 +563,11 @@ class TPGRPOTrainer(_BaseTrainer):
         )
         loss, metrics = surrogate.loss.sum() / inputs.num_trajectories, self._metrics["train"]
         if self.args.beta > 0:
-            kl = kl_divergence(step, self._reference_transition(inputs)).mean()
+            reference = self._reference_velocity(inputs)
+            kl = kl_divergence(step, self._transition_of(reference, inputs)).mean()
             loss = loss + self.args.beta * kl
             metrics.record("kl", kl)
+            metrics.record("reference_drift", relative_difference(velocity.detach(), reference))
         metrics.record("ratio/mean", surrogate.ratio.mean())
         metrics.record("ratio/max_deviation", (surrogate.ratio - 1).abs().max(), "max")
         metrics.record("ratio/frac_above_one", (0.5 * (surrogate.ratio - 1).sign() + 0.5).mean())
@@ -583,17 +586,17 @@ class TPGRPOTrainer(_BaseTrainer):
             window.sde_type, inputs.latents, velocity, inputs.sigma, inputs.sigma_next, window.noise_level
         )
 
-    def _reference_transition(self, inputs: Transitions) -> Transition:
+    def _reference_velocity(self, inputs: Transitions) -> Tensor:
         """That of the model before training; kept if the rollout is trained on again."""
         velocity = inputs.reference.get(inputs.position)
         if velocity is None:
-            velocity = self._reference_velocity(inputs)
+            velocity = self._evaluate_reference(inputs)
             if self.args.num_iterations > 1:
                 inputs.reference[inputs.position] = velocity
-        return self._transition_of(velocity.to(inputs.latents.device), inputs)
+        return velocity.to(inputs.latents.device)
 
     @torch.no_grad()
-    def _reference_velocity(self, inputs: Transitions) -> Tensor:
+    def _evaluate_reference(self, inputs: Transitions) -> Tensor:
         self._metrics["train"].record("num_train_evaluations", len(inputs.latents), "sum")
         if self.reference is not None:
             with self.accelerator.autocast():
