@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trl_tpgrpo.credit import (
+    AGGREGATIONS,
     CREDITS,
     EPSILON,
     SCALES,
@@ -22,6 +23,7 @@ from trl_tpgrpo.credit import (
     balance,
     credit,
     lambda_return,
+    step_reward_variances,
     step_rewards,
     turning_points,
 )
@@ -439,3 +441,32 @@ def test_a_group_without_spread_gets_zero_whatever_its_reward() -> None:
     """In float32 the rounding of the mean of 24 times 24.02 would be 0.02 of an advantage."""
     same = advantages(torch.full((24, 2), 24.02), 24, CreditRule(credit="outcome"))
     assert same.abs().max() < 1e-9
+
+
+# Trajectories that are left out
+
+
+@given(st.integers(0, 2**31), st.sampled_from(AGGREGATIONS), st.sampled_from(CREDITS))
+def test_a_trajectory_that_is_left_out_is_as_if_it_were_not_there(
+    seed: int, aggregation: str, credit_name: str
+) -> None:
+    """With groups of three of which one is left out in each, against groups of the other two."""
+    rewards = torch.rand(6, 2, 4, generator=torch.Generator().manual_seed(seed))
+    kept = torch.tensor([True, False, True, True, True, False])
+    rule = CreditRule(credit=credit_name, lambda_=0.5, aggregation=aggregation)
+    some = RewardTable(rewards.where(kept[:, None, None], torch.nan), torch.tensor([1.0, 0.5]), 3, 3, rule)
+    alone = RewardTable(rewards[kept], torch.tensor([1.0, 0.5]), 2, 3, rule)
+    assert some.left_out.tolist() == (~kept).tolist()
+    torch.testing.assert_close(some.advantages[kept], alone.advantages)
+    assert torch.equal(some.advantages[~kept], torch.zeros(2, 3))
+    assert torch.equal(some.turning_points[kept], alone.turning_points)
+    variances = step_reward_variances(some.rewards, 3)
+    torch.testing.assert_close(variances, step_reward_variances(alone.rewards, 2))
+
+
+def test_a_group_of_which_nothing_is_left_has_no_advantages() -> None:
+    rewards = torch.rand(4, 1, 3)
+    rewards[:2] = torch.nan
+    table = RewardTable(rewards, torch.ones(1), 2, 2, CreditRule())
+    assert torch.equal(table.advantages[:2], torch.zeros(2, 2))
+    assert table.advantages[2:].isfinite().all()

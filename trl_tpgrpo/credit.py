@@ -78,7 +78,8 @@ def balance(turning: Tensor, aggregated: Tensor) -> Tensor:
 
 def step_reward_variances(rewards: Tensor, num_generations: int) -> Tensor:
     """Variance of each step's reward within a prompt's group, on average: (K,) from (B, K + 1)."""
-    return step_rewards(rewards).unflatten(0, (-1, num_generations)).var(1, correction=0).mean(0)
+    grouped = step_rewards(rewards).unflatten(0, (-1, num_generations))
+    return (grouped - grouped.nanmean(1, keepdim=True)).square().nanmean(1).nanmean(0)
 
 
 def shortest_window(variances: Tensor, share: float) -> tuple[int, int]:
@@ -184,7 +185,8 @@ class RewardTable:
 
     Attributes:
         rewards_per_func: float32, (B, F, K + 1), or (B, F, 1) if only the trajectory's own image is scored; NaN where a
-            function does not apply to a prompt.
+            function does not apply to a prompt. A trajectory that is NaN throughout is left out: of every mean and spread,
+            with advantages of 0.
         reward_weights: (F,).
         num_generations: G.
         num_steps: K.
@@ -202,17 +204,23 @@ class RewardTable:
 
     @cached_property
     def rewards(self) -> Tensor:
-        """Weighted sum over the functions that apply: (B, K + 1)."""
-        return (self.rewards_per_func * self.reward_weights[:, None]).nansum(1)
+        """Weighted sum over the functions that apply: (B, K + 1); NaN for a trajectory that is left out."""
+        summed = (self.rewards_per_func * self.reward_weights[:, None]).nansum(1)
+        return torch.where(self.left_out[:, None], torch.nan, summed)
+
+    @cached_property
+    def left_out(self) -> Tensor:
+        """Trajectories that no function has a reward for: bool, (B,)."""
+        return self.rewards_per_func.isnan().flatten(1).all(1)
 
     @cached_property
     def advantages(self) -> Tensor:
         """(B, K), computed at the first look."""
         if self.rule.aggregation == "sum_then_normalize":
-            return self._of_steps(self._advantages(self.rewards))
+            return self._of_steps(self._advantages(self.rewards).nan_to_num(0.0))
         each = [self._advantages(rewards) for rewards in self.rewards_per_func.unbind(1)]
         summed = (torch.stack(each, 1) * self.reward_weights[:, None]).nansum(1)
-        scale = 1.0 if self.rule.scale == "none" else summed.square().mean().sqrt() + EPSILON
+        scale = 1.0 if self.rule.scale == "none" else summed[~self.left_out].square().mean().sqrt() + EPSILON
         return self._of_steps(summed / scale)
 
     @cached_property

@@ -100,14 +100,15 @@ def rollout_metrics(table: RewardTable, names: list[str]) -> dict[str, Tensor]:
     Returns:
         0-dimensional tensors by name; NaN for a function that applies nowhere.
     """
-    final = table.rewards[:, -1]
+    final, kept = table.rewards[:, -1], ~table.left_out
     groups = final.view(-1, table.num_generations)
+    whole = torch.where(groups.isnan(), groups.nanmean(1, keepdim=True), groups)
     metrics = {
-        "reward": final.mean(),
-        "reward_std": final.std(correction=0),
-        "frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean(),
-        "advantages/std": table.advantages.std(correction=0),
-        "advantages/frac_zero": (table.advantages == 0).float().mean(),
+        "reward": final.nanmean(),
+        "reward_std": _spread(final),
+        "frac_reward_zero_std": (whole.amax(1) == whole.amin(1)).float().mean(),
+        "advantages/std": table.advantages[kept].std(correction=0),
+        "advantages/frac_zero": (table.advantages[kept] == 0).float().mean(),
     }
     completed = table.rewards.shape[1] > 1
     for name, rewards in zip(names, table.rewards_per_func.unbind(1), strict=True):
@@ -123,12 +124,13 @@ def rollout_metrics(table: RewardTable, names: list[str]) -> dict[str, Tensor]:
 
 def _credit_metrics(table: RewardTable) -> dict[str, Tensor]:
     """Where along the trajectory rewards tell images apart, and where trajectories turn."""
-    turning = table.turning_points
-    within_group = table.step_rewards.unflatten(0, (-1, table.num_generations)).std(1, correction=0)
+    turning = table.turning_points[~table.left_out]
+    grouped = table.step_rewards.unflatten(0, (-1, table.num_generations))
+    within_group = (grouped - grouped.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
     metrics = {"turning_points/rate": turning.mean()}
     for step in range(table.num_steps):
         metrics[f"turning_points/step_{step}"] = turning[:, step].mean()
-        metrics[f"step_reward_std/step_{step}"] = within_group[:, step].mean()
+        metrics[f"step_reward_std/step_{step}"] = within_group[:, step].nanmean()
     return metrics
 
 
