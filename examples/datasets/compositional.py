@@ -98,7 +98,8 @@ def row(
 def all_rows() -> dict[str, list[dict[str, Any]]]:
     """Every prompt of each kind."""
     pairs = list(permutations(CLASSES, 2))
-    coloured = [(name, color) for name in CLASSES if name not in WITHOUT_COLOR for color in COLORS]
+    colorable = [name for name in CLASSES if name not in WITHOUT_COLOR]
+    coloured = [(name, color) for name in colorable for color in COLORS]
     return {
         "single_object": [row("single_object", with_article(name), [thing(name)]) for name in CLASSES],
         "two_object": [
@@ -123,16 +124,18 @@ def all_rows() -> dict[str, list[dict[str, Any]]]:
             for relation in RELATIONS
         ],
         "color_attr": [
-            row(
-                "color_attr",
-                f"{with_article(f'{color} {one}')} and {with_article(f'{other_color} {other}')}",
-                [thing(one, color=color), thing(other, color=other_color)],
-            )
-            for one, color in coloured
-            for other, other_color in coloured
-            if one != other and color != other_color
+            _two_colors(number, *pair, place)
+            for number, pair in enumerate(permutations(colorable, 2))
+            for place in range(len(COLORS))
         ],
     }
+
+
+def _two_colors(number: int, one: str, other: str, place: int) -> dict[str, Any]:
+    """Pair `number` with color `place` for the first object, and one of the nine others for the second."""
+    color, other_color = COLORS[place], COLORS[(place + 1 + number % 9) % len(COLORS)]
+    shown = f"{with_article(f'{color} {one}')} and {with_article(f'{other_color} {other}')}"
+    return row("color_attr", shown, [thing(one, color=color), thing(other, color=other_color)])
 
 
 def build(num_train: int, num_test: int, seed: int = 0) -> DatasetDict:
