@@ -145,7 +145,7 @@ def test_strategies(strategy: str, during: set | None, messages: list, hub: HubS
 
 
 def test_save_model_pushes_as_in_transformers(hub: HubServer, tmp_path: Path) -> None:
-    trainer = pushing(tmp_path / "run", max_steps=1, hub_strategy="end")
+    trainer = pushing(tmp_path / "run", max_steps=1, hub_strategy="end", precompute_prompt_embeds=True)
     trainer.train()
     trainer.save_model()
     assert set(hub.files("me/run")) == CARD | ADAPTER | IMAGES
@@ -188,7 +188,7 @@ def test_push_without_push_to_hub_creates_the_repository(hub: HubServer, tmp_pat
     trainer.train()
     trainer.push_to_hub(private=True, commit_message="By hand")
     assert hub.repositories["me/run"].private and hub.repositories["me/run"].messages == ["By hand"]
-    assert "load_lora_weights('me/run')" in hub.files("me/run")["README.md"].decode()
+    assert 'load_lora_weights("me/run")' in hub.files("me/run")["README.md"].decode()
 
 
 def test_a_checkpoint_is_not_deleted_while_it_is_pushed(hub: HubServer, tmp_path: Path) -> None:
@@ -361,10 +361,9 @@ def arguments(tmp_path: Path, *options: str) -> list[str]:
 
 
 def test_train_pushes_and_its_recipe_trains_again(hub: HubServer, tmp_path: Path) -> None:
-    """In processes of their own, with HF_ENDPOINT: nothing in them has been patched."""
-    command = [sys.executable, "-m", "trl_tpgrpo"]
+    """It pushes from a process of its own, with HF_ENDPOINT: nothing in it has been patched."""
     run = subprocess.run(
-        [*command, "train", *arguments(tmp_path, "--push_to_hub", "true")],
+        [sys.executable, "-m", "trl_tpgrpo", "train", *arguments(tmp_path, "--push_to_hub", "true")],
         env=environment(hub, tmp_path), capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
@@ -376,11 +375,7 @@ def test_train_pushes_and_its_recipe_trains_again(hub: HubServer, tmp_path: Path
     first_script, first_model, _, first, *_ = train.make_parser().parse_args_and_config(arguments(tmp_path))
     assert script == first_script and model == first_model
     assert args.given | {"output_dir": first.output_dir, "disable_tqdm": True} == first.given
-    again = subprocess.run(
-        [*command, "train", "--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "again")],
-        env=environment(hub, tmp_path), capture_output=True, text=True,
-    )  # fmt: skip
-    assert again.returncode == 0, again.stderr[-3000:]
+    train.main(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "again")])
     one, other = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("shapes", "again"))
     assert_same(one, other)
 

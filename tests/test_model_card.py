@@ -43,6 +43,19 @@ def test_the_card_tells_the_run_and_is_valid(hub: HubServer, tmp_path: Path) -> 
     assert "2602.06422" in card.text and "vonwerra2020trl" in card.text
 
 
+def test_the_hub_of_the_tests_refuses_wrong_metadata() -> None:
+    wrong = (
+        "base_model: /data/base",
+        "base_model_relation: adapter",
+        "datasets: testbed",
+        "tags: [1]",
+        "license:",
+        "a: [",
+    )
+    assert all(len(metadata_problems(f"---\n{line}\n---\n# A card")) == 1 for line in wrong)
+    assert metadata_problems("# A card without metadata")
+
+
 def test_the_cards_images_are_those_of_the_trained_model(hub: HubServer, tmp_path: Path) -> None:
     trainer = build(tmp_path / "run", max_steps=2, ema_update_every=1)
     trainer.train()

@@ -32,16 +32,16 @@ FIRST_ROWS = 64
 USAGE_OF_LORA = """import torch
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained({base_model!r}, torch_dtype=torch.bfloat16).to("cuda")
-pipeline.load_lora_weights({repo!r})
+pipeline = DiffusionPipeline.from_pretrained("{base_model}", torch_dtype=torch.bfloat16).to("cuda")
+pipeline.load_lora_weights("{repo}")
 """
 
 USAGE_OF_TRANSFORMER = """import torch
 from diffusers import {transformer_class}, DiffusionPipeline
 
-transformer = {transformer_class}.from_pretrained({repo!r}, subfolder="transformer", torch_dtype=torch.bfloat16)
+transformer = {transformer_class}.from_pretrained("{repo}", subfolder="transformer", torch_dtype=torch.bfloat16)
 pipeline = DiffusionPipeline.from_pretrained(
-    {base_model!r}, transformer=transformer, torch_dtype=torch.bfloat16
+    "{base_model}", transformer=transformer, torch_dtype=torch.bfloat16
 ).to("cuda")
 """
 
