@@ -16,7 +16,10 @@ MAY_IMPORT = {
     "compat": set(),
     "metrics": {"credit"},
     "sampler": set(),
-    "model_card": set(),
+    "recipe": set(),
+    "model_card": {"config", "recipe"},
+    "hub": {"config", "model_card", "policies"},
+    "publishing": {"config", "hub", "model_card", "policies", "rewards"},
     "figures": set(),
     "completion": {"sde"},
     "rollout": {"completion", "sde"},
@@ -35,7 +38,7 @@ MAY_IMPORT = {
     "checkpoints": set(),
     "architectures": set(),
 }
-MAY_TOUCH_TRL = {"config", "sampler", "trainer", "commands"}
+MAY_TOUCH_TRL = {"config", "sampler", "publishing", "trainer", "commands"}
 
 
 def part_of(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Every setting of a run, in the order in which the data travels. The defaults are the paper's."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
@@ -17,6 +17,20 @@ from .sde import LOG_PROB_TYPES, SDE_TYPES
 QUANTIZATIONS = ("nf4", "int8", "fp8")
 PROMPTS_PER_GENERATION = 48
 UPDATES_PER_GENERATION = 2
+
+
+def _public_fields(config: Any) -> list[Field]:
+    return [item for item in fields(config) if not item.name.endswith("_token")]
+
+
+def non_defaults(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass whose values are not the defaults, but for tokens."""
+    found = {}
+    for item in _public_fields(config):
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if getattr(config, item.name) != default:
+            found[item.name] = getattr(config, item.name)
+    return found
 
 
 @dataclass
@@ -391,6 +405,7 @@ class TPGRPOConfig(_BaseConfig):
     vae_tiling: bool = field(default=False, metadata={"help": "Decode images in overlapping tiles."})
 
     def __post_init__(self) -> None:
+        given = non_defaults(self)
         self._set_derived_defaults()
         super().__post_init__()
         self._set_batch_sizes()
@@ -402,6 +417,13 @@ class TPGRPOConfig(_BaseConfig):
         self._check_batch_sizes()
         self._check_trainer()
         self._check_memory()
+        self._given, self._settled = given, {item.name: getattr(self, item.name) for item in _public_fields(self)}
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The settings that were given, or changed since, and are not the defaults: all that the others follow from."""
+        changed = {name: getattr(self, name) for name, value in self._settled.items() if getattr(self, name) != value}
+        return self._given | changed
 
     def _set_derived_defaults(self) -> None:
         given = str(self.scale_rewards)

@@ -91,6 +91,17 @@ class ImageGenerator:
                 offload_states=self.args.offload_trajectories,
             )
 
+    @torch.no_grad()
+    def sample(
+        self, model: torch.nn.Module, prompts: list[str], generators: list[torch.Generator]
+    ) -> list[Image.Image]:
+        """An image of each of N distinct prompts, by the ODE in `num_inference_steps_eval` steps."""
+        if not prompts:
+            return []
+        places = torch.arange(len(prompts))
+        rollout = self.roll_out(model, self.embeddings(prompts), places, generators, None, None)
+        return self.decode(rollout.final_latents)
+
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """The images of final latents (M, ...)."""
         with on_device([self.policy.pipeline.vae], self.policy.device, self.args.offload_between_phases):

@@ -14,14 +14,13 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.training_args import OptimizerNames
-from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
 from .averaging import AveragedWeights
@@ -34,11 +33,12 @@ from .embeddings import PromptEmbeddings
 from .fidelity import compare
 from .generation import ImageGenerator, on_device, sweeps
 from .guard_rails import GuardRails
+from .hub import without_tokens
 from .losses import clipped_surrogate, relative_difference
 from .metrics import Metrics, image_variety, rollout_metrics
-from .model_card import build_model_card
 from .models import load_policy, prepare_transformer
 from .policies import Conditioning
+from .publishing import PublishingTrainer
 from .rewards.scoring import RewardFunc, check_applicability, reward_names, score
 from .rollout import EXACT, Window
 from .sampler import EpochSampler, SetEpoch
@@ -46,7 +46,7 @@ from .sde import Transition, kl_divergence, log_prob, transition
 from .trajectories import Sampled, Trajectories, Transitions
 
 
-NOISE, WINDOW, EVALUATION, PROBE = range(4)
+NOISE, WINDOW, EVALUATION, PROBE, CARD = range(5)
 """What a seed is for; the random numbers of one never depend on how many another took."""
 
 LAST = "last"
@@ -56,7 +56,7 @@ PROBED_GROUPS = 16
 """How many prompts of a process the window is measured on."""
 
 
-class TPGRPOTrainer(_BaseTrainer):
+class TPGRPOTrainer(PublishingTrainer):
     """
     Trainer for TurningPoint-GRPO (arXiv 2602.06422): reinforcement learning of flow-matching text-to-image models in which
     each denoising step is credited with the reward that it adds.
@@ -424,7 +424,7 @@ class TPGRPOTrainer(_BaseTrainer):
         """Random numbers that depend on the seed, on what they are for and on a row's place among those of all processes.
 
         Args:
-            purpose: `NOISE`, `EVALUATION` or `PROBE`.
+            purpose: `NOISE`, `EVALUATION`, `PROBE` or `CARD`.
             number: Of the rollout.
             num_rows: Of this process.
             first: Place of its first row; `None`: that of a rollout, where all processes have as many rows.
@@ -669,7 +669,7 @@ class TPGRPOTrainer(_BaseTrainer):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             with self.averaged.in_use():
                 self.policy.save_weights(self.accelerator.unwrap_model(self.model), output_dir)
-            torch.save(self.args, Path(output_dir) / "training_args.bin")
+            torch.save(without_tokens(self.args), Path(output_dir) / "training_args.bin")
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -687,8 +687,9 @@ class TPGRPOTrainer(_BaseTrainer):
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        if self.args.should_save:
+        if self.args.should_save and not self.hub.is_busy:  # else one that is being pushed might be deleted
             rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.push_checkpoint(folder)
 
     def _save_progress(self, folder: Path) -> None:
         """What training goes on from, besides what transformers saves and the weights that are evaluated."""
@@ -762,31 +763,7 @@ class TPGRPOTrainer(_BaseTrainer):
             trajectories.to(self.args.device, self.args.offload_trajectories) for trajectories in in_use
         ]
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write `README.md` for the Hub."""
-        if not self.is_world_process_zero():
-            return
-        pipeline = self.policy.pipeline
-        shown = ("credit", "completion", "sde_type", "noise_level", "num_inference_steps", "guidance_scale", "num_generations",
-                 "generation_batch_size", "learning_rate", "beta", "epsilon", "height", "width", "seed")  # fmt: skip
-        name = model_name or Path(self.args.output_dir).name
-        card = build_model_card(
-            model_name=name,
-            repo=self.hub_model_id or name,
-            base_model=_hub_id(pipeline),
-            transformer_class=type(pipeline.transformer).__name__,
-            is_lora=isinstance(self.model, PeftModel),
-            settings={"updates": self.state.global_step} | {field: getattr(self.args, field) for field in shown},
-            dataset_name=dataset_name,
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            prompt=self.train_dataset[0]["prompt"] if self.train_dataset is not None else "a photo of a cat",
-        )
-        card.save(Path(self.args.output_dir) / "README.md")
-
-
-def _hub_id(pipeline: DiffusionPipeline) -> str | None:
-    """Where a pipeline came from, if that was the Hub."""
-    name = pipeline.config.get("_name_or_path")
-    return None if not name or Path(name).exists() else name
+    def _sample_for_card(self, prompts: list[str]) -> list[Image.Image]:
+        generators = self._generators(CARD, 0, len(prompts), first=0)
+        with self.averaged.in_use():
+            return self.images.sample(self._policy_model, prompts, generators)
