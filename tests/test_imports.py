@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "losses": set(),
     "compat": set(),
     "metrics": {"credit"},
+    "progress": set(),
     "sampler": set(),
     "model_card": set(),
     "figures": set(),
