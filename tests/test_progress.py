@@ -81,9 +81,7 @@ def test_evaluations_and_the_end_have_lines_of_their_own() -> None:
     }
     expected = "evaluation of a after update 7:  reward 0.500  one 0.250  two 0.750  (64 images in 1:01)"
     assert table().lines(logs, state(7)) == [expected]
-    assert table().lines({"train_runtime": 30.0, "train_loss": 0.1}, state(10)) == [
-        "10 updates in 30 s, 3.0 s an update"
-    ]
+    assert table().lines({"train_runtime": 30.0}, state(10)) == ["finished after update 10, in 30 s"]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +101,7 @@ def test_a_file_gets_lines_and_no_control_characters(
     written = capsys.readouterr()
     lines = written.out.splitlines()
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", written.out) and "\r" not in written.err
-    assert [line.split()[0] for line in lines] == ["update", "1/2", "2/2", "evaluation", "2"]
+    assert [line.split()[0] for line in lines] == ["update", "1/2", "2/2", "evaluation", "finished"]
     assert lines[0].endswith("left") and all(len(line) <= WIDTH for line in lines)
 
 

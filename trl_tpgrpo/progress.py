@@ -109,9 +109,7 @@ class LogTable:
         """The line of a log, after a header if it needs one."""
         prefix = next((name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")), None)
         if prefix == "train":
-            seconds = logs["train_runtime"]
-            updates = f"{state.global_step} updates"
-            return [f"{updates} in {duration(seconds)}, {duration(seconds / max(1, state.global_step))} an update"]
+            return [f"finished after update {state.global_step}, in {duration(logs['train_runtime'])}"]
         return [self._of_evaluation(logs, prefix, state)] if prefix is not None else self._of_updates(logs, state)
 
     @staticmethod
@@ -147,7 +145,7 @@ class LogTable:
         left = [Column("left", ("left",), _time_left, 7, rank=1)] if self._shows_time_left else []
         names = [key for key in self._seen if key.startswith("rewards/") and key.endswith("/mean")]
         functions = [
-            Column(_function(key)[:12], (key,), "{:.3f}".format, max(6, len(_function(key)[:12])), rank=3)
+            Column(_function(key)[:14], (key,), "{:.3f}".format, max(6, len(_function(key)[:14])), rank=3)
             for key in (names if len(names) > 1 else [])
         ]
         measured = [column for column in COLUMNS if all(name in self._seen for name in column.metrics)]

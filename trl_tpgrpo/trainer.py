@@ -28,6 +28,7 @@ from .averaging import AveragedWeights
 from .checkpoints import StopOnSignal, being_written, is_complete, last_complete
 from .checks import all_prompts, check_datasets, check_optimizer, check_sharded_optimizer
 from .completion import CompletionRule
+from .completions import CompletionPrinter
 from .config import TPGRPOConfig
 from .credit import RewardTable, shortest_window, step_reward_variances
 from .embeddings import PromptEmbeddings
@@ -37,11 +38,13 @@ from .losses import clipped_surrogate
 from .metrics import Metrics, rollout_metrics
 from .model_card import build_model_card
 from .models import load_policy, prepare_transformer
+from .pictures import PictureCallback
 from .policies import Conditioning
 from .progress import LogLines, ProgressDisplay
 from .rewards.scoring import RewardFunc, check_applicability, reward_names, score
 from .rollout import EXACT, Window
 from .sampler import EpochSampler, SetEpoch
+from .samples import Samples
 from .sde import Transition, kl_divergence, log_prob, transition
 from .trajectories import Sampled, Trajectories, Transitions
 
@@ -161,6 +164,9 @@ class TPGRPOTrainer(_BaseTrainer):
         for standard, ours in ((ProgressCallback, ProgressDisplay), (PrinterCallback, LogLines)):
             if self.pop_callback(standard) is not None:  # there is another one in notebooks
                 self.add_callback(ours)
+        self.samples = Samples(self.callback_handler, args, self.reward_func_names, self.accelerator.is_main_process)
+        self.add_callback(CompletionPrinter)
+        self.add_callback(PictureCallback(self.callback_handler))
         self.add_callback(self._set_epoch)
         self.add_callback(self.averaged)
         self.stop_on_signal = StopOnSignal(self.accelerator)
@@ -281,8 +287,10 @@ class TPGRPOTrainer(_BaseTrainer):
             self._measured_window = self._measure_window(rows)
         window, rule = self._measured_window or self._draw_window(generation), self.args.completion_rule
         generators = self._generators(NOISE, generation, len(rows))
+        self.samples.rollout_begins(self.state)
         states, log_probs, rewards = self._sample_in_sweeps(rows, generators, window, rule)
         table = self._reward_table(rows, rewards, window, rule)
+        self.samples.rollout_ends([row["prompt"] for row in rows], table, self.state, self.control)
         for name, value in rollout_metrics(table, self.reward_func_names).items():
             self._metrics["train"].record(name, value)
         if self.args.completion_check_every and generation % self.args.completion_check_every == 0:
@@ -312,6 +320,7 @@ class TPGRPOTrainer(_BaseTrainer):
         for part in self.progress.sweeps(sweeps(len(rows), self.args)):
             sampled = self.sample_and_score(rows[part], generators[part], window, rule)
             kept.append((sampled.rollout.states, sampled.rollout.log_probs, sampled.rewards))
+            self.samples.keep(sampled)
         states, log_probs, rewards = (torch.cat(values) for values in zip(*kept, strict=True))
         return states, log_probs, rewards
 
@@ -602,8 +611,11 @@ class TPGRPOTrainer(_BaseTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
             check_datasets(None, eval_dataset, self.reward_funcs, self.eval_reward_funcs, self.args)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
+        self.samples.evaluation_begins()
         with self.averaged.in_use(), self.progress.evaluation(self.state):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self.samples.evaluation_ends(metric_key_prefix, self.state, self.control)
+        return metrics
 
     @torch.no_grad()
     def prediction_step(
@@ -618,10 +630,12 @@ class TPGRPOTrainer(_BaseTrainer):
         self._num_evaluated += self.accelerator.num_processes * len(inputs)
         generators = self._generators(EVALUATION, 0, len(inputs), first)
         functions = [*self.reward_funcs, *self.eval_reward_funcs]
-        rewards = self.sample_and_score(inputs, generators, reward_funcs=functions).rewards
-        trained = len(self.reward_funcs)
+        sampled = self.sample_and_score(inputs, generators, reward_funcs=functions)
+        rewards, trained = sampled.rewards, len(self.reward_funcs)
         prompts = [row["prompt"] for row in inputs]
         check_applicability(rewards[:, :trained], self.reward_func_names, prompts, num_generations=1)
+        weighted = (rewards[:, :trained, -1] * self.reward_weights).nansum(1)
+        self.samples.keep_evaluated(prompts, sampled.images, weighted)
         final = self.accelerator.gather_for_metrics(rewards[:, :, -1].to(self.args.device)).cpu()  # (N, F)
         metrics = self._metrics["eval"]
         for name, values in zip(self.eval_reward_func_names, final.unbind(1), strict=True):
