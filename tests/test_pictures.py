@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_trainer import build, prompts
 
 from trl_tpgrpo import TPGRPOTrainer
-from trl_tpgrpo.grids import Row, first_row, fitting, grid, resized, size_in_grid, wrapped
+from trl_tpgrpo.grids import GAP, MARGIN, TITLE, Row, first_row, fitting, grid, resized, size_in_grid, wrapped
 
 
 TAGS = {"rollout/samples", "rollout/trajectory", "eval/images", "eval/over_time"}
@@ -125,10 +125,12 @@ def test_each_evaluation_leaves_a_grid_and_the_course_so_far(tmp_path: Path) -> 
     assert {path.name for path in folder.iterdir()} == set(names)
     with Image.open(folder / "over_time.png") as course, Image.open(folder / "step_000003.png") as latest:
         width, height = size_in_grid(picture(16, "red"))
-        assert course.width > 4 * width
-        of_latest = first_row(latest, (width, height), 1)[0]
-        in_course = first_row(course, (width, height), 4)[3]
-        assert (np.asarray(of_latest) == np.asarray(in_course)).all()
+        of_latest = first_row(latest, (width, height), 2)
+        for image, left in zip(of_latest, (MARGIN, MARGIN + width + GAP), strict=True):
+            top = MARGIN + 3 * (TITLE + height + GAP) + TITLE  # the fourth of four rows
+            in_course = course.crop((left, top, left + width, top + height))
+            assert (np.asarray(image) == np.asarray(in_course)).all()
+        assert course.height == MARGIN + 4 * (TITLE + height + GAP) - GAP + MARGIN
 
 
 def test_the_course_goes_on_after_a_resume_and_leaves_out_the_grids_of_another_run(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def grid(rows: list[Row]) -> Image.Image:
     tops, bottom = [], MARGIN
     for row in rows:
         tops.append(bottom)
-        bottom += (TITLE if row.title else 0) + height + CAPTION + GAP
+        bottom += (TITLE if row.title else 0) + height + (CAPTION if any(row.captions) else 0) + GAP
     wide = max(NARROWEST, columns * (width + GAP) - GAP)
     picture = Image.new("RGB", (2 * MARGIN + wide, bottom + MARGIN - GAP), PAPER)
     draw = ImageDraw.Draw(picture)

@@ -21,11 +21,11 @@ from .samples import EvaluationSample, RolloutSample, SampleCallback
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = 6
+COLUMNS = 4
 """Images beside each other in a grid of a rollout."""
 
 EVALUATIONS = 10
-"""At most so many columns in the picture of evaluations over time: the first, the latest, and some between."""
+"""At most so many rows in the picture of evaluations over time: the first, the latest, and some between."""
 
 
 @dataclass
@@ -160,7 +160,7 @@ def of_prompt(sample: EvaluationSample, number: int) -> Row:
 
 
 def over_time(sample: EvaluationSample, folder: Path, steps: list[int], size: tuple[int, int]) -> Image.Image:
-    """The first prompt's images, a column for each of several evaluations, cut out of the grids in `folder`.
+    """The first prompt's images, a row for each of several evaluations, cut out of the grids in `folder`.
 
     Args:
         sample: The latest evaluation.
@@ -169,19 +169,17 @@ def over_time(sample: EvaluationSample, folder: Path, steps: list[int], size: tu
         size: Of a grid.
     """
     number, of_image = len(sample.images[0]), size_in_grid(sample.images[0][0])
-    columns: dict[int, list[Image.Image]] = {}
+    found: dict[int, list[Image.Image]] = {}
     for step in steps:
         if _file(folder, step).exists():
             with Image.open(_file(folder, step)) as picture:
                 if picture.size == size:
-                    columns[step] = first_row(picture, of_image, number)
-    places = np.linspace(0, len(columns) - 1, min(len(columns), EVALUATIONS)).round().astype(int)
-    chosen = [list(columns)[place] for place in places]
-    rows = []
-    for place in range(number):
-        captions = [f"update {step}" if place == number - 1 else "" for step in chosen]
-        rows.append(Row(sample.prompts[0] if place == 0 else "", [columns[step][place] for step in chosen], captions))
-    return grid(rows)
+                    found[step] = first_row(picture, of_image, number)
+    places = np.linspace(0, len(found) - 1, min(len(found), EVALUATIONS)).round().astype(int)
+    chosen = [list(found)[place] for place in places]
+    titles = [f"update {step}" for step in chosen]
+    titles[0] = f"{sample.prompts[0]}, {titles[0]}"
+    return grid([Row(title, found[step], [""] * number) for title, step in zip(titles, chosen, strict=True)])
 
 
 def to_tensorboard(tracker: TensorBoardCallback, pictures: Pictures, step: int) -> None:
