@@ -39,6 +39,7 @@ GROUPS = {
     "reward_weights": "TP-GRPO: reward and credit",
     "beta": "TP-GRPO: training",
     "quantization": "TP-GRPO: memory and speed",
+    "log_completions": "TP-GRPO: logging",
 }
 
 
