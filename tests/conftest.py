@@ -1,8 +1,15 @@
 """Fixtures that every test module may use."""
 
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
+from hub_server import WRITE, HubServer
+from huggingface_hub import constants, hf_api
+from huggingface_hub.utils import _http
 from tiny import tiny_flux, tiny_sd3
 
 
@@ -19,3 +26,18 @@ def sd3() -> StableDiffusion3Pipeline:
 def flux() -> FluxPipeline:
     """To be left as it is: a test that trains or saves adapters builds its own."""
     return tiny_flux()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub that this process takes for the real one, logged in as its user, without pauses between retries."""
+    with HubServer.running() as server:
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)
+        monkeypatch.setattr(_http, "time", types.SimpleNamespace(sleep=lambda seconds: None))
+        monkeypatch.setenv("HF_TOKEN", WRITE)
+        yield server

@@ -19,11 +19,12 @@ from test_trainer import build, prompts, trained
 from test_trainer_cost import coarse, brightness
 
 out, world, options = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1)), json.loads(sys.argv[2])
+shown = {"report_to": "tensorboard", "log_images_steps": 1, "log_completions": True} if world > 1 else {}
 options["reward_funcs"] = {"coarse": coarse, "brightness": brightness}[options["reward_funcs"]]
 trainer = build(
     out / "run", max_steps=4, num_generations=4, per_device_train_batch_size=12 // world, steps_per_generation=2,
     gradient_accumulation_steps=1, sde_window_range=[0, 3], optim="sgd", eval_dataset=prompts(4),
-    num_generations_eval=2, per_device_eval_batch_size=4, **options,
+    num_generations_eval=2, per_device_eval_batch_size=4, **options, **shown,
 )
 if world > 1:
     trainer.evaluate()  # must not keep the gradients from being exchanged
@@ -46,21 +47,29 @@ def test_two_processes_give_the_weights_of_one(case: str, tmp_path: Path) -> Non
 
     Gradients are sums in another order and batches of another size, so weights agree to float32 rounding: 1e-5 of updates
     of 1e-3, with plain SGD, whose steps are proportional to the gradients. Rewards come in steps, as rounding moves single pixels
-    by a 255th.
+    by a 255th. Two processes also send pictures and print samples, on the main process alone, which changes nothing.
     """
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
+    }
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     for command in ([sys.executable], launch):
         run = subprocess.run(
             [*command, str(script), str(tmp_path), json.dumps(CASES[case])],
             env=environment,
             capture_output=True,
+            cwd=tmp_path,
             text=True,
             timeout=300,
         )
         assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("Samples of update 1:") == 1 and run.stdout.count("finished after update 4") == 1
+    assert len(list(tmp_path.rglob("events.out*"))) == 1
     saved = {name: torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in ("1-0", "2-0", "2-1")}
     (one, history), (first, other_history), (second, _) = saved.values()
     assert max(float(value.abs().max()) for name, value in one.items() if "lora_B" in name) > 1e-3

@@ -15,8 +15,16 @@ MAY_IMPORT = {
     "losses": set(),
     "compat": set(),
     "metrics": {"credit"},
+    "progress": set(),
+    "samples": {"config", "credit", "trajectories"},
+    "completions": {"config", "samples"},
+    "grids": set(),
+    "pictures": {"config", "figures", "grids", "samples"},
     "sampler": set(),
-    "model_card": set(),
+    "recipe": set(),
+    "model_card": {"config", "recipe"},
+    "hub": {"config", "model_card", "policies"},
+    "publishing": {"config", "hub", "model_card", "policies", "rewards"},
     "figures": set(),
     "completion": {"sde"},
     "rollout": {"completion", "sde"},
@@ -35,7 +43,7 @@ MAY_IMPORT = {
     "checkpoints": set(),
     "architectures": set(),
 }
-MAY_TOUCH_TRL = {"config", "sampler", "trainer", "commands"}
+MAY_TOUCH_TRL = {"config", "sampler", "publishing", "trainer", "commands"}
 
 
 def part_of(path: Path) -> str:

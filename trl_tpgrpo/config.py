@@ -1,7 +1,7 @@
 """Every setting of a run, in the order in which the data travels. The defaults are the paper's."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
@@ -17,6 +17,20 @@ from .sde import LOG_PROB_TYPES, SDE_TYPES
 QUANTIZATIONS = ("nf4", "int8", "fp8")
 PROMPTS_PER_GENERATION = 48
 UPDATES_PER_GENERATION = 2
+
+
+def _public_fields(config: Any) -> list[Field]:
+    return [item for item in fields(config) if not item.name.endswith("_token")]
+
+
+def non_defaults(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass whose values are not the defaults, but for tokens."""
+    found = {}
+    for item in _public_fields(config):
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if getattr(config, item.name) != default:
+            found[item.name] = getattr(config, item.name)
+    return found
 
 
 @dataclass
@@ -204,6 +218,18 @@ class TPGRPOConfig(_BaseConfig):
             Whether the VAE decodes images that are larger than one of its tiles (1,024 pixels for SD3.5 and FLUX.1) in
             overlapping tiles that are blended: less memory, slightly other images.
 
+        > Parameters that control the logging
+
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Whether to print samples of the rollout with each log: prompts, rewards, the mean advantage and the rewards along
+            the trajectory; and to save their images in `output_dir/completions`.
+        num_completions_to_print (`int`, *optional*):
+            How many samples of a rollout are printed and shown: the first ones. `None`: the first prompt's group.
+        log_images_steps (`int`, *optional*, defaults to `20`):
+            Every so many updates, send TensorBoard, W&B or trackio (see `report_to`) the samples' images, a trajectory with
+            its turning points, and histograms of rewards, step rewards and advantages; after each evaluation its first
+            images, which are also written to `output_dir/images`. `None`: never.
+
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `learning_rate`: Defaults to `3e-4` instead of `5e-5`.
@@ -390,7 +416,19 @@ class TPGRPOConfig(_BaseConfig):
     vae_slicing: bool = field(default=False, metadata={"help": "Decode image by image."})
     vae_tiling: bool = field(default=False, metadata={"help": "Decode images in overlapping tiles."})
 
+    # Parameters that control the logging
+    log_completions: bool = field(
+        default=False, metadata={"help": "Print samples of the rollout with each log, and save their images."}
+    )
+    num_completions_to_print: int | None = field(
+        default=None, metadata={"help": "How many samples are printed and shown. None: the first prompt's group."}
+    )
+    log_images_steps: int | None = field(
+        default=20, metadata={"help": "Updates between images and histograms for the trackers. None: never."}
+    )
+
     def __post_init__(self) -> None:
+        given = non_defaults(self)
         self._set_derived_defaults()
         super().__post_init__()
         self._set_batch_sizes()
@@ -402,6 +440,14 @@ class TPGRPOConfig(_BaseConfig):
         self._check_batch_sizes()
         self._check_trainer()
         self._check_memory()
+        self._check_logging()
+        self._given, self._settled = given, {item.name: getattr(self, item.name) for item in _public_fields(self)}
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The settings that were given, or changed since, and are not the defaults: all that the others follow from."""
+        changed = {name: getattr(self, name) for name, value in self._settled.items() if getattr(self, name) != value}
+        return self._given | changed
 
     def _set_derived_defaults(self) -> None:
         given = str(self.scale_rewards)
@@ -620,6 +666,11 @@ class TPGRPOConfig(_BaseConfig):
     def _check_memory(self) -> None:
         if self.offload_reference and self.beta == 0:
             raise ValueError("offload_reference=True: with beta=0 there is no reference model; leave it out.")
+
+    def _check_logging(self) -> None:
+        for name in ("num_completions_to_print", "log_images_steps"):
+            if getattr(self, name) is not None:
+                self._require_at_least(name, 1)
 
     def _require_at_least(self, name: str, smallest: float) -> None:
         if not getattr(self, name) >= smallest:

@@ -7,12 +7,12 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .policies import Conditioning, FlowPolicy
 
@@ -38,21 +38,21 @@ class PromptEmbeddings:
         self._negative: Conditioning | None = None
         self._has_encoders = True
 
-    def __call__(self, prompts: list[str]) -> Conditioning:
-        """Encoded prompts, one row each, on the policy's device.
+    def __call__(self, prompts: list[str], on_prompt: Callable[[int], object] | None = None) -> Conditioning:
+        """Encoded prompts, one row each, on the policy's device; `on_prompt` is called with how many have been done.
 
         Raises:
             ValueError: If one is new and the encoders have been dropped.
         """
-        self._encode_missing(prompts)
+        self._encode_missing(prompts, on_prompt)
         encoded = [self._read(prompt) for prompt in prompts]
         embeds = torch.cat([one.prompt_embeds for one in encoded])
         pooled = torch.cat([one.pooled_prompt_embeds for one in encoded])
         together = Conditioning(embeds, pooled, self._negative and self._negative.expand(len(prompts)))
         return together.to(self.policy.device)
 
-    def precompute(self, prompts: list[str], show_progress: bool = False) -> None:
-        """Encode all of them now, and drop the encoders.
+    def precompute(self, prompts: list[str], on_prompt: Callable[[int], object] | None = None) -> None:
+        """Encode all of them now, and drop the encoders; `on_prompt` is called with how many have been done.
 
         Raises:
             ValueError: If they are too many to be kept in memory and there is no folder.
@@ -63,11 +63,11 @@ class PromptEmbeddings:
                 f"precompute_prompt_embeds: {len(distinct)} prompts are more than the {KEPT_IN_MEMORY} that are kept in memory: "
                 "set prompt_embeds_dir, a folder to keep them in."
             )
-        self._encode_missing(distinct, show_progress)
+        self._encode_missing(distinct, on_prompt)
         self.policy.drop_text_encoders()
         self._has_encoders = False
 
-    def _encode_missing(self, prompts: list[str], show_progress: bool = False) -> None:
+    def _encode_missing(self, prompts: list[str], on_prompt: Callable[[int], object] | None = None) -> None:
         missing = [prompt for prompt in dict.fromkeys(prompts) if not self._has(prompt)]
         if not missing:
             if self._negative is None and self.policy.uses_negative_prompt:
@@ -78,9 +78,12 @@ class PromptEmbeddings:
                 f"The prompt {missing[0]!r} has not been encoded before, and precompute_prompt_embeds has dropped the text "
                 "encoders: pass all datasets to the trainer, or leave precompute_prompt_embeds out."
             )
+        report = on_prompt or (lambda number: None)
+        report(len(prompts) - len(missing))
         with self.policy.text_encoders_on_device():
-            for prompt in tqdm(missing, desc="Encoding prompts", leave=False, disable=not show_progress):
+            for prompt in missing:
                 self._keep(prompt, self.policy.encode([prompt]).to(torch.device("cpu")))
+                report(1)
         while len(self._kept) > max(KEPT_IN_MEMORY, len(prompts)):
             self._kept.popitem(last=False)
 

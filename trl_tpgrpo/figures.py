@@ -1,5 +1,6 @@
 """Pictures of a run: before and after, the reward's course, a trajectory with its turning points, where rewards spread."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,9 @@ from PIL import Image
 
 
 try:
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, whose choice of a backend is the user's
 except ImportError as error:
     raise ImportError("Figures need Matplotlib: pip install 'trl-tpgrpo[testbed]'") from error
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 
 GREEN, RED, GREY, BLUE = "#2a9d5c", "#d1495b", "#8a8f98", "#2f6fb3"
@@ -36,8 +34,9 @@ def save_before_after(
         right: P x N pairs, whether the image before and the one after show the prompt.
     """
     number = len(before[0])
-    figure, axes = plt.subplots(
-        len(prompts), 2 * number + 1, figsize=(1.0 * (2 * number + 1) + 3.2, 1.05 * len(prompts) + 0.6), squeeze=False,
+    figure = Figure(figsize=(1.0 * (2 * number + 1) + 3.2, 1.05 * len(prompts) + 0.6))
+    axes = figure.subplots(
+        len(prompts), 2 * number + 1, squeeze=False,
         gridspec_kw={"width_ratios": [1] * number + [0.35] + [1] * number, "wspace": 0.08, "hspace": 0.12},
     )  # fmt: skip
     for row, prompt in enumerate(prompts):
@@ -62,7 +61,8 @@ def save_reward_curve(path: Path, log_history: list[dict[str, Any]], evaluations
     """
     points = [(entry["step"], entry["reward"]) for entry in log_history if "reward" in entry]
     steps, rewards = np.array(points).T
-    figure, axis = plt.subplots(figsize=(6.4, 3.6))
+    figure = Figure(figsize=(6.4, 3.6))
+    axis = figure.subplots()
     axis.plot(steps, rewards, color=GREY, linewidth=0.8, label="training prompts, each rollout")
     width = max(1, len(rewards) // 10)
     if len(rewards) > 2 * width:
@@ -78,17 +78,28 @@ def save_reward_curve(path: Path, log_history: list[dict[str, Any]], evaluations
 def save_trajectory(
     path: Path, prompt: str, images: list[Image.Image], rewards: np.ndarray, turning: np.ndarray
 ) -> None:
+    """Write `trajectory_figure` to a PNG file."""
+    _save(trajectory_figure(prompt, images, rewards, turning), path)
+
+
+def trajectory_figure(
+    prompt: str,
+    images: list[Image.Image],
+    rewards: np.ndarray,
+    turning: np.ndarray,
+    states: list[int] | None = None,
+) -> Figure:
     """One trajectory as the paper draws it: reward along the SDE steps, the completed images below, turning points marked.
 
     Args:
-        path: PNG file to write.
         prompt: The prompt.
-        images: K + 1 images: after j SDE steps and then the ODE.
-        rewards: (K + 1,), their rewards.
-        turning: (K,) bool, whether step j (from image j to image j + 1) is a turning point.
+        images: C + 1 images: after so many SDE steps and then the ODE.
+        rewards: (C + 1,), their rewards.
+        turning: (C,) bool, whether step j (from image j to image j + 1) is a turning point.
+        states: C + 1, how many SDE steps; `None`: 0, 1, 2 and so on.
     """
     number = len(images)
-    figure = plt.figure(figsize=(1.15 * number + 1.2, 4.4))
+    figure = Figure(figsize=(1.15 * number + 1.2, 4.4))
     grid = figure.add_gridspec(2, number, height_ratios=[2.4, 1], hspace=0.35, wspace=0.08)
     axis = figure.add_subplot(grid[0, :])
     axis.plot(range(number), rewards, "o-", color=GREY, zorder=2)
@@ -102,14 +113,21 @@ def save_trajectory(
         )  # fmt: skip
     axis.set_xlim(-0.5, number - 0.5)
     axis.margins(y=0.35)
-    axis.set_xticks(range(number))
+    axis.set_xticks(range(number), [str(state) for state in states or range(number)])
     axis.set(xlabel="SDE steps before the ODE completes the image", ylabel="reward", title=prompt)
     _plain(axis)
     for column, image in enumerate(images):
         below = figure.add_subplot(grid[1, column])
         _show(below, image, GREY)
         below.set_xlabel(f"{rewards[column]:.2f}", fontsize=9)
-    _save(figure, path)
+    return figure
+
+
+def as_image(figure: Figure) -> Image.Image:
+    """The figure in memory, for a tracker."""
+    written = BytesIO()
+    figure.savefig(written, dpi=100, bbox_inches="tight")
+    return Image.open(written)
 
 
 def save_step_reward_spread(path: Path, log_history: list[dict[str, Any]]) -> None:
@@ -121,7 +139,8 @@ def save_step_reward_spread(path: Path, log_history: list[dict[str, Any]]) -> No
     """
     spread = _mean_by_step(log_history, "step_reward_std/step_")
     rate = _mean_by_step(log_history, "turning_points/step_")
-    figure, axis = plt.subplots(figsize=(6.4, 3.6))
+    figure = Figure(figsize=(6.4, 3.6))
+    axis = figure.subplots()
     axis.bar(range(len(spread)), spread, color=BLUE, width=0.6)
     axis.set_xticks(range(len(spread)))
     axis.set(xlabel="SDE step", ylabel="std of step rewards within a group")
@@ -149,7 +168,8 @@ def save_pareto(path: Path, names: list[str], evaluations: list[float], correlat
         correlations: N.
         title: What they were measured on.
     """
-    figure, axis = plt.subplots(figsize=(7, 4.2))
+    figure = Figure(figsize=(7, 4.2))
+    axis = figure.subplots()
     order = sorted(range(len(names)), key=lambda i: (evaluations[i], -correlations[i]))
     best = [i for place, i in enumerate(order) if all(correlations[i] > correlations[j] for j in order[:place])]
     axis.plot([evaluations[i] for i in best], [correlations[i] for i in best], color=BLUE, linewidth=1, zorder=1)
@@ -180,6 +200,5 @@ def _plain(axis: Any) -> None:
     axis.set_axisbelow(True)
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)

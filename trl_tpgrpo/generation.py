@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .completion import CompletionRule
 from .config import TPGRPOConfig
@@ -52,6 +51,7 @@ class ImageGenerator:
         generators: list[torch.Generator],
         window: Window | None,
         completion: CompletionRule | None,
+        on_step: Callable[[], object] | None = None,
     ) -> Rollout:
         """One trajectory for each of B prompts, see [`~trl_tpgrpo.rollout.roll_out`].
 
@@ -62,9 +62,9 @@ class ImageGenerator:
             generators: B; under `share_initial_noise` the first of a group draws the group's noise.
             window: The SDE steps of `num_inference_steps`; `None` takes `num_inference_steps_eval` ODE steps.
             completion: How states in the window are completed; `None`: not at all.
+            on_step: Called after each denoising step.
         """
-        num_steps = self.args.num_inference_steps_eval if window is None else self.args.num_inference_steps
-        schedule, device = self.policy.schedule(num_steps), self.policy.device
+        schedule, device = self.policy.schedule(self.num_steps(window)), self.policy.device
         prompts = prompts.to(device)
 
         def velocity(latents: Tensor, step: int, rows: Tensor) -> Tensor:
@@ -77,28 +77,41 @@ class ImageGenerator:
             self.batch_sizes["model"] = _measure_batch_size(
                 lambda size: velocity(noise[:1].expand(size, *noise.shape[1:]), 0, rows[:size]), self.accelerator
             )
-        hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
-        with tqdm(total=num_steps, desc="Rollout", leave=False, disable=hidden) as progress:
-            return roll_out(
-                velocity,
-                noise,
-                schedule.sigmas,
-                window,
-                generators,
-                completion,
-                self.batch_sizes["model"],
-                progress.update,
-                offload_states=self.args.offload_trajectories,
-            )
+        return roll_out(
+            velocity,
+            noise,
+            schedule.sigmas,
+            window,
+            generators,
+            completion,
+            self.batch_sizes["model"],
+            on_step,
+            offload_states=self.args.offload_trajectories,
+        )
 
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """The images of final latents (M, ...)."""
+    @torch.no_grad()
+    def sample(
+        self, model: torch.nn.Module, prompts: list[str], generators: list[torch.Generator]
+    ) -> list[Image.Image]:
+        """An image of each of N distinct prompts, by the ODE in `num_inference_steps_eval` steps."""
+        if not prompts:
+            return []
+        places = torch.arange(len(prompts))
+        rollout = self.roll_out(model, self.embeddings(prompts), places, generators, None, None)
+        return self.decode(rollout.final_latents)
+
+    def num_steps(self, window: Window | None) -> int:
+        """Denoising steps of a rollout with a window, or, without one, of an evaluation."""
+        return self.args.num_inference_steps_eval if window is None else self.args.num_inference_steps
+
+    def decode(self, latents: Tensor, on_batch: Callable[[int], object] | None = None) -> list[Image.Image]:
+        """The images of final latents (M, ...); `on_batch` is called with the number of each batch's images."""
         with on_device([self.policy.pipeline.vae], self.policy.device, self.args.offload_between_phases):
             if "vae" not in self.batch_sizes:
                 self.batch_sizes["vae"] = _measure_batch_size(
                     lambda size: self.policy.decode(latents[:1].expand(size, *latents.shape[1:])), self.accelerator
                 )
-            return self.policy.decode(latents, self.batch_sizes["vae"])
+            return self.policy.decode(latents, self.batch_sizes["vae"], on_batch)
 
 
 def sweeps(num_rows: int, args: TPGRPOConfig) -> list[slice]:

@@ -3,7 +3,7 @@
 It reads in that order, under the names of TRL's GRPOTrainer. Mathematics and model families are elsewhere.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,39 +14,43 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.training_args import OptimizerNames
-from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
 from .averaging import AveragedWeights
 from .checkpoints import StopOnSignal, being_written, is_complete, last_complete
 from .checks import all_prompts, check_datasets, check_optimizer, check_sharded_optimizer
 from .completion import CompletionRule
+from .completions import CompletionPrinter
 from .config import TPGRPOConfig
 from .credit import RewardTable, shortest_window, step_reward_variances
 from .embeddings import PromptEmbeddings
 from .fidelity import compare
 from .generation import ImageGenerator, on_device, sweeps
 from .guard_rails import GuardRails
+from .hub import without_tokens
 from .losses import clipped_surrogate, relative_difference
 from .metrics import Metrics, image_variety, rollout_metrics
-from .model_card import build_model_card
 from .models import load_policy, prepare_transformer
+from .pictures import PictureCallback
 from .policies import Conditioning
+from .progress import LogLines, ProgressDisplay
+from .publishing import PublishingTrainer
 from .rewards.scoring import RewardFunc, check_applicability, reward_names, score
 from .rollout import EXACT, Window
 from .sampler import EpochSampler, SetEpoch
+from .samples import Samples
 from .sde import Transition, kl_divergence, log_prob, transition
 from .trajectories import Sampled, Trajectories, Transitions
 
 
-NOISE, WINDOW, EVALUATION, PROBE = range(4)
+NOISE, WINDOW, EVALUATION, PROBE, CARD = range(5)
 """What a seed is for; the random numbers of one never depend on how many another took."""
 
 LAST = "last"
@@ -56,7 +60,7 @@ PROBED_GROUPS = 16
 """How many prompts of a process the window is measured on."""
 
 
-class TPGRPOTrainer(_BaseTrainer):
+class TPGRPOTrainer(PublishingTrainer):
     """
     Trainer for TurningPoint-GRPO (arXiv 2602.06422): reinforcement learning of flow-matching text-to-image models in which
     each denoising step is credited with the reward that it adds.
@@ -159,6 +163,12 @@ class TPGRPOTrainer(_BaseTrainer):
         self.images = ImageGenerator(self.policy, args, embeddings, self.accelerator)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_funcs))
         self.averaged = AveragedWeights(self.model, args.ema_decay, args.ema_update_every)
+        for standard, ours in ((ProgressCallback, ProgressDisplay), (PrinterCallback, LogLines)):
+            if self.pop_callback(standard) is not None:  # there is another one in notebooks
+                self.add_callback(ours)
+        self.samples = Samples(self.callback_handler, args, self.reward_func_names, self.accelerator.is_main_process)
+        self.add_callback(CompletionPrinter)
+        self.add_callback(PictureCallback(self.callback_handler))
         self.add_callback(self._set_epoch)
         self.add_callback(self.averaged)
         self.stop_on_signal = StopOnSignal(self.accelerator)
@@ -173,7 +183,10 @@ class TPGRPOTrainer(_BaseTrainer):
         if args.precompute_prompt_embeds:
             loaded_onto = next(transformer.parameters()).device  # for a quantised one the GPU
             transformer.to("cpu")
-            embeddings.precompute(all_prompts(*datasets), show_progress=not args.disable_tqdm)
+            prompts = all_prompts(*datasets)
+            display = ProgressDisplay(shows_bar=None if args.process_index == 0 and not args.disable_tqdm else False)
+            with display.phase("encode prompts", len(dict.fromkeys(prompts)), alone=True) as advance:
+                embeddings.precompute(prompts, advance)
             transformer.to(loaded_onto)
         if self.reference is not None and not args.offload_reference:
             self.reference.to(args.device)
@@ -291,8 +304,10 @@ class TPGRPOTrainer(_BaseTrainer):
             self._measured_window = self._measure_window(rows)
         window, rule = self._measured_window or self._draw_window(generation), self.args.completion_rule
         generators = self._generators(NOISE, generation, len(rows))
+        self.samples.rollout_begins(self.state)
         states, log_probs, rewards = self._sample_in_sweeps(rows, generators, window, rule)
         table = self._reward_table(rows, rewards, window, rule)
+        self.samples.rollout_ends([row["prompt"] for row in rows], table, self.state, self.control)
         for name, value in rollout_metrics(table, self.reward_func_names).items():
             self._metrics["train"].record(name, value)
         if self.args.completion_check_every and generation % self.args.completion_check_every == 0:
@@ -319,12 +334,13 @@ class TPGRPOTrainer(_BaseTrainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """States, log-probabilities and rewards of B rows; the images of a sweep are gone before the next."""
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
-        for part in sweeps(len(rows), self.args):
+        for part in self.progress.sweeps(sweeps(len(rows), self.args)):
             sampled = self.sample_and_score(rows[part], generators[part], window, rule)
             own = [sampled.images[place] for place in sampled.rollout.image_of[:, -1]]
             variety = image_variety(own, [row["prompt"] for row in rows[part]])
             self._metrics["train"].record("image_variety", variety)
             kept.append((sampled.rollout.states, sampled.rollout.log_probs, sampled.rewards))
+            self.samples.keep(sampled)
         states, log_probs, rewards = (torch.cat(values) for values in zip(*kept, strict=True))
         return states, log_probs, rewards
 
@@ -383,35 +399,59 @@ class TPGRPOTrainer(_BaseTrainer):
             RewardError: If a reward function fails.
             FloatingPointError: If a prediction is not finite.
         """
-        metrics = self._metrics[self._mode]
-        with metrics.seconds("rollout"):
-            conditioning, prompts = self._encode(rows)
-            rollout = self.images.roll_out(self._policy_model, conditioning, prompts, generators, window, completion)
-        with metrics.seconds("decode"):
-            images = self.images.decode(rollout.final_latents)
-        with metrics.seconds("score"):
-            scored = [rows[row] for row in rollout.rows.tolist()]
-            scores = self._calculate_rewards(scored, images, reward_funcs or self.reward_funcs)
+        metrics, functions = self._metrics[self._mode], reward_funcs or self.reward_funcs
+        with self._phase("encode", len({row["prompt"] for row in rows})) as advance:
+            conditioning, prompts = self._encode(rows, advance)
+        with self._phase("rollout", self.images.num_steps(window)) as advance:
+            rollout = self.images.roll_out(
+                self._policy_model, conditioning, prompts, generators, window, completion, advance
+            )
+        with self._phase("decode", len(rollout.final_latents)) as advance:
+            images = self.images.decode(rollout.final_latents, advance)
+        with self._phase("score", len(functions)) as advance:
+            scores = self._calculate_rewards([rows[row] for row in rollout.rows.tolist()], images, functions, advance)
         counts = {"evaluations": rollout.num_evaluations, "calls": rollout.num_calls}
         for name, value in {**counts, "decoded_images": len(images), "scored_images": len(images)}.items():
             metrics.record(f"num_{name}", value, "sum")
         return Sampled(rollout, images, scores[:, rollout.image_of].transpose(0, 1))
 
-    def _encode(self, rows: list[dict[str, Any]]) -> tuple[Conditioning, Tensor]:
+    @contextmanager
+    def _phase(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        """Time a phase of `total` units and show it; it gives what is called when some are done."""
+        with self._metrics[self._mode].seconds(name), self.progress.phase(name, total) as advance:
+            yield advance
+
+    @property
+    def progress(self) -> ProgressDisplay:
+        """The display; one that shows nothing where there is none among the callbacks."""
+        displays = (one for one in self.callback_handler.callbacks if isinstance(one, ProgressDisplay))
+        return next(displays, None) or ProgressDisplay(shows_bar=False)
+
+    def _encode(
+        self, rows: list[dict[str, Any]], on_prompt: Callable[[int], object] | None = None
+    ) -> tuple[Conditioning, Tensor]:
         """The distinct prompts of B rows, and (B,), on the CPU, the rows' places among them."""
         distinct = list(dict.fromkeys(row["prompt"] for row in rows))
         prompts = torch.tensor([distinct.index(row["prompt"]) for row in rows])
-        return self.images.embeddings(distinct), prompts
+        return self.images.embeddings(distinct, on_prompt), prompts
 
     def _calculate_rewards(
-        self, rows: list[dict[str, Any]], images: list[Image.Image], reward_funcs: list[RewardFunc]
+        self,
+        rows: list[dict[str, Any]],
+        images: list[Image.Image],
+        reward_funcs: list[RewardFunc],
+        on_function: Callable[[], object],
     ) -> Tensor:
         """Rewards of M images, each of the row at its place: float32, (F, M), on the CPU, NaN where one does not apply."""
         prompts = [row["prompt"] for row in rows]
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         extra = {"trainer_state": self.state, "log_metric": self._metrics[self._mode].record}
         with on_device(self._reward_models, self.args.device, self.args.offload_between_phases):
-            return torch.stack([score(function, images, prompts, columns, **extra) for function in reward_funcs])
+            scores = []
+            for function in reward_funcs:
+                scores.append(score(function, images, prompts, columns, **extra))
+                on_function()
+            return torch.stack(scores)
 
     def _draw_window(self, generation: int) -> Window:
         """The rollout's SDE window, the same on all processes."""
@@ -424,7 +464,7 @@ class TPGRPOTrainer(_BaseTrainer):
         """Random numbers that depend on the seed, on what they are for and on a row's place among those of all processes.
 
         Args:
-            purpose: `NOISE`, `EVALUATION` or `PROBE`.
+            purpose: `NOISE`, `EVALUATION`, `PROBE` or `CARD`.
             number: Of the rollout.
             num_rows: Of this process.
             first: Place of its first row; `None`: that of a rollout, where all processes have as many rows.
@@ -467,15 +507,13 @@ class TPGRPOTrainer(_BaseTrainer):
         model.train()
         getattr(self.optimizer, "train", lambda: None)()  # schedule-free optimizers have modes too
         trajectories = self._prepare_inputs(inputs)
-        with self._metrics["train"].seconds("train"):
-            chosen = self._contributing(trajectories)
-            last = max(chosen)
-            losses = [
-                self._backward_of_one_step(
-                    model, trajectories.transitions(position, of_step), is_last=position == last
-                )
-                for position, of_step in chosen.items()
-            ]
+        chosen = self._contributing(trajectories)
+        with self._phase("train", len(chosen)) as advance:
+            losses, last = [], max(chosen)
+            for position, of_step in chosen.items():
+                transitions = trajectories.transitions(position, of_step)
+                losses.append(self._backward_of_one_step(model, transitions, is_last=position == last))
+                advance()
             total = torch.stack(losses).sum()
             if not torch.isfinite(total):
                 raise FloatingPointError(
@@ -617,8 +655,11 @@ class TPGRPOTrainer(_BaseTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
             check_datasets(None, eval_dataset, self.reward_funcs, self.eval_reward_funcs, self.args)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
-        with self.averaged.in_use():
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self.samples.evaluation_begins()
+        with self.averaged.in_use(), self.progress.evaluation(self.state):
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self.samples.evaluation_ends(metric_key_prefix, self.state, self.control)
+        return metrics
 
     @torch.no_grad()
     def prediction_step(
@@ -633,10 +674,12 @@ class TPGRPOTrainer(_BaseTrainer):
         self._num_evaluated += self.accelerator.num_processes * len(inputs)
         generators = self._generators(EVALUATION, 0, len(inputs), first)
         functions = [*self.reward_funcs, *self.eval_reward_funcs]
-        rewards = self.sample_and_score(inputs, generators, reward_funcs=functions).rewards
-        trained = len(self.reward_funcs)
+        sampled = self.sample_and_score(inputs, generators, reward_funcs=functions)
+        rewards, trained = sampled.rewards, len(self.reward_funcs)
         prompts = [row["prompt"] for row in inputs]
         check_applicability(rewards[:, :trained], self.reward_func_names, prompts, num_generations=1)
+        weighted = (rewards[:, :trained, -1] * self.reward_weights).nansum(1)
+        self.samples.keep_evaluated(prompts, sampled.images, weighted)
         final = self.accelerator.gather_for_metrics(rewards[:, :, -1].to(self.args.device)).cpu()  # (N, F)
         metrics = self._metrics["eval"]
         for name, values in zip(self.eval_reward_func_names, final.unbind(1), strict=True):
@@ -669,7 +712,7 @@ class TPGRPOTrainer(_BaseTrainer):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             with self.averaged.in_use():
                 self.policy.save_weights(self.accelerator.unwrap_model(self.model), output_dir)
-            torch.save(self.args, Path(output_dir) / "training_args.bin")
+            torch.save(without_tokens(self.args), Path(output_dir) / "training_args.bin")
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -687,8 +730,9 @@ class TPGRPOTrainer(_BaseTrainer):
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        if self.args.should_save:
+        if self.args.should_save and not self.hub.is_busy:  # else one that is being pushed might be deleted
             rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.push_checkpoint(folder)
 
     def _save_progress(self, folder: Path) -> None:
         """What training goes on from, besides what transformers saves and the weights that are evaluated."""
@@ -762,31 +806,7 @@ class TPGRPOTrainer(_BaseTrainer):
             trajectories.to(self.args.device, self.args.offload_trajectories) for trajectories in in_use
         ]
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write `README.md` for the Hub."""
-        if not self.is_world_process_zero():
-            return
-        pipeline = self.policy.pipeline
-        shown = ("credit", "completion", "sde_type", "noise_level", "num_inference_steps", "guidance_scale", "num_generations",
-                 "generation_batch_size", "learning_rate", "beta", "epsilon", "height", "width", "seed")  # fmt: skip
-        name = model_name or Path(self.args.output_dir).name
-        card = build_model_card(
-            model_name=name,
-            repo=self.hub_model_id or name,
-            base_model=_hub_id(pipeline),
-            transformer_class=type(pipeline.transformer).__name__,
-            is_lora=isinstance(self.model, PeftModel),
-            settings={"updates": self.state.global_step} | {field: getattr(self.args, field) for field in shown},
-            dataset_name=dataset_name,
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            prompt=self.train_dataset[0]["prompt"] if self.train_dataset is not None else "a photo of a cat",
-        )
-        card.save(Path(self.args.output_dir) / "README.md")
-
-
-def _hub_id(pipeline: DiffusionPipeline) -> str | None:
-    """Where a pipeline came from, if that was the Hub."""
-    name = pipeline.config.get("_name_or_path")
-    return None if not name or Path(name).exists() else name
+    def _sample_for_card(self, prompts: list[str]) -> list[Image.Image]:
+        generators = self._generators(CARD, 0, len(prompts), first=0)
+        with self.averaged.in_use():
+            return self.images.sample(self._policy_model, prompts, generators)

@@ -3,7 +3,6 @@
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,6 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
-from transformers import ProgressCallback
 
 from ..config import TPGRPOConfig
 from ..credit import aggregated_rewards, turning_points
@@ -28,16 +26,6 @@ from .sample import build_pipeline
 NUM_INFERENCE_STEPS = 8
 IMAGES_PER_PROMPT = 4
 PICTURED_PROMPTS = 6
-
-
-class RewardBar(ProgressCallback):
-    """The Trainer's progress bar, with the rollouts' reward at its end instead of a line of metrics for each update."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "reward" in logs:
-            self.training_bar.set_postfix(
-                reward=f"{logs['reward']:.3f}", turning_points=f"{logs['turning_points/rate']:.0%}"
-            )
 
 
 def main(argv: list[str]) -> int:
@@ -115,15 +103,12 @@ def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
         logging_strategy="steps",
         seed=seed,
     )
-    trainer = TPGRPOTrainer(
+    return TPGRPOTrainer(
         model=TESTBED,
         reward_funcs=shapes_reward,
         args=config,
         train_dataset=prompt_dataset("train"),
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(RewardBar)
-    return trainer
 
 
 def repeated(dataset: Dataset) -> list[str]:
@@ -135,7 +120,7 @@ def sample_heldout(pipeline: DiffusionPipeline, dataset: Dataset, description: s
     """Images of the dataset's prompts by the pipeline's own `__call__`, from noise that depends on their place only."""
     pipeline.set_progress_bar_config(disable=True)
     prompts, images = repeated(dataset), []
-    for start in tqdm(range(0, len(prompts), 32), desc=description):
+    for start in tqdm(range(0, len(prompts), 32), desc=description, disable=None):
         chunk = prompts[start : start + 32]
         generators = [torch.Generator().manual_seed(start + offset) for offset in range(len(chunk))]
         options = {**PIPELINE_KWARGS, "guidance_scale": 1.0, "num_inference_steps": NUM_INFERENCE_STEPS}

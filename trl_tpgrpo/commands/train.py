@@ -14,7 +14,8 @@ from datasets import Dataset, load_dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset, get_peft_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from ..config import TPGRPOConfig
+from ..config import TPGRPOConfig, non_defaults
+from ..hub import HubError
 from ..rewards import RewardFunc
 from ..testbed import TESTBED, prompt_dataset
 from ..trainer import TPGRPOTrainer
@@ -38,6 +39,7 @@ GROUPS = {
     "reward_weights": "TP-GRPO: reward and credit",
     "beta": "TP-GRPO: training",
     "quantization": "TP-GRPO: memory and speed",
+    "log_completions": "TP-GRPO: logging",
 }
 
 
@@ -189,19 +191,30 @@ def run(
     training_args: TPGRPOConfig,
 ) -> None:
     """Load model, rewards and data; train, save and, if asked to, push."""
-    trainer = build_trainer(script_args, model_args, dataset_args, training_args)
-    resume = training_args.resume_from_checkpoint  # the command line and YAML give a path, "true" or a boolean
+    given = {
+        name: value for part in (script_args, model_args, dataset_args) for name, value in non_defaults(part).items()
+    }
+    settings = given | training_args.given
+    try:
+        trainer = build_trainer(script_args, model_args, dataset_args, training_args)
+        trainer.recipe_settings = settings
+        _train(trainer, script_args.dataset_name)
+    except HubError as error:
+        raise SystemExit(f"trl-tpgrpo train: error: {error}") from error
+    trainer.end()
+
+
+def _train(trainer: TPGRPOTrainer, dataset_name: str | None) -> None:
+    resume = trainer.args.resume_from_checkpoint  # the command line and YAML give a path, "true" or a boolean
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     if trainer.stop_on_signal.stopped:
         trainer.accelerator.print("Stopped by SIGTERM with a checkpoint. Go on with --resume_from_checkpoint true.")
-        trainer.end()
         return
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Trained weights saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
-    trainer.end()
+    trainer.save_model(_internal_call=True)
+    trainer.accelerator.print(f"Trained weights saved to {trainer.args.output_dir}.")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+        trainer.accelerator.print(f"Pushed to {trainer.hub.url}.")
 
 
 def build_trainer(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers import BitsAndBytesConfig, DiffusionPipeline, PipelineQuantizationConfig, TorchAoConfig
 
-from .base import LORA_FILE, Conditioning, FlowPolicy, Guidance, Schedule
+from .base import LORA_FILE, TRANSFORMER_FOLDER, Conditioning, FlowPolicy, Guidance, Schedule
 from .flux import FluxPolicy
 from .sd3 import SD3Policy
 
@@ -14,6 +14,7 @@ from .sd3 import SD3Policy
 __all__ = [
     "LORA_FILE",
     "POLICIES",
+    "TRANSFORMER_FOLDER",
     "Conditioning",
     "FlowPolicy",
     "FluxPolicy",

@@ -240,14 +240,24 @@ class FlowPolicy(ABC):
         return [part for part in parts.values() if isinstance(part, torch.nn.Module)]
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch_size: int | None = None) -> list[Image.Image]:
-        """Turn final latents (N, ...) into N images, `batch_size` at a time (`None`: all at once)."""
+    def decode(
+        self, latents: Tensor, batch_size: int | None = None, on_batch: Callable[[int], object] | None = None
+    ) -> list[Image.Image]:
+        """Turn final latents (N, ...) into N images.
+
+        Args:
+            latents: As a rollout leaves them.
+            batch_size: How many at a time; `None`: all at once.
+            on_batch: Called after each batch with the number of its images, for a progress bar.
+        """
         vae = self.pipeline.vae
         images: list[Image.Image] = []
         for batch in latents.split(batch_size or max(len(latents), 1)):
             scaled = self.unpack(batch.to(self.dtype)) / vae.config.scaling_factor + vae.config.shift_factor
             pixels = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
             images += self.pipeline.image_processor.postprocess(pixels, output_type="pil")
+            if on_batch is not None:
+                on_batch(len(batch))
         return images
 
     def save_weights(self, model: ModelMixin | PeftModel, output_dir: str | Path) -> None:

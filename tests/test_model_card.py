@@ -1,0 +1,148 @@
+"""The card and the recipe of a run: what they tell, that the Hub takes the one and the command line the other."""
+
+import re
+from pathlib import Path
+
+import yaml
+from datasets import Dataset
+from hub_server import WRITE, HubServer, metadata_problems
+from huggingface_hub import ModelCard
+from test_trainer import build, config, prompts
+
+from trl_tpgrpo import TPGRPOConfig
+from trl_tpgrpo.commands import train
+from trl_tpgrpo.model_card import reward_table
+from trl_tpgrpo.recipe import to_yaml
+
+
+CARD_IMAGES = {f"images/sample_{number}.png" for number in range(4)}
+
+
+def test_the_card_tells_the_run_and_is_valid(hub: HubServer, tmp_path: Path) -> None:
+    trainer = build(
+        tmp_path / "run", eval_dataset={"held": prompts(4)}, eval_strategy="steps", eval_steps=1, eval_on_start=True,
+        num_generations_eval=1,
+    )  # fmt: skip
+    trainer.train()
+    trainer.push_to_hub(dataset_name="someone/prompts", tags="mine", model_name="bright")
+    card = ModelCard(hub.files("me/run")["README.md"].decode())
+    card.validate()
+    assert metadata_problems(str(card)) == []
+    data = card.data.to_dict()
+    assert (data["library_name"], data["pipeline_tag"], data["datasets"]) == (
+        "diffusers", "text-to-image", "someone/prompts",
+    )  # fmt: skip
+    assert {"trl", "tp-grpo", "text-to-image", "lora", "diffusers", "mine"} == set(data["tags"])
+    assert "base_model" not in data and "base_model_relation" not in data  # it has been built in memory
+    urls = [sample["output"]["url"] for sample in data["widget"]]
+    assert [sample["text"] for sample in data["widget"]] == prompts(4)["prompt"] and set(urls) == CARD_IMAGES
+    values = [entry["eval_held_reward"] for entry in trainer.state.log_history if "eval_held_reward" in entry]
+    first, last = values[0], values[-1]
+    assert f"| `eval_held_reward` | {first:.4g} (update 0) | {last:.4g} (update 2) |" in card.text
+    assert card.text.startswith("\n# bright") and "- `updates`: 2" in card.text and "- `seed`: 42" in card.text
+    assert "2602.06422" in card.text and "vonwerra2020trl" in card.text
+
+
+def test_the_hub_of_the_tests_refuses_wrong_metadata() -> None:
+    wrong = (
+        "base_model: /data/base",
+        "base_model_relation: adapter",
+        "datasets: testbed",
+        "tags: [1]",
+        "license:",
+        "a: [",
+    )
+    assert all(len(metadata_problems(f"---\n{line}\n---\n# A card")) == 1 for line in wrong)
+    assert metadata_problems("# A card without metadata")
+
+
+def test_the_cards_images_are_those_of_the_trained_model(hub: HubServer, tmp_path: Path) -> None:
+    trainer = build(tmp_path / "run", max_steps=2, ema_update_every=1)
+    trainer.train()
+    trainer.push_to_hub()
+    again = build(tmp_path / "again", max_steps=1)
+    again.policy.load_weights(again.model, tmp_path / "run")
+    again.push_to_hub()
+    one, other = (hub.files(f"me/{name}")["images/sample_0.png"] for name in ("run", "again"))
+    assert one == other
+    build(tmp_path / "untrained").push_to_hub()
+    assert hub.files("me/untrained")["images/sample_0.png"] != one
+
+
+def test_rewards_of_training_where_nothing_was_evaluated(tmp_path: Path) -> None:
+    trainer = build(tmp_path / "run")
+    trainer.train()
+    trainer.create_model_card()
+    text = (tmp_path / "run/README.md").read_text()
+    assert "In training, of images by the SDE (there was no evaluation)" in text
+    assert re.search(r"\| `reward` \| [\d.]+ \(update 1\) \| [\d.]+ \(update 2\) \|", text)
+    assert "mean_of_state" not in text and "<Gallery" not in text
+
+
+def test_reward_table_takes_the_first_and_last_value_of_each_reward() -> None:
+    history = [
+        {"step": 1, "reward": 9.0},
+        {"step": 0, "eval_reward": 0.25, "eval_runtime": 1.0},
+        {"step": 5, "eval_reward": 0.5, "eval_rewards/brightness/mean": 0.125},
+        {"step": 9, "eval_reward": 0.75},
+    ]
+    assert reward_table(history).splitlines()[4:] == [
+        "| `eval_reward` | 0.25 (update 0) | 0.75 (update 9) |",
+        "| `eval_rewards/brightness/mean` | 0.125 (update 5) | 0.125 (update 5) |",
+    ]
+    assert reward_table([]) == "None have been logged."
+
+
+def test_prompts_with_quotes_and_new_lines_make_a_valid_card(tmp_path: Path) -> None:
+    awkward = Dataset.from_dict({"prompt": ['a "red"\ncircle: {x}', "a 'blue' square \u00e9"] * 3})
+    trainer = build(tmp_path / "run", train_dataset=awkward)
+    trainer.create_model_card()
+    text = (tmp_path / "run/README.md").read_text()
+    assert metadata_problems(text) == []
+    compile(re.search(r"```python\n(.+?)```", text, re.DOTALL)[1], "snippet", "exec")
+
+
+def parsed(recipe: Path, *options: str) -> tuple:
+    return train.make_parser().parse_args_and_config(["--config", str(recipe), "--use_cpu", "true", *options])
+
+
+def test_the_recipe_of_a_run_in_python_makes_the_same_settings(tmp_path: Path) -> None:
+    trainer = build(tmp_path / "run", epsilon=1e-3, hub_token=WRITE, sde_window_range=[0, 2], optim="sgd", beta=0.0)
+    trainer.args.learning_rate = 0.125  # set after the config was built
+    trainer.create_model_card()
+    text = (tmp_path / "run/recipe.yaml").read_text()
+    assert WRITE not in text and str(tmp_path) not in text and "output_dir" not in yaml.safe_load(text)
+    assert "To be given, as the run had folders or functions of its own: dataset_name, model_name_or_path" in text
+    script, model, _, args, *_ = parsed(tmp_path / "run/recipe.yaml", "--output_dir", str(tmp_path / "again"))
+    assert script.reward_funcs == ["test_trainer.brightness"]
+    assert (model.use_peft, model.lora_r, model.lora_alpha) == (True, 4, 8)
+    assert set(model.lora_target_modules) == set(trainer.model.peft_config["default"].target_modules)
+    other = {"output_dir", "hub_token", "disable_tqdm", "ddp_find_unused_parameters", "logging_dir"}
+    for name in set(TPGRPOConfig.__dataclass_fields__) - other:
+        assert getattr(args, name) == getattr(trainer.args, name), name
+
+
+def test_the_recipe_of_a_plain_config_is_empty(tmp_path: Path) -> None:
+    assert config(tmp_path).given.keys() >= {"height", "learning_rate"}
+    assert TPGRPOConfig(str(tmp_path)).given == {"output_dir": str(tmp_path)}
+    assert yaml.safe_load(to_yaml(TPGRPOConfig(str(tmp_path)).given)) in (None, {})
+
+
+def test_the_recipe_keeps_secrets_and_paths_of_nested_settings(tmp_path: Path) -> None:
+    settings = {
+        "model_init_kwargs": {"token": WRITE, "revision": "main", "cache_dir": "/data"}, "deepspeed": "zero2.json",
+        "prompt_embeds_dir": "embeds", "trackio_space_id": "me/space", "model_name_or_path": str(tmp_path), "seed": 3,
+    }  # fmt: skip
+    text = to_yaml(settings)
+    assert yaml.safe_load(text) == {"model_init_kwargs": {"revision": "main"}, "seed": 3}
+    assert "deepspeed, model_name_or_path" in text
+
+
+def test_a_reward_that_cannot_be_imported_is_said_to_be_missing(tmp_path: Path) -> None:
+    def mine(images: list, **columns: object) -> list[float]:
+        return [1.0] * len(images)
+
+    build(tmp_path / "run", reward_funcs=mine, full=True).create_model_card()
+    text = (tmp_path / "run/recipe.yaml").read_text()
+    assert "functions of its own: dataset_name, model_name_or_path, reward_funcs" in text
+    assert not {"use_peft", "reward_funcs"} & yaml.safe_load(text).keys()

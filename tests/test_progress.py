@@ -1,0 +1,171 @@
+"""What a run writes: to a terminal a live bar and one line a log, to a file the lines alone."""
+
+import fcntl
+import os
+import re
+import struct
+import sys
+import termios
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from test_trainer import build, prompts
+from transformers import PrinterCallback, ProgressCallback, TrainerState
+
+from trl_tpgrpo.progress import LINES_A_HEADER, WIDTH, LogTable, Pace, ProgressDisplay, duration
+
+
+LOGS = {
+    "loss": 0.0, "grad_norm": 0.0213, "learning_rate": 3e-4, "epoch": 0.1, "reward": 0.512, "reward_std": 0.31,
+    "turning_points/rate": 0.218, "turning_points/step_0": 0.1, "clip_ratio": 0.031, "kl": 1.2e-5,
+    "ratio/mean": 1.0, "ratio/max_deviation": 2.5e-5, "rewards/shapes/mean": 0.512, "rewards/shapes/std": 0.31,
+    "seconds/encode": 0.1, "seconds/rollout": 123.4, "seconds/decode": 12.3, "seconds/score": 1.25, "seconds/train": 1234.0,
+}  # fmt: skip
+
+
+def state(step: int = 1, max_steps: int = 3000) -> TrainerState:
+    return TrainerState(global_step=step, max_steps=max_steps, is_world_process_zero=True)
+
+
+def table(shows_time_left: bool = True) -> LogTable:
+    return LogTable(Pace(), shows_time_left)
+
+
+def test_a_line_shows_the_numbers_that_matter_under_their_titles() -> None:
+    header, line = table(shows_time_left=False).lines(LOGS, state())
+    assert header.split() == (
+        "update reward +- std turns clip kl |ratio-1| grad lr encode rollout decode score train s".split()
+    )
+    assert line.split() == (
+        "1/3000 0.512 +- 0.310 22% 3.1% 1.2e-05 2.5e-05 0.0213 3.0e-04 0.10 123 12.3 1.25 1234".split()
+    )
+    assert len(header) == len(line) <= WIDTH
+
+
+def test_lines_fit_however_many_reward_functions_there_are() -> None:
+    many = {f"rewards/a_function_with_a_long_name_{number}/mean": 0.5 for number in range(9)}
+    one, few = {"rewards/other/mean": 0.25}, {f"rewards/reward_{number}/mean": 0.5 for number in range(2)}
+    for extra in (one, few, many):
+        for line in table().lines(LOGS | extra, state()):
+            assert len(line) <= WIDTH
+    header = table().lines(LOGS | one, state())[0].split()
+    assert header[4:6] == ["shapes", "other"] and "lr" not in header and header[-1] == "left"
+
+
+def test_an_update_without_a_rollout_has_dashes_and_no_new_header() -> None:
+    lines = table()
+    assert len(lines.lines(LOGS, state(1))) == 2
+    without = {name: value for name, value in LOGS.items() if "reward" not in name and "turning" not in name}
+    (line,) = lines.lines(without, state(2))
+    assert line.split()[1:3] == ["-", "-"]
+
+
+def test_the_header_comes_again_after_some_lines_and_with_a_new_number() -> None:
+    lines = table()
+    numbers = [len(lines.lines(LOGS, state(step))) for step in range(1, LINES_A_HEADER + 3)]
+    assert numbers == [2] + [1] * (LINES_A_HEADER - 1) + [2, 1]
+    assert len(lines.lines(LOGS | {"rewards/other/mean": 0.1}, state(99))) == 2
+
+
+def test_evaluations_and_the_end_have_lines_of_their_own() -> None:
+    logs = {
+        "eval_a_reward": 0.5,
+        "eval_a_rewards/one/mean": 0.25,
+        "eval_a_rewards/two/mean": 0.75,
+        "eval_a_runtime": 61.0,
+        "eval_a_num_scored_images": 64.0,
+    }
+    expected = "evaluation of a after update 7:  reward 0.500  one 0.250  two 0.750  (64 images in 1:01)"
+    assert table().lines(logs, state(7)) == [expected]
+    assert table().lines({"train_runtime": 30.0}, state(10)) == ["finished after update 10, in 30 s"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (9.96, "10 s"), (59.7, "1:00"), (221, "3:41"), (7509, "2:05:09")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_a_file_gets_lines_and_no_control_characters(
+    disable_tqdm: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    trainer = build(tmp_path, disable_tqdm=disable_tqdm, eval_dataset=prompts(4), eval_strategy="steps", eval_steps=2)
+    capsys.readouterr()
+    trainer.train()
+    written = capsys.readouterr()
+    lines = written.out.splitlines()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", written.out) and "\r" not in written.err
+    assert [line.split()[0] for line in lines] == ["update", "1/2", "2/2", "evaluation", "finished"]
+    assert lines[0].endswith("left") and all(len(line) <= WIDTH for line in lines)
+
+
+def test_the_display_is_in_place_of_that_of_transformers(tmp_path: Path) -> None:
+    trainer = build(tmp_path, disable_tqdm=False)
+    shown = [one for one in trainer.callback_handler.callbacks if isinstance(one, ProgressCallback | PrinterCallback)]
+    assert shown == [trainer.progress] and type(shown[0]) is ProgressDisplay
+    trainer.remove_callback(ProgressCallback)
+    assert trainer.progress not in trainer.callback_handler.callbacks
+
+
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> str:
+    """What `run` writes to standard error where that is a pseudo-terminal of 120 columns."""
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
+    written: list[bytes] = []
+
+    def read() -> None:
+        with suppress(OSError):  # the end of a pseudo-terminal
+            while chunk := os.read(master, 65536):
+                written.append(chunk)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        run()
+    reader.join()
+    os.close(master)
+    return b"".join(written).decode()
+
+
+def test_a_terminal_has_a_bar_with_the_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl_tpgrpo.generation.SWEEP", 2)
+
+    def run() -> None:
+        trainer = build(
+            tmp_path,
+            disable_tqdm=False,
+            per_device_train_batch_size=2,
+            per_device_rollout_batch_size=2,
+            steps_per_generation=2,
+            gradient_accumulation_steps=2,
+            eval_dataset=prompts(4),
+            eval_strategy="steps",
+            eval_steps=2,
+        )
+        trainer.train()
+        assert trainer.progress._bar is None
+        trainer.evaluate()
+
+    written = on_a_terminal(monkeypatch, run)
+    for shown in (
+        r"update 0/2 .* sweep 1/2, encode 0/1", r"sweep 2/2, rollout 0/4", r"decode 0/8", r"score 0/1",
+        r"micro-batch 2/2, train 0/3", r"update 1/2 .* reward 0\.\d+ \| [\d.]+ s/update \| [\d.]+ s left",
+        r"evaluation: rollout 0/3", r"evaluation 1/4: ",
+    ):  # fmt: skip
+        assert re.search(shown, written), shown
+
+
+def test_prompts_that_are_encoded_first_have_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = Dataset.from_dict({"prompt": ["a red circle", "two blue squares"]})
+    written = on_a_terminal(
+        monkeypatch,
+        lambda: build(tmp_path, disable_tqdm=False, train_dataset=many, precompute_prompt_embeds=True),
+    )
+    assert "encode prompts 0/2" in written
