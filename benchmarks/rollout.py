@@ -22,7 +22,7 @@ from models import load_policy
 from plain import plain_rollout
 
 from trl_tpgrpo.completion import CompletionRule
-from trl_tpgrpo.policies import FlowPolicy
+from trl_tpgrpo.policies import FlowPolicy, to_images
 from trl_tpgrpo.rollout import EXACT, Velocity, Window, fastest_batch_size, roll_out
 from trl_tpgrpo.testbed import prompt_dataset
 from trl_tpgrpo.testbed.checker import shapes_reward
@@ -61,7 +61,7 @@ class Setting:
         clock = Clock()
         run = plain_rollout(self.velocity(), self.noise(), self.schedule.sigmas, self.window, self.generators())
         clock.stop("rollout")
-        images = {number: self.policy.decode(latents) for number, latents in run.ends.items()}
+        images = {number: to_images(self.policy.decode(latents)) for number, latents in run.ends.items()}
         clock.stop("decode")
         rewards = [shapes_reward(images=images[number], prompts=self.prompts) for number in sorted(images)]
         shapes_reward(images=images[len(self.window)], prompts=self.prompts)  # the final image a second time
@@ -81,7 +81,7 @@ class Setting:
             self.chunks["model"],
         )
         clock.stop("rollout")
-        images = self.policy.decode(run.final_latents, self.chunks["vae"])
+        images = to_images(self.policy.decode(run.final_latents, self.chunks["vae"]))
         clock.stop("decode")
         rewards = shapes_reward(images=images, prompts=[self.prompts[row] for row in run.rows])
         clock.stop("score")

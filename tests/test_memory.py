@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import bitsandbytes
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -132,7 +131,7 @@ def test_an_offloaded_reference_changes_no_weight(changes: dict, tmp_path: Path)
 
 
 def decoded(policy: FlowPolicy, latents: torch.Tensor) -> torch.Tensor:
-    return torch.stack([torch.tensor(np.asarray(image), dtype=torch.float) for image in policy.decode(latents)])
+    return policy.decode(latents).float()
 
 
 def test_slices_change_images_by_rounding_and_tiles_at_most_at_their_borders(tmp_path: Path) -> None:

@@ -62,11 +62,13 @@ def table(sample: RolloutSample, files: list[Path]) -> list[list[str]]:
     Rewards along the trajectory are those of the ODE's image of each state; `*` marks those that a turning point starts from.
     """
     functions = sample.rewards_per_func.tolist()
-    rows = [["image", "prompt", *sample.reward_names, "advantage", "rewards along the trajectory (* turns)"]]
+    titles = [*sample.reward_names, *sample.extra, "advantage", "rewards along the trajectory (* turns)"]
+    rows = [["image", "prompt", *titles]]
     for number, prompt in enumerate(sample.prompts):
         own = ["-" if reward != reward else f"{reward:.3f}" for reward in functions[number]]
         advantage = f"{sample.advantages[number].mean():+.2f}"
-        rows.append([files[number].name, prompt, *own, advantage, drawn(sample, number)])
+        extra = [str(values[number]) for values in sample.extra.values()]
+        rows.append([files[number].name, prompt, *own, *extra, advantage, drawn(sample, number)])
     return rows
 
 

@@ -10,6 +10,7 @@ from trl.trainer.base_config import _BaseConfig
 from .completion import CompletionRule
 from .credit import AGGREGATIONS, BASELINES, CREDITS, SCALES, SCOPES, TRENDS, CreditRule
 from .guard_rails import ACTIONS
+from .rewards.scorer import FAILURES
 from .rollout import Window
 from .sde import LOG_PROB_TYPES, SDE_TYPES
 
@@ -131,6 +132,9 @@ class TPGRPOConfig(_BaseConfig):
 
         > Parameters that control the reward and the credit of each step
 
+        reward_failures (`str`, *optional*, defaults to `"stop"`):
+            What to do when a reward function raises, hangs, or returns something that is no reward: `"stop"` the run with its
+            name, row, prompt and image, or `"skip"`: leave the trajectory out of its group, and count it.
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function. `None`: 1 each.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
@@ -342,6 +346,10 @@ class TPGRPOConfig(_BaseConfig):
     )
 
     # Parameters that control the reward and the credit of each step
+    reward_failures: str = field(
+        default="stop",
+        metadata={"help": "What a failing reward function does to a run.", "choices": list(FAILURES)},
+    )
     reward_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each reward function."})
     multi_objective_aggregation: str = field(
         default="sum_then_normalize", metadata={"help": "How rewards are combined.", "choices": list(AGGREGATIONS)}
@@ -514,6 +522,7 @@ class TPGRPOConfig(_BaseConfig):
             "scale_rewards": SCALES,
             "advantage_scope": SCOPES,
             "guard_rails": ("off", *ACTIONS),
+            "reward_failures": FAILURES,
             "quantization": (None, *QUANTIZATIONS),
         }
         for name, allowed in choices.items():

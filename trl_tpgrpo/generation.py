@@ -13,7 +13,7 @@ from torch import Tensor
 from .completion import CompletionRule
 from .config import TPGRPOConfig
 from .embeddings import PromptEmbeddings
-from .policies import Conditioning, FlowPolicy
+from .policies import Conditioning, FlowPolicy, to_images
 from .rollout import Rollout, Window, fastest_batch_size, roll_out
 
 
@@ -98,20 +98,22 @@ class ImageGenerator:
             return []
         places = torch.arange(len(prompts))
         rollout = self.roll_out(model, self.embeddings(prompts), places, generators, None, None)
-        return self.decode(rollout.final_latents)
+        return to_images(self.decode(rollout.final_latents))
 
     def num_steps(self, window: Window | None) -> int:
         """Denoising steps of a rollout with a window, or, without one, of an evaluation."""
         return self.args.num_inference_steps_eval if window is None else self.args.num_inference_steps
 
-    def decode(self, latents: Tensor, on_batch: Callable[[int], object] | None = None) -> list[Image.Image]:
-        """The images of final latents (M, ...); `on_batch` is called with the number of each batch's images."""
+    def decode(
+        self, latents: Tensor, on_batch: Callable[[int], object] | None = None, keep_on_device: bool = False
+    ) -> Tensor:
+        """The pixels of final latents (M, ...), see [`~trl_tpgrpo.policies.FlowPolicy.decode`]."""
         with on_device([self.policy.pipeline.vae], self.policy.device, self.args.offload_between_phases):
             if "vae" not in self.batch_sizes:
                 self.batch_sizes["vae"] = _measure_batch_size(
                     lambda size: self.policy.decode(latents[:1].expand(size, *latents.shape[1:])), self.accelerator
                 )
-            return self.policy.decode(latents, self.batch_sizes["vae"], on_batch)
+            return self.policy.decode(latents, self.batch_sizes["vae"], on_batch, keep_on_device)
 
 
 def sweeps(num_rows: int, args: TPGRPOConfig) -> list[slice]:

@@ -1,6 +1,6 @@
 """Samples of a run for those who want to see some: the interface of their callbacks, and what is kept for them until then."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,12 +30,15 @@ class RolloutSample:
         images: n x (C + 1).
         table: The rewards of all N trajectories of all processes; the first n rows are those of the sample.
         reward_names: F.
+        extra: Columns that reward functions have logged beside their rewards, by name: n values, of the trajectories' own
+            images.
     """
 
     prompts: list[str]
     images: list[list[Image.Image]]
     table: RewardTable
     reward_names: list[str]
+    extra: dict[str, list] = field(default_factory=dict)
 
     @property
     def rewards(self) -> Tensor:
@@ -116,6 +119,7 @@ class Samples:
         self._is_main_process = is_main_process
         self._waiting: list[SampleCallback] = []
         self._images: list[list[Image.Image]] = []
+        self._extra: dict[str, list] = {}
         self._evaluated: dict[str, tuple[list[Image.Image], list[float]]] = {}
 
     def _callbacks(self) -> list[SampleCallback]:
@@ -125,12 +129,15 @@ class Samples:
     def rollout_begins(self, state: TrainerState) -> None:
         """Ask who wants to see it."""
         self._waiting = [one for one in self._callbacks() if one.wants_rollout(self._args, state)]
-        self._images = []
+        self._images, self._extra = [], {}
 
     def keep(self, sampled: Sampled) -> None:
         """Keep the images of the rollout's first trajectories, if anyone waits for them."""
         wanted = (self._args.num_completions_to_print or self._args.num_generations) if self._waiting else 0
         for places in sampled.rollout.image_of[: max(0, wanted - len(self._images))].tolist():
+            for name, values in sampled.extra.items():
+                column = self._extra.setdefault(name, [None] * len(self._images))  # the sweeps before had none
+                column.append(values[places[-1]])
             self._images.append([sampled.images[place] for place in places])
 
     def rollout_ends(
@@ -144,10 +151,11 @@ class Samples:
             state: The trainer's.
             control: The trainer's.
         """
-        waiting, images = self._waiting, self._images
-        self._waiting, self._images = [], []
+        waiting, images, extra = self._waiting, self._images, self._extra
+        self._waiting, self._images, self._extra = [], [], {}
         if waiting:
-            sample = RolloutSample(prompts[: len(images)], images, table, self._reward_names)
+            columns = {name: [*values, *[None] * (len(images) - len(values))] for name, values in extra.items()}
+            sample = RolloutSample(prompts[: len(images)], images, table, self._reward_names, columns)
             for callback in waiting:
                 callback.on_rollout_end(self._args, state, control, sample=sample)
 

@@ -3,6 +3,8 @@
 It reads in that order, under the names of TRL's GRPOTrainer. Mathematics and model families are elsewhere.
 """
 
+import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -39,22 +41,28 @@ from .losses import clipped_surrogate, relative_difference
 from .metrics import Metrics, image_variety, rollout_metrics
 from .models import load_policy, prepare_transformer
 from .pictures import PictureCallback
-from .policies import Conditioning
+from .policies import Conditioning, to_images
 from .progress import LogLines, ProgressDisplay
 from .publishing import PublishingTrainer
-from .rewards.scoring import RewardFunc, check_applicability, reward_names, score
+from .rewards.scorer import ImageBatch, Scorer, runs_beside, save_evidence
+from .rewards.scoring import RewardError, RewardFunc, check_applicability, declared, reward_names
 from .rollout import EXACT, Window
 from .sampler import EpochSampler, SetEpoch
 from .samples import Samples
 from .sde import Transition, kl_divergence, log_prob, transition
-from .trajectories import Sampled, Trajectories, Transitions
+from .trajectories import Sampled, Trajectories, Transitions, Unscored
 
+
+logger = logging.getLogger(__name__)
 
 NOISE, WINDOW, EVALUATION, PROBE, CARD = range(5)
 """What a seed is for; the random numbers of one never depend on how many another took."""
 
 LAST = "last"
 """The folder of a checkpoint with the weights that training goes on from, where those beside it are averaged."""
+
+UNSCORED_SWEEPS = 2
+"""So many may wait for their rewards while the next is sampled; their images are kept until then."""
 
 PROBED_GROUPS = 16
 """How many prompts of a process the window is measured on."""
@@ -137,7 +145,10 @@ class TPGRPOTrainer(PublishingTrainer):
         transformer, self.reference = prepare_transformer(self.policy, peft_config, args)
         embeddings = PromptEmbeddings(self.policy, args.prompt_embeds_dir)
         functions = [*self.reward_funcs, *self.eval_reward_funcs]
+        self.scorer = Scorer(args.reward_failures)
+        self._scores_tensors = any(declared(function).image_type == "pt" for function in functions)
         self._reward_models = [function for function in functions if hasattr(function, "to")]
+        self._offloaded_rewards = [function for function in self._reward_models if not runs_beside(function)]
         self._place_frozen_models(embeddings, transformer, args, (train_dataset, eval_dataset))
         self._set_epoch = SetEpoch()
         self._step = 0
@@ -190,8 +201,9 @@ class TPGRPOTrainer(PublishingTrainer):
             transformer.to(loaded_onto)
         if self.reference is not None and not args.offload_reference:
             self.reference.to(args.device)
-        for model in [] if args.offload_between_phases else self._reward_models:
-            model.to(args.device)
+        for model in self._reward_models:
+            if not (args.offload_between_phases and model in self._offloaded_rewards):
+                model.to(args.device)
         if args.offload_between_phases:
             self.policy.pipeline.vae.to("cpu")
 
@@ -305,8 +317,7 @@ class TPGRPOTrainer(PublishingTrainer):
         window, rule = self._measured_window or self._draw_window(generation), self.args.completion_rule
         generators = self._generators(NOISE, generation, len(rows))
         self.samples.rollout_begins(self.state)
-        states, log_probs, rewards = self._sample_in_sweeps(rows, generators, window, rule)
-        table = self._reward_table(rows, rewards, window, rule)
+        states, log_probs, table = self._sample_in_sweeps(rows, generators, window, rule)
         self.samples.rollout_ends([row["prompt"] for row in rows], table, self.state, self.control)
         for name, value in rollout_metrics(table, self.reward_func_names).items():
             self._metrics["train"].record(name, value)
@@ -331,25 +342,41 @@ class TPGRPOTrainer(PublishingTrainer):
         generators: list[torch.Generator],
         window: Window,
         rule: CompletionRule | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """States, log-probabilities and rewards of B rows; the images of a sweep are gone before the next."""
-        kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    ) -> tuple[Tensor, Tensor, RewardTable]:
+        """States, log-probabilities and rewards of B rows; a sweep is scored while the next are sampled."""
+        sampled: list[Sampled] = []
+        under_way: deque[Unscored] = deque()
         for part in self.progress.sweeps(sweeps(len(rows), self.args)):
-            sampled = self.sample_and_score(rows[part], generators[part], window, rule)
-            own = [sampled.images[place] for place in sampled.rollout.image_of[:, -1]]
-            variety = image_variety(own, [row["prompt"] for row in rows[part]])
-            self._metrics["train"].record("image_variety", variety)
-            kept.append((sampled.rollout.states, sampled.rollout.log_probs, sampled.rewards))
-            self.samples.keep(sampled)
-        states, log_probs, rewards = (torch.cat(values) for values in zip(*kept, strict=True))
-        return states, log_probs, rewards
+            under_way.append(self._sample(rows[part], generators[part], window, rule, self.reward_funcs))
+            if len(under_way) > UNSCORED_SWEEPS:
+                sampled.append(self._keep_of_sweep(under_way.popleft()))
+        sampled += [self._keep_of_sweep(one) for one in under_way]
+        self._stop_together(next((one.error for one in sampled if one.error), None))
+        states, log_probs = (
+            torch.cat([getattr(one.rollout, name) for one in sampled]) for name in ("states", "log_probs")
+        )
+        rewards, failed = torch.cat([one.rewards for one in sampled]), torch.cat([one.failed for one in sampled])
+        table = self._reward_table([row["prompt"] for row in rows], rewards, failed, window, rule)
+        if table.left_out.all():
+            self._stop_together(next(error for one in sampled for error in one.skipped))
+        return states, log_probs, table
+
+    def _keep_of_sweep(self, unscored: Unscored) -> Sampled:
+        """What is kept of a sweep when it has been scored: no images, but what they looked like."""
+        sampled, prompts = self._scored(unscored), unscored.scoring.batch.prompts
+        own = sampled.rollout.image_of[:, -1].tolist()
+        variety = image_variety([sampled.images[place] for place in own], [prompts[place] for place in own])
+        self._metrics["train"].record("image_variety", variety)
+        self.samples.keep(sampled)
+        return sampled.without_images()
 
     def _reward_table(
-        self, rows: list[dict[str, Any]], rewards: Tensor, window: Window, rule: CompletionRule | None
+        self, prompts: list[str], rewards: Tensor, failed: Tensor, window: Window, rule: CompletionRule | None
     ) -> RewardTable:
-        """The rewards (B, F, C + 1) of this process's rows and of all others'."""
-        gathered, group = self.accelerator.gather(rewards.to(self.args.device)).cpu(), self.args.num_generations
-        check_applicability(gathered, self.reward_func_names, gather_object([row["prompt"] for row in rows]), group)
+        """The rewards (B, F, C + 1) of this process's trajectories, of which some have failed (B,), and of all others'."""
+        device, group = self.args.device, self.args.num_generations
+        gathered, all_failed = (self.accelerator.gather(value.to(device)).cpu() for value in (rewards, failed))
+        check_applicability(gathered, self.reward_func_names, gather_object(prompts), group, all_failed)
         every = 1 if rule is None else rule.every
         return RewardTable(gathered, self.reward_weights, group, len(window), self.args.credit_rule, every)
 
@@ -359,8 +386,7 @@ class TPGRPOTrainer(PublishingTrainer):
         if len(rows) % group == 0:  # else groups straddle processes, and are whole only if all rows are taken
             rows = rows[: PROBED_GROUPS * group]
         whole = self.args.window(*self.args.sde_window_limits)
-        *_, rewards = self._sample_in_sweeps(rows, self._generators(PROBE, 0, len(rows)), whole, EXACT)
-        table = self._reward_table(rows, rewards, whole, EXACT)
+        *_, table = self._sample_in_sweeps(rows, self._generators(PROBE, 0, len(rows)), whole, EXACT)
         variances = step_reward_variances(table.rewards, group)
         start, stop = shortest_window(variances, self.args.sde_window_share)
         return self.args.window(whole.start + start, whole.start + stop)
@@ -370,10 +396,16 @@ class TPGRPOTrainer(PublishingTrainer):
     ) -> None:
         """Log how faithful the completions of the first prompts are to exact ones of the same trajectories."""
         rows = rows[: self.args.num_generations]
-        sampled = self.sample_and_score(rows, self._generators(NOISE, generation, len(rows)), window, EXACT)
+        generators = self._generators(NOISE, generation, len(rows))
+        sampled = self._scored(self._sample(rows, generators, window, EXACT, self.reward_funcs))
+        self._stop_together(sampled.error)
         first = self.accelerator.process_index * len(table.rewards) // self.accelerator.num_processes
-        exact = (sampled.rewards * self.reward_weights[:, None]).nansum(1)
-        fidelity = compare(exact, table.rewards[first : first + len(rows)], table.every, table.rule)
+        cheap, exact = (
+            table.rewards[first : first + len(rows)],
+            (sampled.rewards * self.reward_weights[:, None]).nansum(1),
+        )
+        both = ~(sampled.failed | cheap.isnan().any(1))
+        fidelity = compare(exact[both], cheap[both], table.every, table.rule)
         for name, value in fidelity.overall().items():
             self._metrics["train"].record(f"completion_check/{name}", value)
 
@@ -399,7 +431,21 @@ class TPGRPOTrainer(PublishingTrainer):
             RewardError: If a reward function fails.
             FloatingPointError: If a prediction is not finite.
         """
-        metrics, functions = self._metrics[self._mode], reward_funcs or self.reward_funcs
+        sampled = self._scored(self._sample(rows, generators, window, completion, reward_funcs or self.reward_funcs))
+        if sampled.error is not None:
+            raise self._with_evidence(sampled.error)
+        return sampled
+
+    def _sample(
+        self,
+        rows: list[dict[str, Any]],
+        generators: list[torch.Generator],
+        window: Window | None,
+        completion: CompletionRule | None,
+        reward_funcs: list[RewardFunc],
+    ) -> Unscored:
+        """Sample and decode, and begin to score; see `sample_and_score`."""
+        metrics = self._metrics[self._mode]
         with self._phase("encode", len({row["prompt"] for row in rows})) as advance:
             conditioning, prompts = self._encode(rows, advance)
         with self._phase("rollout", self.images.num_steps(window)) as advance:
@@ -407,13 +453,47 @@ class TPGRPOTrainer(PublishingTrainer):
                 self._policy_model, conditioning, prompts, generators, window, completion, advance
             )
         with self._phase("decode", len(rollout.final_latents)) as advance:
-            images = self.images.decode(rollout.final_latents, advance)
-        with self._phase("score", len(functions)) as advance:
-            scores = self._calculate_rewards([rows[row] for row in rollout.rows.tolist()], images, functions, advance)
+            pixels = self.images.decode(rollout.final_latents, advance, keep_on_device=self._scores_tensors)
+            images = to_images(pixels)
         counts = {"evaluations": rollout.num_evaluations, "calls": rollout.num_calls}
         for name, value in {**counts, "decoded_images": len(images), "scored_images": len(images)}.items():
             metrics.record(f"num_{name}", value, "sum")
-        return Sampled(rollout, images, scores[:, rollout.image_of].transpose(0, 1))
+        with self._phase("score", len(reward_funcs)) as advance:
+            batch = self._image_batch([rows[row] for row in rollout.rows.tolist()], images, pixels)
+            extra = {"trainer_state": self.state, "log_metric": metrics.record}
+            with on_device(self._offloaded_rewards, self.args.device, self.args.offload_between_phases):
+                scoring = self.scorer.start(reward_funcs, batch, extra, advance)
+        return Unscored(rollout, images, scoring)
+
+    def _image_batch(self, rows: list[dict[str, Any]], images: list[Image.Image], pixels: Tensor) -> ImageBatch:
+        """M images, each of the row at its place."""
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        prompts = [row["prompt"] for row in rows]
+        return ImageBatch(images, pixels if self._scores_tensors else None, prompts, columns)
+
+    def _scored(self, unscored: Unscored) -> Sampled:
+        """Wait for what is being scored beside the model."""
+        with self._phase("score", 1):
+            sampled = unscored.scored()
+        if self.args.reward_failures == "skip":
+            self._metrics[self._mode].record("num_failed_images", sampled.num_failed_images, "sum")
+        for error in sampled.skipped:
+            logger.warning("%s Its trajectory is left out.", error)
+        return sampled
+
+    def _stop_together(self, error: RewardError | None) -> None:
+        """Stop all processes if a reward function has failed on one, which the others would wait for."""
+        failures = gather_object([None if error is None else (error.name, error.outcome)])
+        if error is not None:
+            raise self._with_evidence(error)
+        for process, failure in enumerate(failures):
+            if failure is not None:
+                raise RewardError(failure[0], f"{failure[1]} on process {process}")
+
+    def _with_evidence(self, error: RewardError) -> RewardError:
+        """The error, with its image saved."""
+        save_evidence(error, Path(self.args.output_dir) / "reward_failures", self.state.global_step)
+        return error
 
     @contextmanager
     def _phase(self, name: str, total: int) -> Iterator[Callable[..., None]]:
@@ -434,24 +514,6 @@ class TPGRPOTrainer(PublishingTrainer):
         distinct = list(dict.fromkeys(row["prompt"] for row in rows))
         prompts = torch.tensor([distinct.index(row["prompt"]) for row in rows])
         return self.images.embeddings(distinct, on_prompt), prompts
-
-    def _calculate_rewards(
-        self,
-        rows: list[dict[str, Any]],
-        images: list[Image.Image],
-        reward_funcs: list[RewardFunc],
-        on_function: Callable[[], object],
-    ) -> Tensor:
-        """Rewards of M images, each of the row at its place: float32, (F, M), on the CPU, NaN where one does not apply."""
-        prompts = [row["prompt"] for row in rows]
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        extra = {"trainer_state": self.state, "log_metric": self._metrics[self._mode].record}
-        with on_device(self._reward_models, self.args.device, self.args.offload_between_phases):
-            scores = []
-            for function in reward_funcs:
-                scores.append(score(function, images, prompts, columns, **extra))
-                on_function()
-            return torch.stack(scores)
 
     def _draw_window(self, generation: int) -> Window:
         """The rollout's SDE window, the same on all processes."""
@@ -674,21 +736,26 @@ class TPGRPOTrainer(PublishingTrainer):
         self._num_evaluated += self.accelerator.num_processes * len(inputs)
         generators = self._generators(EVALUATION, 0, len(inputs), first)
         functions = [*self.reward_funcs, *self.eval_reward_funcs]
-        sampled = self.sample_and_score(inputs, generators, reward_funcs=functions)
+        sampled = self._scored(self._sample(inputs, generators, None, None, functions))
+        self._stop_together(sampled.error)
         rewards, trained = sampled.rewards, len(self.reward_funcs)
         prompts = [row["prompt"] for row in inputs]
-        check_applicability(rewards[:, :trained], self.reward_func_names, prompts, num_generations=1)
-        weighted = (rewards[:, :trained, -1] * self.reward_weights).nansum(1)
+        check_applicability(rewards[:, :trained], self.reward_func_names, prompts, 1, sampled.failed)
+        weighted = self._weighted(rewards[:, :trained, -1])
         self.samples.keep_evaluated(prompts, sampled.images, weighted)
         final = self.accelerator.gather_for_metrics(rewards[:, :, -1].to(self.args.device)).cpu()  # (N, F)
         metrics = self._metrics["eval"]
         for name, values in zip(self.eval_reward_func_names, final.unbind(1), strict=True):
             metrics.record(f"rewards/{name}/mean", values)
             metrics.record(f"rewards/{name}/std", values, "std")
-        reward = (final[:, :trained] * self.reward_weights).nansum(1)
+        reward = self._weighted(final[:, :trained])
         metrics.record("reward", reward)
         metrics.record("reward_std", reward, "std")
         return None, None, None
+
+    def _weighted(self, rewards: Tensor) -> Tensor:
+        """The sum (N,) of rewards (N, F) that apply; NaN where none is left."""
+        return (rewards * self.reward_weights).nansum(1).where(~rewards.isnan().all(1), torch.nan)
 
     # -------------------------------------------------------------------------------------------------- the metrics
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .credit import RewardTable
 from .policies import Conditioning, Schedule
+from .rewards import RewardError
+from .rewards.scorer import Scoring
 from .rollout import Rollout, Window
 
 
@@ -22,12 +24,56 @@ class Sampled:
         rollout: The trajectories.
         images: M, one for each of `rollout.final_latents`.
         rewards: float32, (B, F, C + 1), on the CPU, of the images that `rollout.image_of` names; NaN where a function does
-            not apply.
+            not apply, and throughout where one has failed.
+        failed: bool, (B,), on the CPU: trajectories that a function has failed on.
+        extra: Columns that functions have logged beside their rewards, M values each.
+        error: The failure that has to stop the run.
+        num_failed_images: Of the M, those that a function has failed on.
+        skipped: The failures that do not stop the run.
     """
 
     rollout: Rollout
     images: list[Image.Image]
     rewards: Tensor
+    failed: Tensor
+    extra: dict[str, list] = field(default_factory=dict)
+    error: RewardError | None = None
+    num_failed_images: int = 0
+    skipped: list[RewardError] = field(default_factory=list)
+
+    def without_images(self) -> "Sampled":
+        """What training goes on with, which is small."""
+        rollout = replace(self.rollout, final_latents=self.rollout.final_latents[:0])
+        return replace(self, rollout=rollout, images=[], extra={})
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """Trajectories whose images are being scored.
+
+    Attributes:
+        rollout: The trajectories.
+        images: M, one for each of `rollout.final_latents`.
+        scoring: Of the images.
+    """
+
+    rollout: Rollout
+    images: list[Image.Image]
+    scoring: Scoring
+
+    def scored(self) -> Sampled:
+        """Wait for the rewards; a failure that has to stop the run is in the result, so that no process stops alone."""
+        try:
+            scores = self.scoring.result()
+        except RewardError as error:
+            shape = (len(self.rollout.image_of), len(self.scoring.reward_funcs), self.rollout.image_of.shape[1])
+            nothing = torch.full(shape, torch.nan)
+            return Sampled(self.rollout, self.images, nothing, torch.ones(len(nothing), dtype=torch.bool), error=error)
+        rewards = scores.rewards[:, self.rollout.image_of].transpose(0, 1)
+        failed = scores.failed[self.rollout.image_of].any(1)
+        left = torch.where(failed[:, None, None], torch.nan, rewards)
+        number = int(scores.failed.sum())
+        return Sampled(self.rollout, self.images, left, failed, scores.extra, None, number, scores.errors)
 
 
 @dataclass(frozen=True)

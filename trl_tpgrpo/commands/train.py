@@ -36,7 +36,7 @@ GROUPS = {
     "height": "TP-GRPO: sampling",
     "sde_type": "TP-GRPO: SDE",
     "completion": "TP-GRPO: completions",
-    "reward_weights": "TP-GRPO: reward and credit",
+    "reward_failures": "TP-GRPO: reward and credit",
     "beta": "TP-GRPO: training",
     "quantization": "TP-GRPO: memory and speed",
     "log_completions": "TP-GRPO: logging",

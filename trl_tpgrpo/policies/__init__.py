@@ -6,23 +6,24 @@ from typing import Any
 import torch
 from diffusers import BitsAndBytesConfig, DiffusionPipeline, PipelineQuantizationConfig, TorchAoConfig
 
-from .base import LORA_FILE, TRANSFORMER_FOLDER, Conditioning, FlowPolicy, Guidance, Schedule
+from .base import LORA_FILE, TRANSFORMER_FOLDER, Conditioning, FlowPolicy, Guidance, Schedule, to_images
 from .flux import FluxPolicy
 from .sd3 import SD3Policy
 
 
 __all__ = [
-    "LORA_FILE",
-    "POLICIES",
-    "TRANSFORMER_FOLDER",
     "Conditioning",
     "FlowPolicy",
     "FluxPolicy",
     "Guidance",
+    "LORA_FILE",
+    "POLICIES",
     "SD3Policy",
     "Schedule",
+    "TRANSFORMER_FOLDER",
     "build_policy",
     "load_pipeline",
+    "to_images",
 ]
 
 POLICIES = (SD3Policy, FluxPolicy)

@@ -241,24 +241,31 @@ class FlowPolicy(ABC):
 
     @torch.no_grad()
     def decode(
-        self, latents: Tensor, batch_size: int | None = None, on_batch: Callable[[int], object] | None = None
-    ) -> list[Image.Image]:
-        """Turn final latents (N, ...) into N images.
+        self,
+        latents: Tensor,
+        batch_size: int | None = None,
+        on_batch: Callable[[int], object] | None = None,
+        keep_on_device: bool = False,
+    ) -> Tensor:
+        """Turn final latents (N, ...) into the pixels of N images: uint8, (N, 3, H, W), those of the pipeline's own images.
 
         Args:
             latents: As a rollout leaves them.
             batch_size: How many at a time; `None`: all at once.
             on_batch: Called after each batch with the number of its images, for a progress bar.
+            keep_on_device: Whether the pixels stay where the VAE is; otherwise they are on the CPU.
         """
         vae = self.pipeline.vae
-        images: list[Image.Image] = []
+        pixels: list[Tensor] = []
         for batch in latents.split(batch_size or max(len(latents), 1)):
             scaled = self.unpack(batch.to(self.dtype)) / vae.config.scaling_factor + vae.config.shift_factor
-            pixels = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
-            images += self.pipeline.image_processor.postprocess(pixels, output_type="pil")
+            decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+            shades = self.pipeline.image_processor.postprocess(decoded, output_type="pt").float()
+            rounded = (255 * shades).round().to(torch.uint8)
+            pixels.append(rounded if keep_on_device else rounded.cpu())
             if on_batch is not None:
                 on_batch(len(batch))
-        return images
+        return torch.cat(pixels)
 
     def save_weights(self, model: ModelMixin | PeftModel, output_dir: str | Path) -> None:
         """Write what was trained in diffusers' format.
@@ -310,3 +317,8 @@ class FlowPolicy(ABC):
                 f"The adapter in {input_dir} has lora_alpha={saved_alpha}, the one that is trained {alpha}."
             )
         set_peft_model_state_dict(model, state)
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """N images of uint8 pixels (N, 3, H, W)."""
+    return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]

@@ -5,11 +5,13 @@ calls are under way while the next images are sampled and decoded. The others ar
 """
 
 import asyncio
+import json
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,8 +78,7 @@ class Scorer:
     """Calls reward functions.
 
     Args:
-        failures: `"stop"`: a function that fails is an error. `"skip"`: the images that it fails on are marked, and a batch of
-            which it fails on every image is an error.
+        failures: `"stop"`: a function that fails is an error. `"skip"`: the images that it fails on are marked.
     """
 
     def __init__(self, failures: str = "stop"):
@@ -85,18 +86,26 @@ class Scorer:
         self._workers: dict[int, _Worker] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def start(self, reward_funcs: list[RewardFunc], batch: ImageBatch, extra: dict[str, Any]) -> "Scoring":
+    def start(
+        self,
+        reward_funcs: list[RewardFunc],
+        batch: ImageBatch,
+        extra: dict[str, Any],
+        on_function: Callable[[], object] = lambda: None,
+    ) -> "Scoring":
         """Begin to score a batch with each function; those that do not run beside the model are done when this returns.
 
         Args:
             reward_funcs: F functions.
             batch: N images.
             extra: Passed on to each, such as `trainer_state`.
+            on_function: Called after each has begun, for a progress bar.
         """
         scoring = Scoring(self, reward_funcs, batch, extra)
-        beside = [_runs_beside(function) for function in reward_funcs]
+        beside = [runs_beside(function) for function in reward_funcs]
         for number in sorted(range(len(reward_funcs)), key=lambda number: not beside[number]):
             scoring.begin(number)
+            on_function()
         return scoring
 
     def submit(self, reward_func: RewardFunc, arguments: dict[str, Any]) -> Future:
@@ -134,21 +143,38 @@ class Scoring:
 
     def __init__(self, scorer: Scorer, reward_funcs: list[RewardFunc], batch: ImageBatch, extra: dict[str, Any]):
         self.scorer, self.reward_funcs, self.batch, self.extra = scorer, reward_funcs, batch, extra
-        self._calls: list[list[tuple[slice, Future]]] = [[] for _ in reward_funcs]
-        self._hung: set[Future] = set()
+        self._under_way: list[tuple[int, slice, Future]] = []
+        self._rewards = torch.full((len(reward_funcs), len(batch)), torch.nan)
+        self._failed = torch.zeros(len(batch), dtype=torch.bool)
+        self._errors: list[RewardError] = []
         self._logged: dict[str, list] = {}
 
     def begin(self, number: int) -> None:
         """Start the calls of one function, and end them too unless they run beside the model."""
-        function, options = self.reward_funcs[number], declared(self.reward_funcs[number])
-        size = options.batch_size or max(len(self.batch), 1)
+        size = declared(self.reward_funcs[number]).batch_size or max(len(self.batch), 1)
         for start in range(0, len(self.batch), size):
             rows = slice(start, min(start + size, len(self.batch)))
-            call = self._call(number, rows)
-            self._calls[number].append((rows, call))
-            if not _runs_beside(function) and not wait([call], options.timeout).done:
-                self._hung.add(call)
-                self.scorer.give_up(function)
+            if runs_beside(self.reward_funcs[number]):
+                self._under_way.append((number, rows, self._call(number, rows)))
+            elif not self._has_stopped:
+                self._collect(number, rows, self._call(number, rows))
+
+    def result(self) -> Scores:
+        """Wait for the functions that are under way.
+
+        Raises:
+            RewardError: If one fails, unless that is skipped: with its name, the row, the prompt and the image.
+        """
+        while self._under_way and not self._has_stopped:
+            self._collect(*self._under_way.pop(0))
+        if self._has_stopped:
+            raise self._errors[0]
+        self._rewards[:, self._failed] = torch.nan
+        return Scores(self._rewards, self._failed, self._errors, self._logged)
+
+    @property
+    def _has_stopped(self) -> bool:
+        return bool(self._errors) and self.scorer.failures == "stop"
 
     def _call(self, number: int, rows: slice) -> Future:
         function = self.reward_funcs[number]
@@ -161,60 +187,39 @@ class Scoring:
 
         return log_extra
 
-    def result(self) -> Scores:
-        """Wait for all functions.
-
-        Raises:
-            RewardError: If one fails: with its name, the row, the prompt and the image. Under `"skip"` only if it fails on all of
-                the batch.
-        """
-        rewards, failed = (
-            torch.full((len(self.reward_funcs), len(self.batch)), torch.nan),
-            torch.zeros(len(self.batch)).bool(),
-        )
-        errors: list[RewardError] = []
-        for number in range(len(self.reward_funcs)):
-            for rows, call in self._calls[number]:
-                error = self._collect(number, rows, call, rewards, failed)
-                errors += [error] if error else []
-                if error and self.scorer.failures == "stop":
-                    raise error
-        if errors and bool(failed.all()):
-            raise errors[0]
-        rewards[:, failed] = torch.nan
-        return Scores(rewards, failed, errors, self._logged)
-
-    def _collect(self, number: int, rows: slice, call: Future, rewards: Tensor, failed: Tensor) -> RewardError | None:
-        """Write what one call gave into `rewards`, or mark what it failed on in `failed` and return the error."""
+    def _collect(self, number: int, rows: slice, call: Future) -> None:
+        """Take what one call has given, or note what it has failed on."""
         try:
-            rewards[number, rows] = self._rewards(number, rows, call)
-            return None
+            self._rewards[number, rows] = self._rewards_of(number, rows, call)
         except RewardError as error:
-            first = error
-        raised = first.row is None and first.__cause__ is not None and not first.hung
-        if first.row is None and not raised:  # it hung, or the number or kind of its answers is wrong: no row's doing
-            failed[rows] = True
-            return first
-        if first.row is not None and self.scorer.failures == "stop":
-            return first
-        return self._one_by_one(number, rows, rewards, failed) or _on_none_alone(first, rows)
+            self._errors.append(self._explained(error, number, rows))
 
-    def _one_by_one(self, number: int, rows: slice, rewards: Tensor, failed: Tensor) -> RewardError | None:
+    def _explained(self, error: RewardError, number: int, rows: slice) -> RewardError:
+        """The error of a call, with the row that it is due to, and what can be saved of the call."""
+        raised = error.row is None and error.__cause__ is not None and not error.hung
+        if error.row is None and not raised:  # it hung, or the number or kind of its answers is wrong: no row's doing
+            self._failed[rows] = True
+            return error
+        if error.row is not None and self.scorer.failures == "stop":
+            return error
+        return self._one_by_one(number, rows) or _on_none_alone(error, rows)
+
+    def _one_by_one(self, number: int, rows: slice) -> RewardError | None:
         """Ask again for each image of a call that has failed, to tell which it was; the first error."""
         first: RewardError | None = None
         for row in range(rows.start, rows.stop):
             alone = slice(row, row + 1)
             try:
-                rewards[number, row] = self._rewards(number, alone, self._call(number, alone))
+                self._rewards[number, row] = self._rewards_of(number, alone, self._call(number, alone))
             except RewardError as error:
                 first = first or error.at(row, self.batch.prompts[row], self.batch.images[row])
-                failed[row : rows.stop if error.hung else row + 1] = True
+                self._failed[row : rows.stop if error.hung else row + 1] = True
                 if error.hung or self.scorer.failures == "stop":
                     break
         return first
 
-    def _rewards(self, number: int, rows: slice, call: Future) -> Tensor:
-        """The rewards of one call, (N,)."""
+    def _rewards_of(self, number: int, rows: slice, call: Future) -> Tensor:
+        """Those of one call, (N,)."""
         function, part = self.reward_funcs[number], self.batch[rows]
         try:
             return checked(function, self._wait(function, call), part.prompts, part.images)
@@ -227,7 +232,7 @@ class Scoring:
     def _wait(self, function: RewardFunc, call: Future) -> Any:
         timeout, name = declared(function).timeout, reward_name(function)
         try:
-            return call.result(0 if call in self._hung else timeout)
+            return call.result(timeout)
         except TimeoutError as error:
             if call.done():  # it is the function's own
                 raise RewardError(name, f"raised TimeoutError: {error}") from error
@@ -278,8 +283,26 @@ async def _awaited(reward_func: RewardFunc, arguments: dict[str, Any]) -> Any:
     return await reward_func(**arguments)
 
 
-def _runs_beside(reward_func: RewardFunc) -> bool:
+def runs_beside(reward_func: RewardFunc) -> bool:
+    """Whether its calls may be under way while the next images are sampled."""
     return is_async(reward_func) or declared(reward_func).runs_in == "thread"
+
+
+def save_evidence(error: RewardError, folder: Path, step: int) -> None:
+    """Write the image that a function has failed on, if it is known which, and what is known of the failure.
+
+    Args:
+        error: Is told where the image is.
+        folder: To write into.
+        step: The update that the run is at.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"step_{step:06d}_{error.name.replace('/', '_')}"
+    told = {"reward_func": error.name, "what": error.what, "row": error.row, "prompt": error.prompt, "update": step}
+    (folder / f"{name}.json").write_text(json.dumps(told, indent=1))
+    if error.image is not None:
+        error.saved_to = folder / f"{name}.png"
+        error.image.save(error.saved_to)
 
 
 def _on_none_alone(error: RewardError, rows: slice) -> RewardError:

@@ -5,6 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ class RewardError(RuntimeError):
     ):
         super().__init__(name, what)
         self.name, self.what, self.row, self.prompt, self.image, self.hung = name, what, row, prompt, image, hung
-        self.saved_to: object = None
+        self.saved_to: Path | None = None
 
     def at(self, row: int, prompt: str, image: Image.Image) -> "RewardError":
         """The same, known to be of this row."""
@@ -55,10 +56,14 @@ class RewardError(RuntimeError):
         error.__cause__ = self.__cause__
         return error
 
+    @property
+    def outcome(self) -> str:
+        """What the function did, and on what."""
+        return self.what if self.row is None else f"{self.what} for {describe(self.row, str(self.prompt))}"
+
     def __str__(self) -> str:
-        where = "" if self.row is None else f" for {describe(self.row, str(self.prompt))}"
         saved = "" if self.saved_to is None else f" The image is in {self.saved_to}."
-        return f"The reward function {self.name!r} {self.what}{where}.{saved}"
+        return f"The reward function {self.name!r} {self.outcome}.{saved}"
 
 
 @dataclass(frozen=True)
