@@ -12,6 +12,7 @@ from .checks import checked_peft_config
 from .compat import adapt_for_trainer
 from .config import TPGRPOConfig
 from .policies import FlowPolicy, Guidance, build_policy, load_pipeline
+from .sharding import without_zero3
 
 
 LLM_INT8 = (
@@ -39,9 +40,9 @@ def load_policy(model: str | Path | DiffusionPipeline, args: TPGRPOConfig, use_l
         dtype = half if use_lora else torch.float32  # weights that are trained need the precision
         if args.quantization is not None and dtype == torch.float32:
             dtype = torch.bfloat16  # what is not quantised; the quantisers know no other
-        pipeline = load_pipeline(
-            model, **{"dtype": dtype, "quantization": args.quantization, **(args.model_init_kwargs or {})}
-        )
+        kwargs = {"dtype": dtype, "quantization": args.quantization, **(args.model_init_kwargs or {})}
+        with without_zero3():
+            pipeline = load_pipeline(model, **kwargs)
     else:
         raise TypeError(f"model must be a Hub id, a folder or a diffusers pipeline, got {type(model).__name__}.")
     names = ("height", "width", "guidance_scale", "true_cfg_scale", "negative_prompt", "max_sequence_length")

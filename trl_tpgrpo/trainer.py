@@ -42,6 +42,7 @@ from .rewards.scoring import RewardFunc, check_applicability, reward_names, scor
 from .rollout import EXACT, Window
 from .sampler import EpochSampler, SetEpoch
 from .sde import Transition, kl_divergence, log_prob, transition
+from .sharding import check_before_loading, check_sharding, compute_as_unsharded, is_sharded, shard_reference
 from .trajectories import Sampled, Trajectories, Transitions
 
 
@@ -127,6 +128,7 @@ class TPGRPOTrainer(_BaseTrainer):
                 f"reward_weights has {len(args.reward_weights)} entries for {len(self.reward_funcs)} reward functions."
             )
         check_datasets(train_dataset, eval_dataset, self.reward_funcs, self.eval_reward_funcs, args)
+        check_before_loading()
         set_seed(args.seed)  # before the adapter's random weights
         self.policy = load_policy(model, args, use_lora=peft_config is not None)
         transformer, self.reference = prepare_transformer(self.policy, peft_config, args)
@@ -154,6 +156,7 @@ class TPGRPOTrainer(_BaseTrainer):
             raise ValueError(f"{args.n_gpu} GPUs in one process: launch one process per GPU with `accelerate launch`.")
         check_optimizer(self.optimizer)
         check_sharded_optimizer(OptimizerNames(args.optim).value, self.is_fsdp_enabled)
+        self._share_out_weights(args, is_adapter=peft_config is not None)
         self.images = ImageGenerator(self.policy, args, embeddings, self.accelerator)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_funcs))
         self.averaged = AveragedWeights(self.model, args.ema_decay, args.ema_update_every)
@@ -172,12 +175,28 @@ class TPGRPOTrainer(_BaseTrainer):
             transformer.to("cpu")
             embeddings.precompute(all_prompts(*datasets), show_progress=not args.disable_tqdm)
             transformer.to(loaded_onto)
-        if self.reference is not None and not args.offload_reference:
-            self.reference.to(args.device)
         for model in [] if args.offload_between_phases else self._reward_models:
             model.to(args.device)
         if args.offload_between_phases:
             self.policy.pipeline.vae.to("cpu")
+
+    def _share_out_weights(self, args: TPGRPOConfig, is_adapter: bool) -> None:
+        """Refuse what cannot be sharded; prepare what FSDP and DeepSpeed will be given, and place the reference."""
+        names = ("offload_reference", "compile_backend", "ema_decay")
+        options = {name: bool(getattr(args, name)) for name in names}
+        check_sharding(self.accelerator, self.policy.pipeline.transformer, is_adapter, **options)
+        if self.is_fsdp_enabled:
+            compute_as_unsharded(self.accelerator, self.model)
+        if self.is_deepspeed_enabled:
+            self.policy.dtype = self.accelerator.state.deepspeed_plugin.hf_ds_config.dtype()  # it casts the transformer so
+        if self.reference is None:
+            return
+        if self.is_fsdp_enabled:
+            self.reference = shard_reference(self.accelerator, self.reference)
+        elif self.is_deepspeed_enabled:
+            self.reference.to(self.policy.dtype)
+        if not self.is_fsdp_enabled and not args.offload_reference:
+            self.reference.to(args.device)
 
     def _send_telemetry(self) -> None:
         """TRL's reads `model.config.model_type`, which diffusers models do not have, and would report nothing of use."""
@@ -573,8 +592,20 @@ class TPGRPOTrainer(_BaseTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
             check_datasets(None, eval_dataset, self.reward_funcs, self.eval_reward_funcs, self.args)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
+        self._prepare_to_evaluate()
         with self.averaged.in_use():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _prepare_to_evaluate(self) -> None:
+        """Before any training, shard the weights; transformers would prepare for inference, which neither can train after."""
+        if self.is_fsdp_enabled and not is_sharded(self.model):
+            self.create_optimizer()  # FSDP2 takes both or none
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            raise ValueError(
+                "evaluate() before train() is not possible under DeepSpeed: set eval_on_start=True, or evaluate without it."
+            )
 
     @torch.no_grad()
     def prediction_step(
@@ -618,13 +649,16 @@ class TPGRPOTrainer(_BaseTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained weights, their average if there is one, in diffusers' format: the adapter, or `transformer`."""
         output_dir = output_dir or self.args.output_dir
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with self.averaged.in_use():
+            self._save_weights(output_dir)
         if self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            with self.averaged.in_use():
-                self.policy.save_weights(self.accelerator.unwrap_model(self.model), output_dir)
             torch.save(self.args, Path(output_dir) / "training_args.bin")
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_weights(self, folder: str | Path) -> None:
+        self.policy.save_weights(self.accelerator.unwrap_model(self.model), folder, self.args.should_save)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         run = Path(self._get_output_dir(trial=trial))
@@ -654,8 +688,8 @@ class TPGRPOTrainer(_BaseTrainer):
             "batch_sizes": self.images.batch_sizes,
         }
         torch.save(progress, self._rollout_file(folder))
-        if self.averaged.num_moves and self.args.should_save:
-            self.policy.save_weights(self.accelerator.unwrap_model(self.model), folder / LAST)
+        if self.averaged.num_moves:
+            self._save_weights(folder / LAST)
 
     @property
     def _layout(self) -> dict[str, int]:
@@ -684,6 +718,8 @@ class TPGRPOTrainer(_BaseTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        if self.is_deepspeed_enabled:  # its engine has loaded the weights, but knows nothing of their average
+            self._load_from_checkpoint(checkpoint)
         for part in ("optimizer", "scheduler"):
             if not any(Path(checkpoint).glob(f"*{part}*")) and not self.is_deepspeed_enabled:
                 raise FileNotFoundError(
