@@ -39,6 +39,8 @@ SETTINGS = {
     "steps_per_generation": 2,
     "gradient_accumulation_steps": 1,
     "max_steps": 4,
+    "activation_checkpointing": True,
+    "per_device_rollout_batch_size": 64,
     "sde_window_range": [0, 3],
     "sde_window_size": 2,
     "beta": 0.1,
@@ -124,9 +126,9 @@ def flux(out: Path) -> dict[str, object]:
 
 
 def half(out: Path) -> dict[str, object]:
-    """In bfloat16, whose rounding must not reach the timesteps."""
+    """In bfloat16, whose rounding must not reach the timesteps; all weights, with a reference."""
     seen: set[float] = set()
-    trainer = make(out / "half-run", lambda: tiny_sd3(dtype=torch.bfloat16), **SETTINGS | {"bf16": True, "max_steps": 1})
+    trainer = make(out / "half-run", **FULL | {"bf16": True, "max_steps": 1})
 
     def look(_: torch.nn.Module, __: tuple, inputs: dict[str, torch.Tensor]) -> None:
         seen.update(inputs["timestep"].tolist())
@@ -137,7 +139,27 @@ def half(out: Path) -> dict[str, object]:
     return {"timesteps": sorted(seen), "dtypes": dtypes, "history": trainer.state.log_history}
 
 
-RUNS = (lora, full, flux, half)
+def refused(out: Path) -> dict[str, str]:
+    """What the trainer says of settings that do not go together with sharding; nothing if it takes them."""
+    settings = {
+        "compile_backend": LORA | {"compile_backend": "eager"},
+        "rollout_batch_size": LORA | {"per_device_rollout_batch_size": "auto"},
+        "offload_reference": FULL | {"offload_reference": True},
+        "ema_decay": FULL | {"ema_decay": 0.9},
+        "split_batches": LORA | {"accelerator_config": {"split_batches": True}},
+        "even_batches": LORA | {"accelerator_config": {"even_batches": False}},
+    }
+    said = {}
+    for name, wrong in settings.items():
+        try:
+            make(out / "refused-run", **wrong)
+            said[name] = ""
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
+RUNS = (lora, full, flux, half, refused)
 
 if __name__ == "__main__":
     if WORLD > 1:

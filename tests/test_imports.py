@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "completion": {"sde"},
     "rollout": {"completion", "sde"},
     "fidelity": {"credit"},
-    "sharding": set(),
+    "sharding": {"config"},
     "policies": {"sharding"},
     "rewards": set(),
     "testbed": set(),

@@ -14,7 +14,10 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from safetensors.torch import load_file
+from test_trainer import build
 from tiny import tiny_flux, tiny_sd3
+
+from trl_tpgrpo.commands.train import make_parser, split_options
 
 
 TESTS = Path(__file__).parent
@@ -107,9 +110,37 @@ def test_weights_are_shared_out(two: tuple[str, Path], one: Path) -> None:
 def test_half_precision_does_not_reach_the_timesteps(one: Path, two: tuple[str, Path]) -> None:
     """bfloat16 has every fourth number between 512 and 1000 only; FSDP2's own policy would round to those."""
     assert load(two[1], "half")["timesteps"] == load(one, "half")["timesteps"]
-    torch.testing.assert_close(
-        series(load(two[1], "half"), "grad_norm"), series(load(one, "half"), "grad_norm"), rtol=1e-2, atol=0
-    )
+    assert series(load(two[1], "half"), "kl").tolist() == [0]  # the reference computes as what is trained
+    norms = [series(load(folder, "half"), "grad_norm") for folder in (one, two[1])]
+    torch.testing.assert_close(norms[1], norms[0], rtol=2e-2, atol=0)
+
+
+def test_what_cannot_work_is_refused(two: tuple[str, Path]) -> None:
+    said = load(two[1], "refused")
+    names = {
+        "multi_gpu": set(),
+        "fsdp2": {"compile_backend", "rollout_batch_size", "offload_reference"},
+        "zero2": {"compile_backend"},
+        "zero3": {"compile_backend", "rollout_batch_size", "ema_decay"},
+    }[two[0]] | {"split_batches", "even_batches"}
+    assert {name for name, reason in said.items() if reason} == names
+    assert all(name in said[name] for name in names)
+
+
+def test_loading_on_the_first_process_only_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TRL's own fsdp2.yaml asks for."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading must be false"):
+        build(tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_command_line_takes_the_configs(path: Path) -> None:
+    arguments = ["--model_name_or_path", "testbed", "--accelerate_config", str(path), "--num_processes", "4"]
+    options, own = split_options(make_parser(), arguments)
+    assert options == ["--config_file", str(path), "--num_processes", "4"]
+    assert own == ["--model_name_or_path", "testbed"]
 
 
 def test_each_block_is_shared_out_by_itself() -> None:

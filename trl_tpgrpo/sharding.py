@@ -4,6 +4,7 @@ What is here is called by all processes at once, and does nothing special where 
 out optimizer states and gradients only.
 """
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +12,15 @@ from contextlib import contextmanager
 import torch
 import transformers.integrations.deepspeed as deepspeed_integration
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from peft import PeftModel
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import Trainer
+
+from .config import TPGRPOConfig
 
 
 @contextmanager
@@ -86,38 +92,69 @@ def check_before_loading() -> None:
         )
 
 
-def check_sharding(accelerator: Accelerator, transformer: torch.nn.Module, is_adapter: bool, **options: bool) -> None:
+def check_data_loading(accelerator: Accelerator) -> None:
+    """Refuse ways of giving processes their rows under which groups or collective calls would not fit together.
+
+    Raises:
+        ValueError: If one is set.
+    """
+    wrong = {
+        "split_batches": (accelerator.split_batches, "batches are those of a process"),
+        "dispatch_batches": (
+            accelerator.dispatch_batches,
+            "rows hold strings, which processes cannot send each other",
+        ),
+        "even_batches=False": (not accelerator.even_batches, "processes would predict unequally often in evaluations"),
+    }
+    for name, (is_set, reason) in wrong.items():
+        if is_set:
+            raise ValueError(f"accelerator_config: {name} is not supported, {reason}. Leave it out.")
+
+
+def check_sharding(
+    accelerator: Accelerator, model: torch.nn.Module, reference: torch.nn.Module | None, args: TPGRPOConfig
+) -> None:
     """Refuse what cannot be sharded, or need not be.
 
     Args:
         accelerator: Of the run.
-        transformer: That of the pipeline.
-        is_adapter: Whether an adapter is trained, and not all weights.
-        options: Of the config, those that are set to something: `offload_reference`, `compile_backend`, `ema_decay`.
+        model: What is trained: a `PeftModel`, or a transformer with all its weights.
+        reference: The frozen copy, if there is one.
+        args: The settings.
 
     Raises:
-        ValueError: With the option and what to do.
+        ValueError: With the setting and what to do.
     """
-    fsdp, stage = getattr(accelerator.state, "fsdp_plugin", None), zero_stage(accelerator)
+    fsdp, stage = fsdp_plugin(accelerator), zero_stage(accelerator)
     if fsdp is None and stage == 0:
         return
     kind = f"DeepSpeed ZeRO-{stage}" if stage else "FSDP"
     if fsdp is not None and fsdp.fsdp_version != 2:
         raise ValueError(f"fsdp_version must be 2, got {fsdp.fsdp_version}: see examples/accelerate/fsdp2.yaml.")
-    if getattr(transformer, "hf_quantizer", None) is not None:
+    if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
-            f"A quantised transformer is not sharded by {kind}: it fits whole on each device, and what its adapter adds is small. "
-            "Use examples/accelerate/multi_gpu.yaml."
+            f"quantization: a quantised transformer is not sharded by {kind}; it fits whole on each device, and its adapter is "
+            "small. Use examples/accelerate/multi_gpu.yaml."
         )
-    if fsdp is not None and options["offload_reference"]:
-        raise ValueError("offload_reference: FSDP shards the reference, which cannot be moved then. Leave it out.")
-    if options["compile_backend"]:
+    if args.compile_backend is not None:
         raise ValueError(f"compile_backend has not been made to work under {kind}: leave it out, or use DDP.")
-    if stage == 3 and options["ema_decay"] and not is_adapter:
+    if fsdp is not None and reference is not None and args.offload_reference:
+        raise ValueError("offload_reference: FSDP shards the reference, which cannot be moved then. Leave it out.")
+    if (fsdp is not None or stage == 3) and args.rollout_batch_size is None:
+        raise ValueError(
+            f"per_device_rollout_batch_size='auto' tries batches until memory runs out, and under {kind} the processes wait for "
+            "each other: set a number."
+        )
+    if stage == 3 and args.ema_decay is not None and not isinstance(model, PeftModel):
         raise ValueError(
             "ema_decay: under DeepSpeed ZeRO-3 each process would hold the whole average of all weights. Set ema_decay to None, "
             "pass a peft_config, or use FSDP2, which shards the average too."
         )
+
+
+def fsdp_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | None:
+    """The settings of FSDP, if it is used."""
+    return getattr(accelerator.state, "fsdp_plugin", None)
 
 
 def zero_stage(accelerator: Accelerator) -> int:
@@ -126,14 +163,44 @@ def zero_stage(accelerator: Accelerator) -> int:
     return 0 if plugin is None else plugin.zero_stage
 
 
-def compute_as_unsharded(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """Let FSDP2 leave precision to autocast, as without FSDP.
+def uses_deepspeed() -> bool:
+    """Whether there are arguments with DeepSpeed, which casts what it trains to the precision of the run."""
+    return deepspeed_integration.deepspeed_config() is not None
 
-    Its own policy would cast every input to bfloat16, also the timesteps, of which only every fourth or so has a number there.
+
+def prepare_for_sharding(
+    accelerator: Accelerator, model: torch.nn.Module, reference: torch.nn.Module | None, dtype: torch.dtype
+) -> torch.nn.Module | None:
+    """Make `model` ready for FSDP or DeepSpeed to take, and return the reference as it is to be used beside it.
+
+    FSDP2 shards the reference too. DeepSpeed does not: each process has a whole one.
+
+    Args:
+        accelerator: Of the run.
+        model: What is trained.
+        reference: Its frozen copy, or `None`.
+        dtype: In which DeepSpeed computes.
+    """
+    if fsdp_plugin(accelerator) is not None:
+        for module in (model, reference):
+            if module is not None:
+                _compute_as_unsharded(accelerator, module)
+        return reference and fsdp2_prepare_model(accelerator, reference)
+    if reference is not None and zero_stage(accelerator):
+        for parameter in reference.parameters():  # and not the buffers, as DeepSpeed does with what is trained
+            parameter.data = parameter.data.to(dtype)
+    return reference
+
+
+def _compute_as_unsharded(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Let FSDP2 leave precision to autocast, as it is without FSDP.
+
+    Its own policy would cast every input to bfloat16, also the timesteps, of which that has every fourth at most from 512 on.
     """
     accelerator.state.fsdp_plugin.mixed_precision_policy = None
     forward = model.forward
 
+    @functools.wraps(forward)
     def forward_in_autocast(*args: object, **kwargs: object) -> object:
         with accelerator.autocast():
             return forward(*args, **kwargs)
@@ -141,12 +208,17 @@ def compute_as_unsharded(accelerator: Accelerator, model: torch.nn.Module) -> No
     model.forward = forward_in_autocast
 
 
-def shard_reference(accelerator: Accelerator, reference: torch.nn.Module) -> torch.nn.Module:
-    """Shard a frozen model under FSDP2 as the one that is trained."""
-    compute_as_unsharded(accelerator, reference)
-    return fsdp2_prepare_model(accelerator, reference)
+def prepare_to_evaluate(trainer: Trainer) -> None:
+    """Before any training, shard the weights; transformers would prepare them for inference, after which neither could train.
 
-
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether FSDP2 has been applied."""
-    return isinstance(model, FSDPModule)
+    Raises:
+        ValueError: Under DeepSpeed, whose engine is made for one training.
+    """
+    if trainer.is_fsdp_enabled and not isinstance(trainer.model, FSDPModule):
+        trainer.create_optimizer()  # FSDP2 takes both or none
+        trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        trainer.model_wrapped = trainer.model
+    if trainer.is_deepspeed_enabled and trainer.deepspeed is None:
+        raise ValueError(
+            "evaluate() before train() is not possible under DeepSpeed: set eval_on_start=True, or evaluate without DeepSpeed."
+        )

@@ -42,7 +42,13 @@ from .rewards.scoring import RewardFunc, check_applicability, reward_names, scor
 from .rollout import EXACT, Window
 from .sampler import EpochSampler, SetEpoch
 from .sde import Transition, kl_divergence, log_prob, transition
-from .sharding import check_before_loading, check_sharding, compute_as_unsharded, is_sharded, shard_reference
+from .sharding import (
+    check_before_loading,
+    check_data_loading,
+    check_sharding,
+    prepare_for_sharding,
+    prepare_to_evaluate,
+)
 from .trajectories import Sampled, Trajectories, Transitions
 
 
@@ -156,7 +162,11 @@ class TPGRPOTrainer(_BaseTrainer):
             raise ValueError(f"{args.n_gpu} GPUs in one process: launch one process per GPU with `accelerate launch`.")
         check_optimizer(self.optimizer)
         check_sharded_optimizer(OptimizerNames(args.optim).value, self.is_fsdp_enabled)
-        self._share_out_weights(args, is_adapter=peft_config is not None)
+        check_data_loading(self.accelerator)
+        check_sharding(self.accelerator, self.model, self.reference, args)
+        self.reference = prepare_for_sharding(self.accelerator, self.model, self.reference, self.policy.dtype)
+        if self.reference is not None and not args.offload_reference:
+            self.reference.to(args.device)
         self.images = ImageGenerator(self.policy, args, embeddings, self.accelerator)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_funcs))
         self.averaged = AveragedWeights(self.model, args.ema_decay, args.ema_update_every)
@@ -179,24 +189,6 @@ class TPGRPOTrainer(_BaseTrainer):
             model.to(args.device)
         if args.offload_between_phases:
             self.policy.pipeline.vae.to("cpu")
-
-    def _share_out_weights(self, args: TPGRPOConfig, is_adapter: bool) -> None:
-        """Refuse what cannot be sharded; prepare what FSDP and DeepSpeed will be given, and place the reference."""
-        names = ("offload_reference", "compile_backend", "ema_decay")
-        options = {name: bool(getattr(args, name)) for name in names}
-        check_sharding(self.accelerator, self.policy.pipeline.transformer, is_adapter, **options)
-        if self.is_fsdp_enabled:
-            compute_as_unsharded(self.accelerator, self.model)
-        if self.is_deepspeed_enabled:
-            self.policy.dtype = self.accelerator.state.deepspeed_plugin.hf_ds_config.dtype()  # it casts the transformer so
-        if self.reference is None:
-            return
-        if self.is_fsdp_enabled:
-            self.reference = shard_reference(self.accelerator, self.reference)
-        elif self.is_deepspeed_enabled:
-            self.reference.to(self.policy.dtype)
-        if not self.is_fsdp_enabled and not args.offload_reference:
-            self.reference.to(args.device)
 
     def _send_telemetry(self) -> None:
         """TRL's reads `model.config.model_type`, which diffusers models do not have, and would report nothing of use."""
@@ -592,20 +584,9 @@ class TPGRPOTrainer(_BaseTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
             check_datasets(None, eval_dataset, self.reward_funcs, self.eval_reward_funcs, self.args)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
-        self._prepare_to_evaluate()
+        prepare_to_evaluate(self)
         with self.averaged.in_use():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def _prepare_to_evaluate(self) -> None:
-        """Before any training, shard the weights; transformers would prepare for inference, which neither can train after."""
-        if self.is_fsdp_enabled and not is_sharded(self.model):
-            self.create_optimizer()  # FSDP2 takes both or none
-            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-            self.model_wrapped = self.model
-        if self.is_deepspeed_enabled and self.deepspeed is None:
-            raise ValueError(
-                "evaluate() before train() is not possible under DeepSpeed: set eval_on_start=True, or evaluate without it."
-            )
 
     @torch.no_grad()
     def prediction_step(
