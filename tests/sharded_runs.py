@@ -156,6 +156,9 @@ def refused(out: Path) -> dict[str, str]:
             said[name] = ""
         except ValueError as error:
             said[name] = str(error)
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        with pytest.raises(ValueError, match="without_zero3"):
+            build(out / "refused-run", tiny_sd3(), **LORA)
     return said
 
 

@@ -12,7 +12,7 @@ from .checks import checked_peft_config
 from .compat import adapt_for_trainer
 from .config import TPGRPOConfig
 from .policies import FlowPolicy, Guidance, build_policy, load_pipeline
-from .sharding import uses_deepspeed, without_zero3
+from .sharding import check_whole, uses_deepspeed, without_zero3
 
 
 LLM_INT8 = (
@@ -52,6 +52,7 @@ def load_policy(model: str | Path | DiffusionPipeline, args: TPGRPOConfig, use_l
     if getattr(pipeline.transformer, "quantization_method", None) == QuantizationMethod.BITS_AND_BYTES:
         if pipeline.transformer.config.quantization_config.load_in_8bit:
             raise ValueError(LLM_INT8)
+    check_whole(policy.frozen_modules())
     for module in policy.frozen_modules():
         module.requires_grad_(False).eval()
     if args.vae_slicing:

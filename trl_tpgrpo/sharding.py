@@ -92,6 +92,21 @@ def check_before_loading() -> None:
         )
 
 
+def check_whole(modules: list[torch.nn.Module]) -> None:
+    """Refuse models of which transformers has loaded a part only.
+
+    Raises:
+        ValueError: If one has empty weights.
+    """
+    for module in modules:
+        if any(parameter.numel() == 0 for parameter in module.parameters()):
+            raise ValueError(
+                f"model: {type(module).__name__} was loaded while arguments with ZeRO-3 existed, so that this process has no whole "
+                "one. Give the model by name, or load the pipeline before TPGRPOConfig is made, or inside "
+                "trl_tpgrpo.sharding.without_zero3()."
+            )
+
+
 def check_data_loading(accelerator: Accelerator) -> None:
     """Refuse ways of giving processes their rows under which groups or collective calls would not fit together.
 
