@@ -44,7 +44,12 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     """
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+    }
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     for command in ([sys.executable], launch):
         run = subprocess.run(
