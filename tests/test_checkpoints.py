@@ -61,7 +61,12 @@ def run(output_dir: Path, number: int, options: dict, resume: bool = False) -> s
     output_dir.mkdir(exist_ok=True)
     script = output_dir.parent / "script.py"
     script.write_text(SCRIPT)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+    }
     arguments = [str(script), str(output_dir), str(number), json.dumps(options), "resume" if resume else "begin"]
     return subprocess.Popen([*launch, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
 
