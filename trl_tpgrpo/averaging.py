@@ -8,6 +8,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from transformers import TrainerCallback, TrainerState
 
+from .sharding import gathered
+
 
 class AveragedWeights(TrainerCallback):
     """diffusers' `EMAModel` of what is trained, from the first update that it takes in; until then the weights themselves.
@@ -29,11 +31,13 @@ class AveragedWeights(TrainerCallback):
         if self.decay is None or state.global_step % self.every:
             return
         average = self.average or self.start()
-        average.step(self._trained())
+        with gathered(self._trained()):
+            average.step(self._trained())
 
     def start(self) -> EMAModel:
         """Take the weights that the model has now for the average."""
-        self.average = EMAModel(self._trained(), decay=self.decay)
+        with gathered(self._trained()):
+            self.average = EMAModel(self._trained(), decay=self.decay)
         return self.average
 
     @property
@@ -48,12 +52,14 @@ class AveragedWeights(TrainerCallback):
         if average is None:
             yield
             return
-        average.store(self._trained())
-        average.copy_to(self._trained())
+        with gathered(self._trained(), modified=True):
+            average.store(self._trained())
+            average.copy_to(self._trained())
         try:
             yield
         finally:
-            average.restore(self._trained())
+            with gathered(self._trained(), modified=True):
+                average.restore(self._trained())
 
     def _trained(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]

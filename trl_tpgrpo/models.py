@@ -12,6 +12,7 @@ from .checks import checked_peft_config
 from .compat import adapt_for_trainer
 from .config import TPGRPOConfig
 from .policies import FlowPolicy, Guidance, build_policy, load_pipeline
+from .sharding import check_whole, uses_deepspeed, without_zero3
 
 
 LLM_INT8 = (
@@ -28,6 +29,7 @@ def load_policy(model: str | Path | DiffusionPipeline, args: TPGRPOConfig, use_l
         TypeError: If `model` is neither a name nor a pipeline.
         ValueError: If it is a pipeline and `model_init_kwargs` or `quantization` are given too, or it is quantised by LLM.int8.
     """
+    of_run = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     if isinstance(model, DiffusionPipeline):
         if args.model_init_kwargs is not None:
             raise ValueError("model_init_kwargs is for a model given by name; this one is loaded already.")
@@ -35,20 +37,22 @@ def load_policy(model: str | Path | DiffusionPipeline, args: TPGRPOConfig, use_l
             raise ValueError("quantization is for a model given by name; this one is loaded already.")
         pipeline = model
     elif isinstance(model, str | Path):
-        half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        dtype = half if use_lora else torch.float32  # weights that are trained need the precision
+        dtype = of_run if use_lora else torch.float32  # weights that are trained need the precision
         if args.quantization is not None and dtype == torch.float32:
             dtype = torch.bfloat16  # what is not quantised; the quantisers know no other
-        pipeline = load_pipeline(
-            model, **{"dtype": dtype, "quantization": args.quantization, **(args.model_init_kwargs or {})}
-        )
+        kwargs = {"dtype": dtype, "quantization": args.quantization, **(args.model_init_kwargs or {})}
+        with without_zero3():
+            pipeline = load_pipeline(model, **kwargs)
     else:
         raise TypeError(f"model must be a Hub id, a folder or a diffusers pipeline, got {type(model).__name__}.")
     names = ("height", "width", "guidance_scale", "true_cfg_scale", "negative_prompt", "max_sequence_length")
     policy = build_policy(pipeline, Guidance(**{name: getattr(args, name) for name in names}))
+    if uses_deepspeed():
+        policy.dtype = of_run
     if getattr(pipeline.transformer, "quantization_method", None) == QuantizationMethod.BITS_AND_BYTES:
         if pipeline.transformer.config.quantization_config.load_in_8bit:
             raise ValueError(LLM_INT8)
+    check_whole(policy.frozen_modules())
     for module in policy.frozen_modules():
         module.requires_grad_(False).eval()
     if args.vae_slicing:

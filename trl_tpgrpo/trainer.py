@@ -50,6 +50,13 @@ from .rollout import EXACT, Window
 from .sampler import EpochSampler, SetEpoch
 from .samples import Samples
 from .sde import Transition, kl_divergence, log_prob, transition
+from .sharding import (
+    check_before_loading,
+    check_data_loading,
+    check_sharding,
+    prepare_for_sharding,
+    prepare_to_evaluate,
+)
 from .trajectories import Sampled, Trajectories, Transitions, Unscored
 
 
@@ -140,6 +147,7 @@ class TPGRPOTrainer(PublishingTrainer):
                 f"reward_weights has {len(args.reward_weights)} entries for {len(self.reward_funcs)} reward functions."
             )
         check_datasets(train_dataset, eval_dataset, self.reward_funcs, self.eval_reward_funcs, args)
+        check_before_loading()
         set_seed(args.seed)  # before the adapter's random weights
         self.policy = load_policy(model, args, use_lora=peft_config is not None)
         transformer, self.reference = prepare_transformer(self.policy, peft_config, args)
@@ -171,6 +179,11 @@ class TPGRPOTrainer(PublishingTrainer):
             raise ValueError(f"{args.n_gpu} GPUs in one process: launch one process per GPU with `accelerate launch`.")
         check_optimizer(self.optimizer)
         check_sharded_optimizer(OptimizerNames(args.optim).value, self.is_fsdp_enabled)
+        check_data_loading(self.accelerator)
+        check_sharding(self.accelerator, self.model, self.reference, args)
+        self.reference = prepare_for_sharding(self.accelerator, self.model, self.reference, self.policy.dtype)
+        if self.reference is not None and not args.offload_reference:
+            self.reference.to(args.device)
         self.images = ImageGenerator(self.policy, args, embeddings, self.accelerator)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_funcs))
         self.averaged = AveragedWeights(self.model, args.ema_decay, args.ema_update_every)
@@ -199,8 +212,6 @@ class TPGRPOTrainer(PublishingTrainer):
             with display.phase("encode prompts", len(dict.fromkeys(prompts)), alone=True) as advance:
                 embeddings.precompute(prompts, advance)
             transformer.to(loaded_onto)
-        if self.reference is not None and not args.offload_reference:
-            self.reference.to(args.device)
         for model in self._reward_models:
             if not (args.offload_between_phases and model in self._offloaded_rewards):
                 model.to(args.device)
@@ -587,7 +598,8 @@ class TPGRPOTrainer(PublishingTrainer):
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
         """The norm before clipping, which float16 alone may make infinite."""
-        self._grad_norm = super()._get_grad_norm(model, grad_norm)
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._grad_norm = None if norm is None else float(norm)
         if self._grad_norm is not None and not self.args.fp16 and not np.isfinite(self._grad_norm):
             raise FloatingPointError(
                 f"The gradient's norm at update {self.state.global_step} is {self._grad_norm}, of a finite loss: nothing has been "
@@ -717,6 +729,7 @@ class TPGRPOTrainer(PublishingTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
             check_datasets(None, eval_dataset, self.reward_funcs, self.eval_reward_funcs, self.args)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
+        prepare_to_evaluate(self)
         self.samples.evaluation_begins()
         with self.averaged.in_use(), self.progress.evaluation(self.state):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -775,13 +788,16 @@ class TPGRPOTrainer(PublishingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained weights, their average if there is one, in diffusers' format: the adapter, or `transformer`."""
         output_dir = output_dir or self.args.output_dir
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with self.averaged.in_use():
+            self._save_weights(output_dir)
         if self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            with self.averaged.in_use():
-                self.policy.save_weights(self.accelerator.unwrap_model(self.model), output_dir)
             torch.save(without_tokens(self.args), Path(output_dir) / "training_args.bin")
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_weights(self, folder: str | Path) -> None:
+        self.policy.save_weights(self.accelerator.unwrap_model(self.model), folder, self.args.should_save)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         run = Path(self._get_output_dir(trial=trial))
@@ -813,8 +829,8 @@ class TPGRPOTrainer(PublishingTrainer):
             "guard_rails": self.guard_rails and self.guard_rails.state_dict(),
         }
         torch.save(progress, self._rollout_file(folder))
-        if self.averaged.num_moves and self.args.should_save:
-            self.policy.save_weights(self.accelerator.unwrap_model(self.model), folder / LAST)
+        if self.averaged.num_moves:
+            self._save_weights(folder / LAST)
 
     @property
     def _layout(self) -> dict[str, int]:
@@ -843,6 +859,8 @@ class TPGRPOTrainer(PublishingTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        if self.is_deepspeed_enabled:  # its engine has loaded the weights, but knows nothing of their average
+            self._load_from_checkpoint(checkpoint)
         for part in ("optimizer", "scheduler"):
             if not any(Path(checkpoint).glob(f"*{part}*")) and not self.is_deepspeed_enabled:
                 raise FileNotFoundError(

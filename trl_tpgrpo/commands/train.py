@@ -17,6 +17,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from ..config import TPGRPOConfig, non_defaults
 from ..hub import HubError
 from ..rewards import RewardFunc
+from ..sharding import without_zero3
 from ..testbed import TESTBED, prompt_dataset
 from ..trainer import TPGRPOTrainer
 
@@ -239,15 +240,18 @@ def build_trainer(
         **{name: value for name, value in chosen.items() if value is not None},
         **(training_args.model_init_kwargs or {}),
     }
+    with without_zero3():  # modules with reward functions may load models
+        reward_funcs = [load_reward(name) for name in script_args.reward_funcs]
+        eval_reward_funcs = [load_reward(name) for name in script_args.eval_reward_funcs or []]
     train_dataset, eval_dataset = load_prompts(script_args, dataset_args, training_args.eval_strategy != "no")
     return TPGRPOTrainer(
         model=TESTBED if model_args.model_name_or_path == "testbed" else model_args.model_name_or_path,
-        reward_funcs=[load_reward(name) for name in script_args.reward_funcs],
+        reward_funcs=reward_funcs,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         peft_config=get_peft_config(model_args),
-        eval_reward_funcs=[load_reward(name) for name in script_args.eval_reward_funcs or []],
+        eval_reward_funcs=eval_reward_funcs,
     )
 
 

@@ -15,15 +15,18 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
+from ..sharding import shapes, whole_weights, write_weights
+
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_METADATA = "lora_adapter_metadata"
+PEFT_PREFIX = "base_model.model."
 TRANSFORMER_FOLDER = "transformer"
 MOST_COMPILATIONS = 64
 """Of one kind of block: variants of the block, each with and without gradients, adapter and more than one sample."""
@@ -267,25 +270,31 @@ class FlowPolicy(ABC):
                 on_batch(len(batch))
         return torch.cat(pixels)
 
-    def save_weights(self, model: ModelMixin | PeftModel, output_dir: str | Path) -> None:
-        """Write what was trained in diffusers' format.
+    def save_weights(
+        self, model: ModelMixin | PeftModel, output_dir: str | Path, is_main_process: bool = True
+    ) -> None:
+        """Write what was trained in diffusers' format; called by all processes, which may each have a part of it.
 
         LoRA goes to `pytorch_lora_weights.safetensors`, with its alpha, for `pipeline.load_lora_weights(output_dir)`; all
         weights go to the folder `transformer`, for `from_pretrained(output_dir, subfolder="transformer")`.
         """
-        if not isinstance(model, PeftModel):
-            model.save_pretrained(Path(output_dir) / TRANSFORMER_FOLDER)
+        weights = whole_weights(_own_weights(model), keep=is_main_process)
+        if not is_main_process:
             return
-        state = get_peft_model_state_dict(model)
-        layers = {name.removeprefix("base_model.model."): value.contiguous() for name, value in state.items()}
-        self.pipeline_class.save_lora_weights(
-            output_dir,
-            transformer_lora_layers=layers,
-            transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
-        )
+        if isinstance(model, PeftModel):
+            self.pipeline_class.save_lora_weights(
+                output_dir,
+                transformer_lora_layers={name.removeprefix(PEFT_PREFIX): value for name, value in weights.items()},
+                transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+            )
+            return
+        with torch.device("meta"):
+            whole = type(model).from_config(model.config)
+        whole.load_state_dict(weights, assign=True)
+        whole.save_pretrained(Path(output_dir) / TRANSFORMER_FOLDER)
 
     def load_weights(self, model: ModelMixin | PeftModel, input_dir: str | Path) -> None:
-        """Read back what `save_weights` wrote, into the model that is being trained.
+        """Read back what `save_weights` wrote, into the model that is being trained; called by all processes.
 
         Raises:
             FileNotFoundError: If `input_dir` holds no such weights.
@@ -295,19 +304,14 @@ class FlowPolicy(ABC):
         source = Path(input_dir) / (LORA_FILE if peft else TRANSFORMER_FOLDER)
         if not source.exists():
             raise FileNotFoundError(f"{input_dir} holds no {source.name}, the trained weights of this kind of run.")
+        own = _own_weights(model)
         if not peft:
-            model.load_state_dict(type(model).from_pretrained(source).state_dict())
+            write_weights(own, type(model).from_pretrained(source).state_dict())
             return
         with safe_open(source, framework="pt") as file:
-            state = {
-                f"base_model.model.{name.removeprefix('transformer.')}": file.get_tensor(name) for name in file.keys()
-            }
+            state = {PEFT_PREFIX + name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}
             saved = json.loads(file.metadata()[LORA_METADATA])
-        own = get_peft_model_state_dict(model)
-        same_shapes = {name: value.shape for name, value in state.items()} == {
-            name: value.shape for name, value in own.items()
-        }
-        if not same_shapes:
+        if shapes(state) != shapes(own):
             raise ValueError(
                 f"The adapter in {input_dir} does not have the layers and ranks of the one that is trained."
             )
@@ -316,9 +320,16 @@ class FlowPolicy(ABC):
             raise ValueError(
                 f"The adapter in {input_dir} has lora_alpha={saved_alpha}, the one that is trained {alpha}."
             )
-        set_peft_model_state_dict(model, state)
+        write_weights(own, state)
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """N images of uint8 pixels (N, 3, H, W)."""
     return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def _own_weights(model: ModelMixin | PeftModel) -> dict[str, Tensor]:
+    """The tensors of a model that are saved, by their names in its file: an adapter's, or all."""
+    if isinstance(model, PeftModel):
+        return get_peft_model_state_dict(model, state_dict=dict(model.named_parameters()))
+    return model.state_dict(keep_vars=True)
