@@ -7,7 +7,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import (
+    BertTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    SwinConfig,
+)
 
 
 IMAGE_SIZE = 32
@@ -174,3 +183,35 @@ def image_reward_shapes(width: int = 128, patch: int = 16) -> dict[str, tuple[in
         shapes |= linear(f"{block}.intermediate.dense", hidden, inner) | linear(f"{block}.output.dense", inner, hidden)
         shapes |= norm(f"{block}.output.LayerNorm", hidden)
     return shapes | head_shapes("mlp.", hidden)
+
+
+def save_mask2former(folder: Path, num_labels: int = 80, seed: int = 0) -> Path:
+    """A Mask2Former on Swin, whose classes are made as sure as those of a trained one."""
+    backbone = SwinConfig(
+        image_size=64,
+        patch_size=4,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        num_labels=num_labels,
+        num_queries=12,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        dim_feedforward=32,
+        encoder_layers=1,
+        decoder_layers=3,
+        num_attention_heads=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Mask2FormerForUniversalSegmentation(config)
+        model.class_predictor.weight.data *= 60
+        model.save_pretrained(folder)
+    return folder

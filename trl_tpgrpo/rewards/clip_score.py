@@ -36,15 +36,15 @@ class CLIPScore(ModelReward):
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
     ) -> None:
-        super().__init__(self.load(model), device, dtype, batch_size)
         from transformers import AutoTokenizer, CLIPImageProcessorPil
+
+        super().__init__(self.load(model), device, dtype, batch_size)
 
         self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
         # Only its numbers are used, so that the class which needs torchvision need not be had
         self.image_processor: Any = CLIPImageProcessorPil.from_pretrained(processor or model)
 
-    @staticmethod
-    def load(model: str) -> torch.nn.Module:
+    def load(self, model: str) -> torch.nn.Module:
         """The CLIP model of this name or path."""
         from transformers import CLIPModel
 

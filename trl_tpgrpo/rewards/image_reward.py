@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     }
 
 
-def _vision_config(weights: dict[str, Tensor]) -> "object":
+def _vision_config(weights: dict[str, Tensor]) -> Any:
     """The image encoder's architecture, read off its weights: the package has it in code, not in a file."""
     from transformers import BlipVisionConfig
 
