@@ -188,6 +188,11 @@ def test_the_six_kinds(boxes: dict, include: list[dict], exclude: list[dict], ri
             [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["beside", 0]}],
             r"position is \['beside', 0\]",
         ),
+        (
+            "position",
+            [{"class": "cat", "count": 1, "position": ["left of"]}],
+            r"position is \['left of'\] in clause 0",
+        ),
     ],
 )
 def test_wrong_metadata_is_named(tag: str, include: list[dict], message: str) -> None:

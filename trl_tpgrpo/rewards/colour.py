@@ -16,7 +16,7 @@ def colourfulness(images: list[Image.Image], **columns: Any) -> list[float]:
 
     With rg = R - G and yb = (R + G) / 2 - B over the pixels of an image: `sqrt(var rg + var yb) + 0.3 sqrt(mean(rg)^2 +
     mean(yb)^2)`. 0 for shades of grey; their subjects called 15 slightly, 45 averagely and 82 highly colourful, and the
-    checks of saturated complementary colours that a policy trained on it ends at reach 255 and more.
+    checks of saturated complementary colours that a policy trained on it ends at reach 285.
     """
     return [_colourfulness(np.asarray(image.convert("RGB"), dtype=np.float64)) for image in images]
 

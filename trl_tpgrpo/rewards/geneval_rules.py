@@ -65,11 +65,10 @@ def check_metadata(tag: str, include: list[dict], exclude: list[dict], classes: 
             raise ValueError(f"count is {clause.get('count')!r} for {clause['class']!r}: use a number from 1.")
         if clause.get("color", COLOURS[0]) not in COLOURS:
             raise ValueError(f"color is {clause['color']!r}: use one of {COLOURS}.")
-        relation, target = clause.get("position", (RELATIONS[0], -1))
-        if relation not in RELATIONS or int(target) >= place:
+        position = clause.get("position", (RELATIONS[0], place - 1))
+        if len(position) != 2 or position[0] not in RELATIONS or int(position[1]) >= place:
             raise ValueError(
-                f"position is {clause['position']!r} in clause {place}: use one of {RELATIONS} and the number of an "
-                "earlier clause."
+                f"position is {position!r} in clause {place}: use one of {RELATIONS} and the number of an earlier clause."
             )
 
 
