@@ -188,11 +188,16 @@ def test_long_prompts_are_cut_as_the_model_has_it(clip: str) -> None:
 
 @pytest.mark.parametrize(
     "images",
-    [torch.zeros(2, 32, 32, 3), torch.zeros(3, 32, 32), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)],
-    ids=["channels last", "one image", "bytes"],
+    [
+        torch.zeros(2, 32, 32, 3),
+        torch.zeros(3, 32, 32),
+        torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+        pictures(SQUARES),
+    ],
+    ids=["channels last", "one image", "bytes", "Pillow's"],
 )
 def test_wrong_images_are_refused(clip: str, images: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"images must be floats of shape \(B, 3, H, W\) in \[0, 1\], got torch"):
+    with pytest.raises(ValueError, match=r"images must be a float tensor of shape \(B, 3, H, W\) in \[0, 1\], got "):
         CLIPScore(clip)(images, ["a red circle"] * len(images))
 
 

@@ -93,6 +93,17 @@ def test_text_column_extra_and_rows_without_text(reward: OCRReward, benchmark: d
     assert shown == {"ocr_text": ["Taxi", "", None]}
 
 
+def test_benchmark_writes_its_table(
+    reward: OCRReward, benchmark: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ocr.py", "--num_texts", "2"])
+    benchmark["main"]()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 9 and all(len(row.split("|")) == 8 for row in rows)
+    assert rows[2].startswith("| 24 px | 0 | plain | 1.00 | 1.000 |")
+    assert "another text" in rows[-1] and float(rows[-1].split("|")[4]) == 0
+
+
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     original = builtins.__import__
 

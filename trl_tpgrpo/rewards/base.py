@@ -44,7 +44,12 @@ class ModelReward:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> list[float]:
-        """One score an image of (N, 3, H, W) in [0, 1]."""
+        """One score an image of (N, 3, H, W) in [0, 1].
+
+        Raises:
+            ValueError: If the images are anything else.
+        """
+        check_images(images)
         scores: list[float] = []
         for start in range(0, len(images), self.batch_size):
             batch = slice(start, start + self.batch_size)
@@ -56,16 +61,24 @@ class ModelReward:
         raise NotImplementedError
 
 
-def eight_bits(images: Tensor) -> Tensor:
-    """Images in [0, 1] at 256 levels as float32: scores are those of the images that would be saved.
+def check_images(images: Tensor) -> None:
+    """Whether they are a batch as rewards on tensors take it.
 
     Raises:
-        ValueError: If they are not of shape (B, 3, H, W), or not of a floating type.
+        ValueError: If they are no tensor of shape (B, 3, H, W), or not of a floating type.
     """
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"images must be a float tensor of shape (B, 3, H, W) in [0, 1], got {type(images).__name__}."
+        )
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
-            f"images must be floats of shape (B, 3, H, W) in [0, 1], got {images.dtype} of {tuple(images.shape)}."
+            f"images must be a float tensor of shape (B, 3, H, W) in [0, 1], got {images.dtype} of {tuple(images.shape)}."
         )
+
+
+def eight_bits(images: Tensor) -> Tensor:
+    """Images in [0, 1] at 256 levels as float32: scores are those of the images that would be saved."""
     return (images.float() * 255).round().clamp(0, 255) / 255
 
 

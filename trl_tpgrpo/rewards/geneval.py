@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .base import eight_bits, normalize
+from .base import check_images, eight_bits, normalize
 from .clip_score import CLIPScore
 from .geneval_rules import (
     COLOURS,
@@ -124,8 +124,9 @@ class GenEval:
         """One score an image of (N, 3, H, W) in [0, 1], `None` where the row has no tag.
 
         Raises:
-            ValueError: If a row's metadata names something that there is not.
+            ValueError: If a row's metadata names something that there is not, or the images are no such tensor.
         """
+        check_images(images)
         rows = [row for row, kind in enumerate(tag) if kind is not None]
         wanted = {row: clauses(include[row]) for row in rows}
         unwanted = {row: clauses(exclude[row] if exclude is not None else None) for row in rows}
