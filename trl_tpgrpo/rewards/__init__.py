@@ -1,7 +1,33 @@
-"""Reward functions: callables `(images, prompts, **columns) -> list[float | None]`."""
+"""Reward functions: callables `(images, prompts, **columns) -> list[float | None]`.
 
+Those with a model are classes, to be created with the model's name, device and the like; what they need beyond this package
+is imported when they are.
+"""
+
+from .aesthetic_score import AestheticScore
+from .clip_score import CLIPScore
+from .colour import brightness, colourfulness
+from .geneval import GenEval
+from .hps_v2 import HPSv2
+from .image_reward import ImageReward
 from .jpeg import jpeg_compressibility, jpeg_incompressibility
+from .ocr import OCRReward
+from .pick_score import PickScore
 from .scoring import RewardError, RewardFunc
 
 
-__all__ = ["RewardError", "RewardFunc", "jpeg_compressibility", "jpeg_incompressibility"]
+__all__ = [
+    "AestheticScore",
+    "CLIPScore",
+    "GenEval",
+    "HPSv2",
+    "ImageReward",
+    "OCRReward",
+    "PickScore",
+    "RewardError",
+    "RewardFunc",
+    "brightness",
+    "colourfulness",
+    "jpeg_compressibility",
+    "jpeg_incompressibility",
+]

@@ -1,0 +1,120 @@
+"""What rewards with a model share: where it lives, batches, and images prepared on the device as its processor does."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ModelReward:
+    """A reward function on a model, which takes images as tensors on the device.
+
+    Subclasses say what `score` is: one number an image of a batch.
+
+    Args:
+        model: Set to evaluation, frozen, and moved.
+        device: Where the model is until `to` moves it. The trainer does that.
+        dtype: Of the weights and of what they compute.
+        batch_size: Images that go through the model at once.
+    """
+
+    image_type = "pt"
+
+    def __init__(
+        self, model: torch.nn.Module, device: str | torch.device, dtype: torch.dtype, batch_size: int
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        self.model: Any = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.batch_size = batch_size
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the model."""
+        self.model.to(device)
+        self.device = torch.device(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> list[float]:
+        """One score an image of (N, 3, H, W) in [0, 1].
+
+        Raises:
+            ValueError: If the images are anything else.
+        """
+        check_images(images)
+        scores: list[float] = []
+        for start in range(0, len(images), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            scores += self.score(eight_bits(images[batch].to(self.device)), prompts[batch]).float().tolist()
+        return scores
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Scores (B,) of images (B, 3, H, W), float32 in [0, 1] with 256 levels, on the model's device."""
+        raise NotImplementedError
+
+
+def check_images(images: Tensor) -> None:
+    """Whether they are a batch as rewards on tensors take it.
+
+    Raises:
+        ValueError: If they are no tensor of shape (B, 3, H, W), or not of a floating type.
+    """
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"images must be a float tensor of shape (B, 3, H, W) in [0, 1], got {type(images).__name__}."
+        )
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"images must be a float tensor of shape (B, 3, H, W) in [0, 1], got {images.dtype} of {tuple(images.shape)}."
+        )
+
+
+def eight_bits(images: Tensor) -> Tensor:
+    """Images in [0, 1] at 256 levels as float32: scores are those of the images that would be saved."""
+    return (images.float() * 255).round().clamp(0, 255) / 255
+
+
+def resize_and_crop(images: Tensor, size: int) -> Tensor:
+    """Shorter edge to `size`, bicubic and antialiased, then the centre, as CLIP's processor does with 8-bit images.
+
+    Pillow resizes rows, then columns, with 8 bits in between: doing so here too is within one grey level of it.
+    """
+    height, width = images.shape[-2:]
+    shorter = min(height, width)
+    new_height, new_width = int(size * height / shorter), int(size * width / shorter)
+    for new_size in ((height, new_width), (new_height, new_width)):
+        if new_size != images.shape[-2:]:
+            images = eight_bits(torch.nn.functional.interpolate(images, new_size, mode="bicubic", antialias=True))
+    top, left = (new_height - size) // 2, (new_width - size) // 2
+    return images[..., top : top + size, left : left + size]
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(images - mean) / std by channel."""
+    return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
+
+
+def linear_head(width: int) -> torch.nn.Sequential:
+    """The five layers that LAION's aesthetic predictor and ImageReward have on their features, without activations.
+
+    Their dropout does nothing in evaluation, but counts in the numbers under which the weights are saved.
+    """
+    linear, dropout = torch.nn.Linear, torch.nn.Dropout
+    layers = [linear(width, 1024), dropout(), linear(1024, 128), dropout(), linear(128, 64), dropout()]
+    return torch.nn.Sequential(*layers, linear(64, 16), linear(16, 1))
+
+
+def hub_file(repository: str, filename: str) -> Path:
+    """A file of a repository on the Hub, or of a local directory."""
+    from huggingface_hub import hf_hub_download
+
+    local = Path(repository) / filename
+    return local if local.exists() else Path(hf_hub_download(repository, filename))

@@ -1,0 +1,80 @@
+"""CLIP score: how well the image fits the prompt; and what else scores with CLIP builds on."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import ModelReward, normalize, resize_and_crop
+
+
+class CLIPScore(ModelReward):
+    """100 times the cosine between CLIP's embeddings of image and prompt (arXiv 2103.00020, 2104.08718).
+
+    In [-100, 100]; real pairs of image and caption lie around 20 to 35. It is neither clamped at 0 nor multiplied by 2.5 as
+    in the paper of CLIPScore, which changes nothing that training sees but the scale. Prompts are cut after 77 tokens.
+    Weights of the default: MIT (openai/CLIP).
+
+    Known ways to hack it: the words of the prompt written into the image; the subject repeated over the whole image;
+    saturated pictures of poor quality; wrong counts and places cost next to nothing, as CLIP hardly sees them.
+
+    Args:
+        model: A CLIP checkpoint in transformers' format, on the Hub or on disk.
+        processor: Where tokenizer and image processor come from, by default the model's.
+        device: Where the model is until the trainer moves it.
+        dtype: Of the model.
+        batch_size: Images that go through the model at once.
+    """
+
+    __name__ = "clip_score"
+
+    def __init__(
+        self,
+        model: str = "openai/clip-vit-large-patch14",
+        processor: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 32,
+    ) -> None:
+        from transformers import AutoTokenizer, CLIPImageProcessorPil
+
+        super().__init__(self.load(model), device, dtype, batch_size)
+
+        self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
+        # Only its numbers are used, so that the class which needs torchvision need not be had
+        self.image_processor: Any = CLIPImageProcessorPil.from_pretrained(processor or model)
+
+    def load(self, model: str) -> torch.nn.Module:
+        """The CLIP model of this name or path."""
+        from transformers import CLIPModel
+
+        return CLIPModel.from_pretrained(model)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return 100 * self.cosines(images, prompts)
+
+    def cosines(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Cosines (B,) of images (B, 3, H, W) with their prompts, each distinct one of which is encoded once."""
+        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        texts = self.encode_texts(list(distinct))[[distinct[prompt] for prompt in prompts]]
+        return (self.encode_images(images) * texts).sum(-1)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Embeddings (B, D) of length 1, float32."""
+        settings = self.image_processor
+        pixels = resize_and_crop(images, settings.size["shortest_edge"])
+        pixels = normalize(pixels, settings.image_mean, settings.image_std)
+        return _unit(self.model.get_image_features(pixel_values=pixels.to(self.dtype)).pooler_output)
+
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        """Embeddings (B, D) of length 1, float32."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        features = self.model.get_text_features(
+            input_ids=tokens.input_ids.to(self.device), attention_mask=tokens.attention_mask.to(self.device)
+        )
+        return _unit(features.pooler_output)
+
+
+def _unit(features: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(features.float(), dim=-1)

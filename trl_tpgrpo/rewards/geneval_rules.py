@@ -1,0 +1,175 @@
+"""GenEval's rules as functions of what was detected: which boxes count, where they lie, what is right (arXiv 2310.11513).
+
+Boxes are (left, top, right, bottom) in pixels. A clause of a prompt's metadata says `class`, `count`, and where it matters
+`color` or `position`, a relation and the number of the earlier clause that it is to: ("left of", 0).
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+RELATIONS = ("left of", "right of", "above", "below")
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
+MAX_OBJECTS = 16
+POSITION_THRESHOLD = 0.1
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Detection:
+    """An object: its box, the detector's confidence, and its mask (H, W) of bools if there is one."""
+
+    box: Box
+    score: float
+    mask: Tensor | None = None
+
+
+Objects = dict[str, list[Detection]]
+"""By class, most confident first."""
+
+ColoursOf = Callable[[str, list[Detection]], list[str]]
+"""The colours of objects of a class."""
+
+
+def clauses(value: str | Sequence[dict] | None) -> list[dict[str, Any]]:
+    """The clauses of `include` or `exclude`, without the entries that are `None`.
+
+    A string is read as JSON: a column of a `Dataset` holds no lists like ["left of", 0], so it holds their text.
+    """
+    listed = json.loads(value) if isinstance(value, str) else value or []
+    return [{key: entry for key, entry in clause.items() if entry is not None} for clause in listed]
+
+
+def check_metadata(tag: str, include: list[dict], exclude: list[dict], classes: Sequence[str]) -> None:
+    """Whether a row's metadata is GenEval's.
+
+    Raises:
+        ValueError: If it names something that there is not, with what there is.
+    """
+    if tag not in TAGS:
+        raise ValueError(f"tag is {tag!r}: use one of {TAGS}.")
+    if not include:
+        raise ValueError("include is empty: name at least one class and its count.")
+    for place, clause in enumerate(include + exclude):
+        if clause.get("class") not in classes:
+            raise ValueError(f"class is {clause.get('class')!r}: use one of {tuple(classes)}.")
+        if not isinstance(clause.get("count"), int) or clause["count"] < 1:
+            raise ValueError(f"count is {clause.get('count')!r} for {clause['class']!r}: use a number from 1.")
+        if clause.get("color", COLOURS[0]) not in COLOURS:
+            raise ValueError(f"color is {clause['color']!r}: use one of {COLOURS}.")
+        position = clause.get("position", (RELATIONS[0], place - 1))
+        if len(position) != 2 or position[0] not in RELATIONS or int(position[1]) >= place:
+            raise ValueError(
+                f"position is {position!r} in clause {place}: use one of {RELATIONS} and the number of an earlier clause."
+            )
+
+
+def kept(detections: Objects, tag: str, max_overlap: float = 1.0) -> Objects:
+    """What counts as seen: confident enough (0.3, where things are counted 0.9), at most 16 a class, best first.
+
+    Args:
+        detections: All that the detector found.
+        tag: The kind of prompt.
+        max_overlap: Drop boxes whose intersection over union with a better one of their class is this or more; 1 keeps all,
+            as GenEval does.
+    """
+    threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
+    result: Objects = {}
+    for name, found in detections.items():
+        confident = sorted((one for one in found if one.score > threshold), key=lambda one: -one.score)
+        distinct: list[Detection] = []
+        for one in confident[:MAX_OBJECTS]:
+            if max_overlap == 1 or all(overlap(one.box, other.box) < max_overlap for other in distinct):
+                distinct.append(one)
+        if distinct:
+            result[name] = distinct
+    return result
+
+
+def overlap(box: Box, other: Box) -> float:
+    """Intersection over union of boxes whose corners are pixels that belong to them."""
+    inner = _area((max(box[0], other[0]), max(box[1], other[1]), min(box[2], other[2]), min(box[3], other[3])))
+    union = _area(box) + _area(other) - inner
+    return inner / union if union else 0.0
+
+
+def _area(box: Box) -> float:
+    return max(box[2] - box[0] + 1, 0) * max(box[3] - box[1] + 1, 0)
+
+
+def relative_position(box: Box, other: Box) -> set[str]:
+    """How `box` lies to `other`: of their centres' offset, what exceeds a tenth of both sizes must be over half of it.
+
+    Empty where they are too close; two relations, as "left of" and "above", on a diagonal.
+    """
+    offsets = [(box[axis] + box[axis + 2] - other[axis] - other[axis + 2]) / 2 for axis in (0, 1)]
+    sizes = [abs(box[axis + 2] - box[axis]) + abs(other[axis + 2] - other[axis]) for axis in (0, 1)]
+    beyond = [
+        math.copysign(max(abs(offset) - POSITION_THRESHOLD * size, 0), offset)
+        for offset, size in zip(offsets, sizes, strict=True)
+    ]
+    if all(abs(value) < 1e-3 for value in beyond):
+        return set()
+    across, down = (value / math.hypot(*offsets) for value in beyond)
+    holds = (across < -0.5, across > 0.5, down < -0.5, down > 0.5)
+    return {relation for relation, true in zip(RELATIONS, holds, strict=True) if true}
+
+
+def is_right(objects: Objects, include: list[dict], exclude: list[dict], colours_of: ColoursOf) -> bool:
+    """GenEval's verdict: at least `count` of each class of `include`, of which the `count` most confident have the colour
+    and the position, and fewer than `count` of each of `exclude`."""
+    matched: list[list[Detection] | None] = []
+    for clause in include:
+        found = objects.get(clause["class"], [])[: clause["count"]]
+        right = len(found) == clause["count"]
+        if right and "color" in clause:
+            right = colours_of(clause["class"], found).count(clause["color"]) == clause["count"]
+        if right and "position" in clause:
+            right = _stands(found, clause["position"], matched)
+        matched.append(found if right else None)
+    unwanted = [clause for clause in exclude if len(objects.get(clause["class"], [])) >= clause["count"]]
+    return None not in matched and not unwanted
+
+
+def graded_score(objects: Objects, include: list[dict], colours_of: ColoursOf) -> float:
+    """Flow-GRPO's graded reward (arXiv 2505.05470): the mean over all that is asked for, 1 where all of it is right.
+
+    Each clause asks for its count, `1 - |count - found| / count`, which is negative for more than twice as many, and, where
+    it has one, for colour, `1 - |count - found of the colour| / count`, or position, 1 or 0; these are 0 where the count is
+    wrong. Counts must be met exactly here, as `is_right` does not ask. Flow-GRPO's reward server adds a 1 to a wrong
+    position's 0, so that it costs half as much; that is not done here.
+    """
+    scores: list[float] = []
+    matched: list[list[Detection] | None] = []
+    for clause in include:
+        found, count = objects.get(clause["class"], []), clause["count"]
+        scores.append(1 - abs(count - len(found)) / count)
+        right = len(found) == count
+        if not right and ("color" in clause or "position" in clause):
+            scores.append(0.0)
+        if right and "color" in clause:
+            num_coloured = colours_of(clause["class"], found).count(clause["color"])
+            scores.append(num_coloured / count)
+            right = num_coloured == count
+        if right and "position" in clause:
+            right = _stands(found, clause["position"], matched)
+            scores.append(float(right))
+        matched.append(found if right else None)
+    return sum(scores) / len(scores)
+
+
+def _stands(found: list[Detection], position: Sequence, matched: list[list[Detection] | None]) -> bool:
+    """Whether each stands as asked to each object of the clause it refers to; not if that one is not right itself."""
+    relation, target = position
+    others = matched[int(target)]
+    if others is None:
+        return False
+    return all(relation in relative_position(one.box, other.box) for one in found for other in others)

@@ -1,0 +1,40 @@
+"""PickScore: which image people would pick for the prompt."""
+
+import torch
+from torch import Tensor
+
+from .clip_score import CLIPScore
+
+
+class PickScore(CLIPScore):
+    """The logit of PickScore v1: CLIP-H, trained on Pick-a-Pic's choices, times its logit scale (arXiv 2305.01569).
+
+    That scale is about 100, so it lies in [-100, 100], mostly between 18 and 26; the tables of TP-GRPO and Flow-GRPO (24.02
+    and so on) are on it. Flow-GRPO's code trains on it divided by 26, which is why its curves show 0.9; advantages are
+    standardised, so that makes no difference but beside other rewards. Weights: the model card names no license (the paper's
+    code is MIT).
+
+    Known ways to hack it: a glossy, saturated look with one centred subject whatever the prompt; poor variety.
+
+    Args:
+        model: A checkpoint in CLIP's format, on the Hub or on disk.
+        processor: Where tokenizer and image processor come from.
+        device: Where the model is until the trainer moves it.
+        dtype: Of the model.
+        batch_size: Images that go through the model at once.
+    """
+
+    __name__ = "pick_score"
+
+    def __init__(
+        self,
+        model: str = "yuvalkirstain/PickScore_v1",
+        processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 32,
+    ) -> None:
+        super().__init__(model, processor, device, dtype, batch_size)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.model.logit_scale.float().exp() * self.cosines(images, prompts)
