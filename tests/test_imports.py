@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "averaging": set(),
     "checkpoints": set(),
     "architectures": set(),
+    "serving": set(),
 }
 MAY_TOUCH_TRL = {"config", "sampler", "trainer", "commands"}
 
