@@ -27,6 +27,7 @@ class Unanswered(Exception):
 
     def __init__(self, what: str, num_attempts: int):
         super().__init__(f"{what} ({num_attempts} attempts)" if num_attempts > 1 else what)
+        self.num_attempts = num_attempts
 
 
 class HTTPClient:
@@ -39,10 +40,6 @@ class HTTPClient:
         num_retries: Further attempts after connection errors, timeouts and `retried_statuses`.
         concurrency: Requests under way at once, over all calls.
         retried_statuses: Statuses that pass.
-
-    Attributes:
-        num_requests: Attempts made.
-        num_retries_made: Those of them that were not the first.
     """
 
     def __init__(
@@ -61,7 +58,6 @@ class HTTPClient:
             raise ValueError(f"timeout must be above 0 seconds, got {timeout}.")
         self.headers, self.timeout, self.num_retries = headers, timeout, num_retries
         self.concurrency, self.retried_statuses = concurrency, retried_statuses
-        self.num_requests = self.num_retries_made = 0
         self._trust_env = not _is_this_machine(url)
         self._random = random.Random()  # the global one is the training's
         self._slots: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
@@ -83,16 +79,14 @@ class HTTPClient:
         async with self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.concurrency)):
             yield
 
-    async def post(self, connections: httpx2.AsyncClient, url: str, content: bytes) -> httpx2.Response:
-        """An answer with a status that does not pass.
+    async def post(self, connections: httpx2.AsyncClient, url: str, content: bytes) -> tuple[httpx2.Response, int]:
+        """An answer with a status that does not pass, and the number of attempts that it took.
 
         Raises:
             Unanswered: If there is none after all retries.
         """
         failure = ""
         for attempt in range(self.num_retries + 1):
-            self.num_requests += 1
-            self.num_retries_made += attempt > 0
             pause = min(MAX_PAUSE, FIRST_PAUSE * 2**attempt)
             try:
                 async with asyncio.timeout(self.timeout):
@@ -105,7 +99,7 @@ class HTTPClient:
                 failure = f"no connection: {type(error).__name__} {error}".rstrip()
             else:
                 if response.status_code not in self.retried_statuses:
-                    return response
+                    return response, attempt + 1
                 failure = f"status {response.status_code}: {error_message(response)}"
                 asked = response.headers.get("Retry-After", "")
                 pause = min(MAX_PAUSE, float(asked)) if asked.isascii() and asked.isdigit() else pause

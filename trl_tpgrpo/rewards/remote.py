@@ -1,4 +1,4 @@
-"""Reward functions that are served over HTTP by `trl-tpgrpo serve-reward`, or by anything that speaks docs/remote_rewards.md."""
+"""Reward functions served over HTTP by `trl-tpgrpo serve-reward`, or by anything that speaks docs/remote_rewards.md."""
 
 import asyncio
 import base64
@@ -36,16 +36,17 @@ class RemoteRewardError(RuntimeError):
 class RemoteReward:
     """A reward function on another machine or in another environment.
 
-    What it computes, its range and its licence are those of the function that is served. It is asynchronous: in a script,
-    `asyncio.run(reward(images, prompts))`.
+    What it computes, its range and its licence are those of the function that is served. It is asynchronous: in a
+    script, `asyncio.run(reward(images, prompts))`.
 
     Args:
         url: Of the server, such as `"http://127.0.0.1:8000"`.
         reward: The name that the server has for the function, and its name in metrics.
         token: What the server asks for; the environment variable `TRL_TPGRPO_REWARD_TOKEN` if `None`.
         timeout: Seconds for one attempt of a request, the time in the server's queue included.
-        num_retries: Further attempts after a lost connection, a timeout, and the statuses 502, 503 and 504. Pauses grow from half a second
-            to half a minute; 10 retries last over two minutes, in which a server may be started again.
+        num_retries: Further attempts after a lost connection, a timeout, and the statuses 502, 503 and 504. Pauses grow
+            from half a second to half a minute; 10 retries last over two minutes, in which a server may be started
+            again.
         batch_size: Images a request.
         concurrency: Requests under way at once.
         columns: Columns of the dataset that are sent; all if `None`.
@@ -143,11 +144,12 @@ class RemoteReward:
         async with self._client.slot():
             content = await asyncio.to_thread(self._encoded, first_row, images, prompts, columns)
             try:
-                response = await self._client.post(connections, self.url, content)
+                response, _ = await self._client.post(connections, self.url, content)
             except Unanswered as error:
                 raise RemoteRewardError(
-                    f"The reward server {self.url} has not scored rows {first_row} to {first_row + len(images) - 1}: {error}. "
-                    "Is it running, and is its queue long enough for all its clients? Longer `timeout` and more `num_retries` wait longer."
+                    f"The reward server {self.url} has not scored rows {first_row} to {first_row + len(images) - 1}: "
+                    f"{error}. Is it running, and is its queue long enough for all its clients? "
+                    "Longer `timeout` and more `num_retries` wait longer."
                 ) from error
         if response.status_code != 200:
             raise self._refused(response, first_row, prompts)
@@ -180,7 +182,8 @@ class RemoteReward:
         remedy = REMEDIES.get(response.status_code, "See docs/remote_rewards.md for what the server's answers mean")
         remedy = remedy.format(server=self.server, batch_size=self.num_images_per_request)
         return RemoteRewardError(
-            f"The reward server {self.url} answered with status {response.status_code}{where}: {error_message(response)} {remedy}."
+            f"The reward server {self.url} answered with status {response.status_code}{where}: "
+            f"{error_message(response)} {remedy}."
         )
 
     def _parsed(self, response: httpx2.Response, number: int) -> dict[str, Any]:
@@ -207,14 +210,15 @@ class RemoteReward:
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RemoteRewardError(
-                f"The reward server {self.url} answered with what is no answer of protocol 1: {type(error).__name__}: {error}. "
+                f"The reward server {self.url} answered with what is no answer of protocol 1: "
+                f"{type(error).__name__}: {error}. "
                 f"It began with {response.text[:100]!r}. See docs/remote_rewards.md."
             ) from error
         return {"rewards": rewards, "metrics": logged, "extra": extra}
 
 
 def remote_reward_from_url(url: str) -> RemoteReward:
-    """The remote reward that an URL such as `http://127.0.0.1:8000/pick_score` names, with the token of the environment.
+    """The remote reward of an URL such as `http://127.0.0.1:8000/pick_score`, with the token of the environment.
 
     Raises:
         ValueError: If the URL has no path, or is no URL.

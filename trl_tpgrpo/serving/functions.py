@@ -29,7 +29,7 @@ class Outcome:
     """What one call gave N images.
 
     Attributes:
-        rewards: N rewards; `None` where the function does not apply, a `Refusal` where it returned something that is no reward.
+        rewards: N rewards; `None` where the function does not apply, a `Refusal` where it returned what is no reward.
         metrics: Values by name that the function has logged; `None` for NaN, which JSON does not have.
         extra: Columns that the function has logged, N values each.
     """

@@ -29,7 +29,8 @@ def main(argv: list[str], find: Callable[[str], Callable[..., Any]] = find_funct
     token = read_token(args.token_file)
     if token is None and not is_loopback(args.host):
         raise ValueError(
-            f"--host {args.host} can be reached from other machines: give a --token_file, or --host 127.0.0.1 and a tunnel."
+            f"--host {args.host} can be reached from other machines: give a --token_file, or --host 127.0.0.1 and a "
+            "tunnel."
         )
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

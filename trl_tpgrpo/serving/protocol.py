@@ -1,4 +1,4 @@
-"""What a request and its answer look like: JSON, with images as PNG in base64. docs/remote_rewards.md has it in words."""
+"""What a request and its answer look like: JSON, with images as PNG in base64 (docs/remote_rewards.md)."""
 
 from __future__ import annotations
 

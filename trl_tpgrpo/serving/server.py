@@ -1,4 +1,4 @@
-"""The HTTP side: `GET /health`, `POST /{reward}`, tokens, limits, and answers that are kept for those who lost theirs."""
+"""The HTTP side: `GET /health`, `POST /{reward}`, tokens, limits, and answers kept for those who lost theirs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests made into calls: a bounded queue of images, and one thread that scores them in batches of the function's own size."""
+"""Requests made into calls: a bounded queue of images, and one thread that scores them in batches."""
 
 from __future__ import annotations
 
