@@ -222,12 +222,13 @@ def returning(values: object):
         (returning([{}, 1.0]), 500, 0, "'function' returned {}, no number"),
     ],
 )
-def test_functions_that_fail(function, status: int, row: int | None, message: str) -> None:
+def test_functions_that_fail(function, status: int, row: int | None, message: str, caplog) -> None:
     with serving(function, redness) as server:
         answer = request(server, "POST", f"/{function.__name__}", body(1, 2))
         assert answer[0] == status and message in answer[1]["error"]["message"] and answer[1]["error"]["row"] == row
         again = request(server, "POST", f"/{function.__name__}", body(1, 2, name="again"))
         assert again[0] == status, "the worker goes on"
+    assert ("Traceback" in caplog.text) == (" raised " in message)
 
 
 def test_what_is_logged_must_fit_the_images() -> None:
@@ -358,16 +359,18 @@ def test_sigterm_ends_the_program_after_its_work(tmp_path: Path) -> None:
     options = ["--reward_funcs", "my_rewards.slow", "--port", "0", "--token_file", "token"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "trl_tpgrpo", "serve-reward", *options]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes) as process:
         assert process.stdout is not None
         port = int(process.stdout.readline().split(":")[-1].split("/")[0])
+        process.stdout.close()  # who started it need not go on reading
         with ThreadPoolExecutor() as pool:
             asked = pool.submit(request, port, "POST", "/slow", body(9), Authorization="Bearer secret")
             time.sleep(0.3)
             process.send_signal(signal.SIGTERM)
             assert asked.result()[1]["rewards"] == [9]
         assert process.wait(timeout=20) == 0
-        assert "Stopping" in process.stdout.read()
+        assert process.stderr is not None and "Stopping" in process.stderr.read()
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ REMEDIES = {
     401: "Give the token of the server's --token_file as `token`, or in the environment variable " + TOKEN_VARIABLE,
     404: "Look at GET {server}/health for what is served",
     413: "Take a smaller `batch_size` (now {batch_size}), or raise the server's limits",
-    422: "The reward function has failed on this image, prompt or row; the server's log tells no more than this",
-    500: "The fault is in the reward function, on the server",
+    422: "The reward function has failed on this row; the server's log has the traceback",
+    500: "The fault is in the reward function; the server's log may tell more",
 }
 
 

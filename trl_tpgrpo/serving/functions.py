@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -19,6 +20,8 @@ from PIL import Image
 
 from .protocol import Refusal
 
+
+logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 RESERVED_NAMES = ("health",)
@@ -131,8 +134,9 @@ class ServedReward:
         return Refusal(500, "no_reward", f"The reward function {self.name!r} {what}.")
 
     def raised(self, error: BaseException, where: str = "") -> Refusal:
-        """What is answered where the function has raised."""
+        """What is answered where the function has raised; the log has the traceback."""
         kind = type(error).__name__
+        logger.error("The reward function %r raised%s.", self.name, where, exc_info=error)
         message = f"The reward function {self.name!r} raised {kind}: {error}{where}."
         return Refusal(500 if where else 422, "reward_raised", message, exception=kind)
 

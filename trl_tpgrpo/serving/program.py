@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import threading
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from typing import Any
 
 from .functions import ServedReward, find_function
 from .server import Limits, RewardServer
+
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str], find: Callable[[str], Callable[..., Any]] = find_function) -> int:
@@ -26,6 +30,7 @@ def main(argv: list[str], find: Callable[[str], Callable[..., Any]] = find_funct
         ValueError: If the options do not go together.
     """
     args = make_parser().parse_args(argv)
+    logging.basicConfig(format="%(asctime)s %(message)s")
     token = read_token(args.token_file)
     if token is None and not is_loopback(args.host):
         raise ValueError(
@@ -45,7 +50,7 @@ def main(argv: list[str], find: Callable[[str], Callable[..., Any]] = find_funct
     stop.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait
-    print("Stopping: what has been taken is scored and answered.", flush=True)  # noqa: T201
+    logger.warning("Stopping: what has been taken is scored and answered.")
     server.drain()
     return 0
 

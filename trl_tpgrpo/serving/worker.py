@@ -181,11 +181,13 @@ class Worker:
             except (Exception, SystemExit) as alone:
                 num_failed += 1
                 item.job.refuse(self.reward.raised(alone).at(item.row))
+        if not num_failed:  # it cannot do batches of this size, which nobody should have to guess from its slowness
+            of_all = self.reward.raised(error, f" (on a batch of {len(items)} images, on none alone)")
+            for item in items:
+                item.job.refuse(of_all)
+            return
         for item, outcome in outcomes:
-            if num_failed:
-                _deliver([item], outcome)
-            else:  # it cannot do batches of this size, which nobody should have to guess from its slowness
-                item.job.refuse(self.reward.raised(error, f" (on a batch of {len(items)} images, on none alone)"))
+            _deliver([item], outcome)
 
 
 def _deliver(items: list[Item], outcome: Outcome) -> None:
