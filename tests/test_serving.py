@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -423,6 +424,14 @@ def test_the_command_line_has_it(capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main(["serve-reward", "--help"])
     assert "--reward_funcs" in capsys.readouterr().out
+
+
+def test_the_page_on_the_protocol_has_every_refusal() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "trl_tpgrpo/serving").glob("*.py"))
+    kinds = set(re.findall(r'Refusal\([^"]*?(?:\d+|int\(code\)), "(\w+)"', sources)) | {"reward_raised"}
+    assert len(kinds) >= 14
+    table = (ROOT / "docs/remote_rewards.md").read_text()
+    assert not {kind for kind in kinds if f"`{kind}`" not in table}
 
 
 def test_an_old_environment_suffices() -> None:

@@ -154,13 +154,14 @@ def find_function(path: str) -> Callable[..., Any]:
     module_path, _, name = path.rpartition(".")
     if not module_path:
         raise ValueError(f"{path!r} must be a dotted import path, such as my_rewards.mine.")
-    sys.path.insert(0, os.getcwd())
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_path)
     except ModuleNotFoundError as error:
         raise ValueError(f"The module of the reward function {path!r} cannot be imported: {error}.") from error
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path.remove(folder)
     if name not in vars(module):
         raise ValueError(f"The module {module_path!r} has no reward function {name!r}.")
     return vars(module)[name]

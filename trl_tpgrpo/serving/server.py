@@ -218,7 +218,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _content_length(self) -> int:
         text = self.headers.get("Content-Length", "")
-        if not (text.isascii() and text.isdigit()):
+        if not (text.isascii() and text.isdigit() and len(text) < 16):
             self.close_connection = True
             raise Refusal(411, "no_length", "The request needs a Content-Length.")
         return int(text)
