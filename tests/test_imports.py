@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "averaging": {"sharding"},
     "checkpoints": set(),
     "architectures": set(),
+    "serving": set(),
 }
 MAY_TOUCH_TRL = {"config", "sampler", "publishing", "trainer", "commands"}
 

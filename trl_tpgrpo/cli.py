@@ -1,4 +1,4 @@
-"""The command line: `trl-tpgrpo train | plan | sample | fidelity | demo`."""
+"""The command line: `trl-tpgrpo train | plan | sample | fidelity | serve-reward | demo`."""
 
 import argparse
 import importlib
@@ -18,6 +18,7 @@ COMMANDS = {
     "sample": "make images with a model, with or without a trained adapter",
     "fidelity": "measure how faithful cheap completions are on a model, its prompts and its reward",
     "plan": "what a run will cost: evaluations, memory per device, and what to change if it does not fit",
+    "serve-reward": "serve reward functions over HTTP, from a machine or an environment of their own",
     "demo": "train the embedded tiny model in a few minutes and show what it learned",
 }
 
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
             logging.getLogger(library).setLevel(logging.ERROR)
     with one_recipe(argv[1:]) as arguments:
-        return importlib.import_module(f"trl_tpgrpo.commands.{command}").main(arguments)
+        return importlib.import_module(f"trl_tpgrpo.commands.{command.replace('-', '_')}").main(arguments)
 
 
 @contextmanager

@@ -1,0 +1,105 @@
+"""Servers on the loopback interface that tests start and that end with them."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from trl_tpgrpo.serving.functions import ServedReward
+from trl_tpgrpo.serving.server import Limits, RewardServer
+
+
+Reply = tuple[int, dict[str, str], bytes] | None
+"""Status, headers and body, or `None` to close the connection without an answer."""
+
+
+@contextmanager
+def serving(
+    *functions: Callable[..., Any], token: str | None = None, port: int = 0, **limits: int
+) -> Iterator[RewardServer]:
+    """A reward server; what it has taken is answered before it ends."""
+    rewards = [ServedReward(function) for function in functions]
+    server = RewardServer(("127.0.0.1", port), rewards, Limits(**limits), token)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.drain()
+
+
+class Scripted(ThreadingHTTPServer):
+    """A server that answers as a test says.
+
+    Args:
+        reply: From a request (its path, headers and JSON) and its number to the answer.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def __init__(self, reply: Callable[[dict[str, Any], int], Reply]):
+        super().__init__(("127.0.0.1", 0), _ScriptedHandler)
+        self.reply, self.requests, self.lock = reply, [], threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class _ScriptedHandler(BaseHTTPRequestHandler):
+    server: Scripted
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    timeout = 10
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        request = {"path": self.path, "headers": dict(self.headers), "body": body}
+        with self.server.lock:
+            self.server.requests.append(request)
+            number = len(self.server.requests) - 1
+        reply = self.server.reply(request, number)
+        if reply is None:
+            self.close_connection = True
+            return
+        status, headers, data = reply
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(data))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Tests have nobody to read it."""
+
+
+@contextmanager
+def scripted(reply: Callable[[dict[str, Any], int], Reply]) -> Iterator[Scripted]:
+    server = Scripted(reply)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def as_json(value: object, status: int = 200, **headers: str) -> Reply:
+    return status, {name.replace("_", "-"): text for name, text in headers.items()}, json.dumps(value).encode()
+
+
+def request(
+    server: ThreadingHTTPServer | int, method: str, path: str, body: object = None, **headers: str
+) -> tuple[int, Any, Any]:
+    """Ask a server, or a port, once; status, JSON and headers of the answer."""
+    port = server if isinstance(server, int) else server.server_port
+    connection = HTTPConnection("127.0.0.1", port, timeout=20)
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    sent = {"Content-Type": "application/json"} | {name.replace("_", "-"): text for name, text in headers.items()}
+    try:
+        connection.request(method, path, data, sent)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read()), answer.headers
+    finally:
+        connection.close()

@@ -1,0 +1,25 @@
+"""`trl-tpgrpo serve-reward`: reward functions over HTTP."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ..serving.functions import find_function
+from ..serving.program import main as serve
+
+
+def main(argv: list[str]) -> int:
+    """Serve built-in reward functions and those of one's own modules."""
+    return serve(argv, find_reward)
+
+
+def find_reward(name: str) -> Callable[..., Any]:
+    """Find a reward function by its built-in name or dotted import path.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if "." in name:
+        return find_function(name)
+    from .train import load_reward  # with torch, diffusers and TRL, which others need not wait for
+
+    return load_reward(name)

@@ -1,0 +1,167 @@
+"""A reward function that is served: what it declares, how it is called, and what is a reward."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import inspect
+import json
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from .protocol import Refusal
+
+
+logger = logging.getLogger(__name__)
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+RESERVED_NAMES = ("health",)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one call gave N images.
+
+    Attributes:
+        rewards: N rewards; `None` where the function does not apply, a `Refusal` where it returned what is no reward.
+        metrics: Values by name that the function has logged; `None` for NaN, which JSON does not have.
+        extra: Columns that the function has logged, N values each.
+    """
+
+    rewards: list[float | None | Refusal]
+    metrics: dict[str, list[float | None]]
+    extra: dict[str, list]
+
+
+class ServedReward:
+    """A reward function and what it declares.
+
+    Args:
+        function: The function, or a callable object, or a class of such that needs no arguments.
+        device: Where its model is moved, if it has one; `None` leaves it where it is.
+
+    Raises:
+        ValueError: If its name cannot be part of an URL, or it declares what does not exist.
+    """
+
+    def __init__(self, function: Any, device: str | None = None):
+        self.function: Any = function() if inspect.isclass(function) else function
+        self.device = device
+        innermost = self.function
+        while isinstance(innermost, functools.partial):
+            innermost = innermost.func
+        self.name: str = getattr(innermost, "__name__", type(innermost).__name__)
+        self.batch_size: int | None = getattr(innermost, "batch_size", None)
+        self.image_type: str = getattr(innermost, "image_type", "pil")
+        if not NAME.fullmatch(self.name) or self.name in RESERVED_NAMES:
+            raise ValueError(f"The reward function's name {self.name!r} cannot be part of an URL: set its __name__.")
+        if self.image_type not in ("pil", "pt"):
+            raise ValueError(
+                f"The reward function {self.name!r} has image_type={self.image_type!r}, not 'pil' or 'pt'."
+            )
+        move = getattr(innermost, "to", None)
+        if device is not None and move is not None:
+            move(device)
+
+    def call(self, images: list[Image.Image], prompts: list[str], columns: dict[str, list]) -> Outcome:
+        """Score N images.
+
+        Raises:
+            Refusal: If it returns no list of N values.
+            Exception: Whatever it raises.
+        """
+        metrics: dict[str, list[float | None]] = {}
+        extra: dict[str, list] = {}
+
+        def log_metric(name: str, value: Any, *_: Any) -> None:
+            number = float(value)
+            metrics.setdefault(name, []).append(None if math.isnan(number) else number)
+
+        def log_extra(name: str, values: Sequence) -> None:
+            listed = list(values)
+            if len(listed) != len(images):
+                raise ValueError(f"log_extra({name!r}) got {len(listed)} values for {len(images)} images")
+            json.dumps(listed, allow_nan=False)
+            extra[name] = listed
+
+        logging: dict[str, Any] = {"trainer_state": None, "log_metric": log_metric, "log_extra": log_extra}
+        given: Any = self._tensor(images) if self.image_type == "pt" else images
+        values = self.function(images=given, prompts=prompts, **columns, **logging)
+        if inspect.isawaitable(values):
+            values = asyncio.run(_awaited(values))
+        return Outcome(self._checked(values, len(images)), metrics, extra)
+
+    def _tensor(self, images: list[Image.Image]) -> Any:
+        """float32, (N, 3, H, W), in [0, 1], on the device."""
+        import numpy as np
+        import torch
+
+        pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+        return pixels.to(self.device or "cpu").permute(0, 3, 1, 2).float() / 255
+
+    def _checked(self, values: Any, number: int) -> list[float | None | Refusal]:
+        try:
+            listed = list(values)
+        except TypeError:
+            raise self._wrong(f"must return a list of numbers, got {type(values).__name__}") from None
+        if len(listed) != number:
+            raise self._wrong(f"returned {len(listed)} rewards for {number} images")
+        return [self._reward(value) for value in listed]
+
+    def _reward(self, value: Any) -> float | None | Refusal:
+        if value is None:
+            return None
+        if isinstance(value, str):
+            return self._wrong(f"returned {value!r}, no number")
+        try:
+            reward = float(value)
+        except (TypeError, ValueError):
+            return self._wrong(f"returned {value!r}, no number")
+        if not math.isfinite(reward):
+            return self._wrong(f"returned {reward} (None is for where a reward does not apply)")
+        return reward
+
+    def _wrong(self, what: str) -> Refusal:
+        return Refusal(500, "no_reward", f"The reward function {self.name!r} {what}.")
+
+    def raised(self, error: BaseException, where: str = "") -> Refusal:
+        """What is answered where the function has raised; the log has the traceback."""
+        kind = type(error).__name__
+        logger.error("The reward function %r raised%s.", self.name, where, exc_info=error)
+        message = f"The reward function {self.name!r} raised {kind}: {error}{where}."
+        return Refusal(500 if where else 422, "reward_raised", message, exception=kind)
+
+
+async def _awaited(values: Any) -> Any:
+    return await values
+
+
+def find_function(path: str) -> Callable[..., Any]:
+    """Find a reward function by its dotted import path, looked up from the current directory too.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    module_path, _, name = path.rpartition(".")
+    if not module_path:
+        raise ValueError(f"{path!r} must be a dotted import path, such as my_rewards.mine.")
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_path)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"The module of the reward function {path!r} cannot be imported: {error}.") from error
+    finally:
+        sys.path.remove(folder)
+    if name not in vars(module):
+        raise ValueError(f"The module {module_path!r} has no reward function {name!r}.")
+    return vars(module)[name]
