@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, load_dataset
 
+from trl_tpgrpo.rewards.geneval import CLASSES
+from trl_tpgrpo.rewards.geneval_rules import check_metadata, clauses
+
 
 SCRIPTS = Path(__file__).parents[1] / "examples/datasets"
 sys.path.insert(0, str(SCRIPTS))
@@ -29,35 +32,43 @@ def test_compositional_prompts_say_what_they_ask_for(tmp_path: Path) -> None:
     assert set(Counter(splits["train"]["tag"])) == set(compositional.all_rows())
     assert not set(splits["train"]["prompt"]) & set(splits["test"]["prompt"])
     for row in splits["train"]:
-        for wanted in row["include"]:
-            assert wanted["class"] in compositional.CLASSES
-            assert wanted["color"] is None or f"{wanted['color']} {wanted['class']}" in row["prompt"]
-            if wanted["position"]:
-                assert f"{wanted['class']} {wanted['position']['relation']} " in row["prompt"]
-                assert row["include"][wanted["position"]["of"]]["class"] in row["prompt"]
+        include, exclude = clauses(row["include"]), clauses(row["exclude"])
+        check_metadata(row["tag"], include, exclude, CLASSES)
+        for wanted in include:
+            assert f"{wanted.get('color', '')} {wanted['class']}".strip() in row["prompt"] or wanted["count"] > 1
+            if "position" in wanted:
+                relation, other = wanted["position"]
+                assert f"{wanted['class']} {relation} " in row["prompt"] and include[other]["class"] in row["prompt"]
 
 
 @pytest.mark.parametrize(
     ("tag", "prompt", "include", "exclude"),
     [
-        ("single_object", "a photo of an apple", [("apple", 1, None, None)], []),
-        ("single_object", "a photo of scissors", [("scissors", 1, None, None)], []),
-        ("two_object", "a photo of a dog and an umbrella", [("dog", 1, None, None), ("umbrella", 1, None, None)], []),
-        ("counting", "a photo of three knives", [("knife", 3, None, None)], [("knife", 4)]),
-        ("colors", "a photo of a pink bus", [("bus", 1, "pink", None)], []),
-        ("position", "a photo of a cat left of a tv", [("tv", 1, None, None), ("cat", 1, None, ("left of", 0))], []),
+        ("single_object", "a photo of an apple", [{"class": "apple", "count": 1}], []),
+        ("single_object", "a photo of scissors", [{"class": "scissors", "count": 1}], []),
         (
-            "color_attr",
-            "a photo of a red bicycle and an orange car",
-            [("bicycle", 1, "red", None), ("car", 1, "orange", None)],
-            [],
+            "two_object", "a photo of a dog and an umbrella",
+            [{"class": "dog", "count": 1}, {"class": "umbrella", "count": 1}], [],
+        ),
+        ("counting", "a photo of three knives", [{"class": "knife", "count": 3}], [{"class": "knife", "count": 4}]),
+        ("colors", "a photo of a pink bus", [{"class": "bus", "count": 1, "color": "pink"}], []),
+        (
+            "position", "a photo of a cat left of a tv",
+            [{"class": "tv", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}], [],
+        ),
+        (
+            "color_attr", "a photo of a red bicycle and an orange car",
+            [{"class": "bicycle", "count": 1, "color": "red"}, {"class": "car", "count": 1, "color": "orange"}], [],
         ),
     ],
-)
+)  # fmt: skip
 def test_each_kind_of_compositional_prompt(tag: str, prompt: str, include: list, exclude: list) -> None:
     (row,) = [row for row in compositional.all_rows()[tag] if row["prompt"] == prompt]
-    assert row["include"] == [compositional.thing(*wanted) for wanted in include]
-    assert row["exclude"] == [{"class": name, "count": count} for name, count in exclude]
+    assert clauses(row["include"]) == include and clauses(row["exclude"]) == exclude
+
+
+def test_classes_are_those_that_the_reward_knows() -> None:
+    assert tuple(compositional.CLASSES) == CLASSES
 
 
 def test_more_prompts_than_there_are_is_an_error() -> None:

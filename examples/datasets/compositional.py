@@ -7,18 +7,19 @@ The prompts are drawn here, not GenEval's own 553, which stay a test set. Column
 
 - `prompt`
 - `tag`: `single_object`, `two_object`, `counting`, `colors`, `position` or `color_attr`
-- `include`: the objects that must be there: `class`, `count`, `color` (or null), `position` (or null), which is the `relation` that the
-  object has to object number `of` of the list
-- `exclude`: what there may not be: so many of a class as make a wrong count
+- `include`: the objects that must be there, as JSON: `class`, `count`, and where it matters `color` or `position`, such as
+  `["left of", 0]`: the relation to another object, and that one's number
+- `exclude`: what there may not be, as JSON: so many of a class as make a wrong count
 """
 
+import json
 import random
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict
 from transformers import HfArgumentParser
 
 
@@ -37,21 +38,6 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
 WITHOUT_PLURAL = ("skis", "scissors", "sheep")
 IRREGULAR = {"person": "people", "knife": "knives", "computer mouse": "computer mice"}
-FEATURES = Features(
-    {
-        "prompt": Value("string"),
-        "tag": Value("string"),
-        "include": List(
-            {
-                "class": Value("string"),
-                "count": Value("int64"),
-                "color": Value("string"),
-                "position": {"relation": Value("string"), "of": Value("int64")},
-            }
-        ),
-        "exclude": List({"class": Value("string"), "count": Value("int64")}),
-    }
-)
 
 
 @dataclass
@@ -64,12 +50,9 @@ class Arguments:
     seed: int = field(default=0, metadata={"help": "Of the draw."})
 
 
-def thing(
-    name: str, count: int = 1, color: str | None = None, position: tuple[str, int] | None = None
-) -> dict[str, Any]:
-    """One entry of `include`."""
-    place = None if position is None else {"relation": position[0], "of": position[1]}
-    return {"class": name, "count": count, "color": color, "position": place}
+def thing(name: str, count: int = 1, **more: object) -> dict[str, Any]:
+    """One entry of `include`: `more` is its color, or its position."""
+    return {"class": name, "count": count, **more}
 
 
 def with_article(words: str) -> str:
@@ -92,7 +75,8 @@ def row(
     tag: str, shown: str, include: list[dict[str, Any]], exclude: list[dict[str, Any]] | None = None
 ) -> dict[str, Any]:
     """One prompt."""
-    return {"prompt": f"a photo of {shown}", "tag": tag, "include": include, "exclude": exclude or []}
+    columns = {"include": json.dumps(include), "exclude": json.dumps(exclude or [])}
+    return {"prompt": f"a photo of {shown}", "tag": tag, **columns}
 
 
 def all_rows() -> dict[str, list[dict[str, Any]]]:
@@ -118,7 +102,7 @@ def all_rows() -> dict[str, list[dict[str, Any]]]:
             row(
                 "position",
                 f"{with_article(one)} {relation} {with_article(other)}",
-                [thing(other), thing(one, position=(relation, 0))],
+                [thing(other), thing(one, position=[relation, 0])],
             )
             for one, other in pairs
             for relation in RELATIONS
@@ -160,7 +144,7 @@ def build(num_train: int, num_test: int, seed: int = 0) -> DatasetDict:
         if len(chosen) < wanted:
             raise ValueError(f"num_{name}={wanted}: there are not so many different prompts, only {len(chosen)}.")
         draw.shuffle(chosen)
-        splits[name] = Dataset.from_list(chosen[:wanted], features=FEATURES)
+        splits[name] = Dataset.from_list(chosen[:wanted])
     return DatasetDict(splits)
 
 

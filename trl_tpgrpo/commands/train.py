@@ -1,6 +1,6 @@
 """`trl-tpgrpo train`: arguments as those of `trl grpo`, from a YAML recipe, the command line, or both."""
 
-import importlib
+import inspect
 import os
 import sys
 from dataclasses import dataclass, field
@@ -17,15 +17,26 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from ..config import TPGRPOConfig, non_defaults
 from ..hub import HubError
 from ..rewards import RewardFunc
+from ..rewards.remote import remote_reward_from_url
+from ..serving.functions import find_function
 from ..sharding import without_zero3
 from ..testbed import TESTBED, prompt_dataset
 from ..trainer import TPGRPOTrainer
 
 
 BUILT_IN_REWARDS = {
+    "aesthetic_score": "trl_tpgrpo.rewards.AestheticScore",
+    "brightness": "trl_tpgrpo.rewards.brightness",
+    "clip_score": "trl_tpgrpo.rewards.CLIPScore",
+    "colourfulness": "trl_tpgrpo.rewards.colourfulness",
+    "geneval": "trl_tpgrpo.rewards.GenEval",
     "graded_reward": "trl_tpgrpo.testbed.checker.graded_reward",
+    "hps_v2": "trl_tpgrpo.rewards.HPSv2",
+    "image_reward": "trl_tpgrpo.rewards.ImageReward",
     "jpeg_compressibility": "trl_tpgrpo.rewards.jpeg_compressibility",
     "jpeg_incompressibility": "trl_tpgrpo.rewards.jpeg_incompressibility",
+    "ocr": "trl_tpgrpo.rewards.OCRReward",
+    "pick_score": "trl_tpgrpo.rewards.PickScore",
     "shapes_reward": "trl_tpgrpo.testbed.checker.shapes_reward",
     "strict_reward": "trl_tpgrpo.testbed.checker.strict_reward",
 }
@@ -51,8 +62,9 @@ class TPGRPOScriptArguments(ScriptArguments):
 
     Args:
         reward_funcs (`list[str]`):
-            Names of built-in reward functions or dotted import paths, such as `my_rewards.brightness`, looked up from the
-            current directory too.
+            Names of built-in reward functions, dotted import paths, such as `my_rewards.mine`, looked up from the current
+            directory too, or URLs of served ones, such as `http://host:8000/pick_score`. A class is created without
+            arguments.
         eval_reward_funcs (`list[str]`, *optional*):
             The same for functions that are called in evaluation only.
     """
@@ -62,7 +74,8 @@ class TPGRPOScriptArguments(ScriptArguments):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"Reward functions: {', '.join(BUILT_IN_REWARDS)}, or dotted import paths (my_rewards.mine)."
+            "help": f"Reward functions: {', '.join(BUILT_IN_REWARDS)}, dotted import paths (my_rewards.mine), or URLs of served "
+            "ones (http://host:8000/pick_score)."
         },
     )
     eval_reward_funcs: list[str] | None = field(
@@ -234,7 +247,7 @@ def build_trainer(
     if model_args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: a Hub id, a folder, or 'testbed'.")
     if not script_args.reward_funcs:
-        raise ValueError(f"--reward_funcs is missing: any of {list(BUILT_IN_REWARDS)} or dotted import paths.")
+        raise ValueError(f"--reward_funcs is missing: any of {list(BUILT_IN_REWARDS)}, dotted import paths, or URLs.")
     chosen = {"revision": model_args.model_revision, "dtype": model_args.dtype}
     training_args.model_init_kwargs = {
         **{name: value for name, value in chosen.items() if value is not None},
@@ -256,25 +269,20 @@ def build_trainer(
 
 
 def load_reward(name: str) -> RewardFunc:
-    """Find a reward function by its built-in name or dotted import path.
+    """Find a reward function by its built-in name, its dotted import path or its URL; a class is created without arguments.
 
     Raises:
         ValueError: If there is none.
     """
+    if name.startswith(("http://", "https://")):
+        return remote_reward_from_url(name)
     path = BUILT_IN_REWARDS.get(name, name)
-    module_path, _, function = path.rpartition(".")
-    if not module_path:
-        raise ValueError(f"No reward function {name!r}: use one of {list(BUILT_IN_REWARDS)} or a dotted import path.")
-    sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_path)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"The module of the reward function {name!r} cannot be imported: {error}.") from error
-    finally:
-        sys.path.pop(0)
-    if function not in vars(module):
-        raise ValueError(f"The module {module_path!r} has no reward function {function!r}.")
-    return vars(module)[function]
+    if "." not in path:
+        raise ValueError(
+            f"No reward function {name!r}: use one of {list(BUILT_IN_REWARDS)}, a dotted import path, or a URL."
+        )
+    function = find_function(path)
+    return function() if inspect.isclass(function) else function
 
 
 def load_prompts(
