@@ -323,6 +323,18 @@ def test_rows_columns_and_metrics(reward: GenEval, paths: tuple[str, str]) -> No
     assert reward(images[:1], [""], tag=[None], include=[None]) == [None]
 
 
+def test_bfloat16_and_moving(paths: tuple[str, str]) -> None:
+    rough = GenEval(*paths, image_size=64, dtype=torch.bfloat16)
+    clause = [{"class": "car", "count": 1, "color": "red"}]
+    scores = rough(as_tensor(pictures(((96, 64),) * 2)), [""] * 2, tag=["colors"] * 2, include=[clause] * 2)
+    assert all(isinstance(score, float) for score in scores)
+    assert rough.to("meta") is rough
+    parts = (rough.detector, rough.clip.model)
+    assert {(weight.device.type, weight.dtype) for part in parts for weight in part.parameters()} == {
+        ("meta", torch.bfloat16)
+    }
+
+
 def test_wrong_rows_and_detectors_are_refused(reward: GenEval, paths: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="class is 'unicorn'"):
         reward(as_tensor(pictures(((32, 32),))), [""], tag=["colors"], include=[[{"class": "unicorn", "count": 1}]])
