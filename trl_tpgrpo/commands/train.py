@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -281,8 +280,9 @@ def load_reward(name: str) -> RewardFunc:
         raise ValueError(
             f"No reward function {name!r}: use one of {list(BUILT_IN_REWARDS)}, a dotted import path, or a URL."
         )
-    function = find_function(path)
-    return function() if inspect.isclass(function) else function
+    found: Any = find_function(path)
+    reward_func: Any = found() if inspect.isclass(found) else found
+    return reward_func
 
 
 def load_prompts(
