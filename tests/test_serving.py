@@ -21,7 +21,7 @@ from trl_tpgrpo.commands import serve_reward
 from trl_tpgrpo.rewards.remote import base64_png
 from trl_tpgrpo.serving import program
 from trl_tpgrpo.serving.functions import ServedReward, find_function
-from trl_tpgrpo.serving.server import RewardServer
+from trl_tpgrpo.serving.server import Handler, RewardServer
 
 
 ROOT = Path(__file__).parents[1]
@@ -336,11 +336,19 @@ def test_a_request_that_comes_again_is_not_scored_again() -> None:
         assert len(recorder.calls) == 4, "only the last two answers are kept"
 
 
-def test_drain_answers_what_has_been_taken() -> None:
-    recorder = Recorder(batch_size=1)
+def test_drain_answers_what_has_been_taken(monkeypatch) -> None:
+    recorder, sent, send = Recorder(batch_size=1), [], Handler._send
+
+    def slowly(handler: Handler, *answer) -> None:
+        time.sleep(0.2)
+        send(handler, *answer)
+        sent.append(answer)
+
+    monkeypatch.setattr(Handler, "_send", slowly)
     with serving(recorder) as server:
         futures = later(server, "/recorder", *(body(n, name=str(n)) for n in range(5)))
         threading.Timer(0.2, recorder.may_go_on.set).start()
+    assert len(sent) == 5, "the program would have ended before it has answered"
     assert [future.result()[1]["rewards"] for future in futures] == [[0.0], [1.0], [2.0], [3.0], [4.0]]
     with pytest.raises(ConnectionRefusedError):
         request(server, "GET", "/health")
