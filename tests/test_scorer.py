@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_tpgrpo.rewards import RewardError
+from trl_tpgrpo.rewards import RewardError, RewardUnavailable
 from trl_tpgrpo.rewards.scorer import ImageBatch, Scorer, Scores
 
 
@@ -206,6 +206,19 @@ def test_a_call_that_hangs_is_a_failure_and_the_next_calls_go_on(kind: str) -> N
     assert scored.rewards[0, 2:].tolist() == EXPECTED[2:]
     assert time.perf_counter() - start < 10
     forever.set()
+
+
+def test_where_no_image_is_the_cause_images_are_not_asked_for_one_by_one() -> None:
+    calls = []
+
+    def gone(images, **columns: object) -> list[float]:
+        calls.append(len(images))
+        raise RewardUnavailable("the server is gone")
+
+    with pytest.raises(RewardError, match="'gone' raised RewardUnavailable: the server is gone"):
+        scores(gone)
+    assert scores(gone, "skip").failed.all()
+    assert calls == [NUMBER, NUMBER]
 
 
 def test_a_wrong_number_of_rewards_is_the_whole_calls_failure() -> None:

@@ -13,7 +13,7 @@ from .image_reward import ImageReward
 from .jpeg import jpeg_compressibility, jpeg_incompressibility
 from .ocr import OCRReward
 from .pick_score import PickScore
-from .scoring import RewardError, RewardFunc
+from .scoring import RewardError, RewardFunc, RewardUnavailable
 
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "PickScore",
     "RewardError",
     "RewardFunc",
+    "RewardUnavailable",
     "brightness",
     "colourfulness",
     "jpeg_compressibility",

@@ -79,7 +79,8 @@ class OCRReward:
     def read(self, image: Image.Image) -> list[str]:
         """The lines of text in the image, from top to bottom."""
         bgr = np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
-        return list(self.engine(bgr).txts or ())
+        found: Any = self.engine(bgr)
+        return list(found.txts or ())
 
 
 def wanted_text(prompt: str, given: str | None = None) -> str | None:

@@ -14,6 +14,7 @@ import httpx2
 from PIL import Image
 
 from .http_client import HTTPClient, Unanswered, bearer, checked_url, error_message, gather
+from .scoring import RewardUnavailable
 
 
 TOKEN_VARIABLE = "TRL_TPGRPO_REWARD_TOKEN"
@@ -31,6 +32,10 @@ REMEDIES = {
 
 class RemoteRewardError(RuntimeError):
     """A reward server has given no rewards."""
+
+
+class ServerUnavailable(RemoteRewardError, RewardUnavailable):
+    """A reward server has not answered, whatever the images."""
 
 
 class RemoteReward:
@@ -146,7 +151,7 @@ class RemoteReward:
             try:
                 response, _ = await self._client.post(connections, self.url, content)
             except Unanswered as error:
-                raise RemoteRewardError(
+                raise ServerUnavailable(
                     f"The reward server {self.url} has not scored rows {first_row} to {first_row + len(images) - 1}: "
                     f"{error}. Is it running, and is its queue long enough for all its clients? "
                     "Longer `timeout` and more `num_retries` wait longer."

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .scoring import RewardError, RewardFunc, checked, declared, is_async, reward_name
+from .scoring import RewardError, RewardFunc, RewardUnavailable, checked, declared, is_async, reward_name
 
 
 FAILURES = ("stop", "skip")
@@ -196,7 +196,10 @@ class Scoring:
 
     def _explained(self, error: RewardError, number: int, rows: slice) -> RewardError:
         """The error of a call, with the row that it is due to, and what can be saved of the call."""
-        raised = error.row is None and error.__cause__ is not None and not error.hung
+        cause = error.__cause__
+        raised = (
+            error.row is None and cause is not None and not error.hung and not isinstance(cause, RewardUnavailable)
+        )
         if error.row is None and not raised:  # it hung, or the number or kind of its answers is wrong: no row's doing
             self._failed[rows] = True
             return error

@@ -66,6 +66,10 @@ class RewardError(RuntimeError):
         return f"The reward function {self.name!r} {self.outcome}.{saved}"
 
 
+class RewardUnavailable(RuntimeError):
+    """For reward functions to raise where no image is the cause, as when a server is gone: they are not asked image by image."""
+
+
 @dataclass(frozen=True)
 class Declaration:
     """What a reward function says of itself, by attributes of these names.

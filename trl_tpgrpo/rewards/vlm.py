@@ -14,6 +14,7 @@ from PIL import Image
 
 from .http_client import HTTPClient, Unanswered, bearer, checked_url, error_message, gather
 from .remote import base64_png
+from .scoring import RewardUnavailable
 
 
 RETRIED_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
@@ -48,6 +49,10 @@ TEMPLATES = {"quality": QUALITY, "alignment": ALIGNMENT, "yes_no": YES_NO}
 
 class VLMJudgeError(RuntimeError):
     """A judge has given no score."""
+
+
+class JudgeUnavailable(VLMJudgeError, RewardUnavailable):
+    """A judge's server has not answered, whatever the images."""
 
 
 class UnusableAnswer(Exception):
@@ -283,7 +288,7 @@ class VLMJudge:
             response, num_attempts = await self._client.post(call.connections, self.url, body)
         except Unanswered as error:
             call.usage.add(Usage(error.num_attempts, error.num_attempts - 1))
-            raise VLMJudgeError(
+            raise JudgeUnavailable(
                 f"The judge at {self.url} has not answered for {place}: {self._without_key(str(error))}. "
                 f"Is it running, and fast enough for concurrency={self._client.concurrency} and timeout={self._client.timeout:g}?"
             ) from None
