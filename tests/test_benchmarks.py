@@ -23,4 +23,4 @@ def test_benchmark_for_gpus_runs_at_reduced_depth(model: str, base: str, tmp_pat
     assert row["num_train_evaluations"] == 4 * 2 * 2  # with the reference
     assert row["loss_is_finite"]
     assert all(0 < row[f"{phase}_utilisation"] < 2 for phase in ("rollout", "train"))  # the product is no upper bound
-    assert row["peak_gib"].keys() == {"load", "rollout", "decode", "score", "train"}
+    assert row["peak_gib"].keys() == {"load", "encode", "rollout", "decode", "score", "train"}

@@ -14,7 +14,7 @@ import torch
 from test_trainer import assert_same, build, lora, trained
 
 from trl_tpgrpo import checkpoints
-from trl_tpgrpo import trainer as trainer_module
+from trl_tpgrpo import resuming
 from trl_tpgrpo.checkpoints import INCOMPLETE, is_complete, last_complete
 
 
@@ -137,13 +137,13 @@ class Crash(BaseException):
 
 POINTS = {
     "before anything": (checkpoints.Path, "mkdir"),
-    "the rollout": (trainer_module.torch, "save"),
+    "the rollout": (resuming.torch, "save"),
     "the weights": ("policy", "save_weights"),
     "the optimizer": ("trainer", "_save_optimizer_and_scheduler"),
     "the random states": ("trainer", "_save_rng_state"),
     "the trainer's state": ("state", "save_to_json"),
     "the end of writing": (checkpoints.Path, "unlink"),
-    "old checkpoints deleted": (trainer_module, "rotate_checkpoints"),
+    "old checkpoints deleted": (resuming, "rotate_checkpoints"),
 }
 
 

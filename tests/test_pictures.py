@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_trainer import build, prompts
 
 from trl_tpgrpo import TPGRPOTrainer
-from trl_tpgrpo.grids import GAP, MARGIN, TITLE, Row, first_row, fitting, grid, resized, size_in_grid, wrapped
+from trl_tpgrpo.display.grids import GAP, MARGIN, TITLE, Row, first_row, fitting, grid, resized, size_in_grid, wrapped
 
 
 TAGS = {"rollout/samples", "rollout/trajectory", "eval/images", "eval/over_time"}

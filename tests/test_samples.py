@@ -9,7 +9,7 @@ import torch
 from test_trainer import assert_same, brightness, build, prompts, trained
 
 from trl_tpgrpo.credit import CreditRule, RewardTable
-from trl_tpgrpo.samples import EvaluationSample, RolloutSample, SampleCallback
+from trl_tpgrpo.display.samples import EvaluationSample, RolloutSample, SampleCallback
 
 
 class Seen(SampleCallback):

@@ -3,9 +3,7 @@
 It reads in that order, under the names of TRL's GRPOTrainer. Mathematics and model families are elsewhere.
 """
 
-import logging
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
@@ -21,34 +19,28 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.training_args import OptimizerNames
 from trl.trainer.utils import RepeatSampler
 
 from .averaging import AveragedWeights
-from .checkpoints import StopOnSignal, being_written, is_complete, last_complete
+from .checkpoints import StopOnSignal, is_complete, last_complete
 from .checks import all_prompts, check_datasets, check_optimizer, check_sharded_optimizer
-from .completion import CompletionRule
-from .completions import CompletionPrinter
 from .config import TPGRPOConfig
-from .credit import RewardTable, shortest_window, step_reward_variances
+from .display.pictures import PictureCallback
+from .display.printing import CompletionPrinter
+from .display.progress import LogLines, ProgressDisplay
+from .display.samples import Samples
 from .embeddings import PromptEmbeddings
-from .fidelity import compare
-from .generation import ImageGenerator, on_device, sweeps
+from .generation import ImageGenerator, on_device
 from .guard_rails import GuardRails
-from .hub import without_tokens
 from .losses import clipped_surrogate, relative_difference
-from .metrics import Metrics, image_variety, rollout_metrics
+from .metrics import Metrics, rollout_metrics
 from .models import load_policy, prepare_transformer
-from .pictures import PictureCallback
-from .policies import Conditioning, to_images
-from .progress import LogLines, ProgressDisplay
-from .publishing import PublishingTrainer
-from .rewards.scorer import ImageBatch, Scorer, runs_beside, save_evidence
-from .rewards.scoring import RewardError, RewardFunc, check_applicability, declared, reward_names
-from .rollout import EXACT, Window
+from .rewards.scorer import Scorer, runs_beside
+from .rewards.scoring import RewardFunc, check_applicability, declared, reward_names
+from .rollout import Window
 from .sampler import EpochSampler, SetEpoch
-from .samples import Samples
+from .sampling import CARD, EVALUATION, NOISE, SamplingTrainer
 from .sde import Transition, kl_divergence, log_prob, transition
 from .sharding import (
     check_before_loading,
@@ -57,25 +49,10 @@ from .sharding import (
     prepare_for_sharding,
     prepare_to_evaluate,
 )
-from .trajectories import Sampled, Trajectories, Transitions, Unscored
+from .trajectories import Trajectories, Transitions
 
 
-logger = logging.getLogger(__name__)
-
-NOISE, WINDOW, EVALUATION, PROBE, CARD = range(5)
-"""What a seed is for; the random numbers of one never depend on how many another took."""
-
-LAST = "last"
-"""The folder of a checkpoint with the weights that training goes on from, where those beside it are averaged."""
-
-UNSCORED_SWEEPS = 2
-"""So many may wait for their rewards while the next is sampled; their images are kept until then."""
-
-PROBED_GROUPS = 16
-"""How many prompts of a process the window is measured on."""
-
-
-class TPGRPOTrainer(PublishingTrainer):
+class TPGRPOTrainer(SamplingTrainer):
     """
     Trainer for TurningPoint-GRPO (arXiv 2602.06422): reinforcement learning of flow-matching text-to-image models in which
     each denoising step is credited with the reward that it adds.
@@ -267,10 +244,6 @@ class TPGRPOTrainer(PublishingTrainer):
 
     # -------------------------------------------------------------------------------------------------- the rollout
 
-    @property
-    def _generate_every(self) -> int:
-        return self.args.steps_per_generation * self.args.num_iterations
-
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> Trajectories:
         """Roll out when the buffer is used up; hand out its next micro-batch."""
         if self._step % self._generate_every == 0 or self._buffered_inputs is None:
@@ -315,11 +288,6 @@ class TPGRPOTrainer(PublishingTrainer):
         self._metrics["train"].record("num_train_evaluations", len(trajectories) * len(log_probs), "sum")
         return torch.stack(log_probs, 1)
 
-    @property
-    def _policy_model(self) -> torch.nn.Module:
-        """What predicts outside of an update: sharded weights need their wrapper, DDP's would only exchange buffers."""
-        return self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
-
     def _generate_and_score(self, rows: list[dict[str, Any]]) -> Trajectories:
         """Sample trajectories with their completions, score every image, and lay the rewards out for the loss."""
         generation = self._step // self._generate_every
@@ -346,207 +314,6 @@ class TPGRPOTrainer(PublishingTrainer):
             rows=torch.arange(first, first + len(rows)),
             table=table,
         )
-
-    def _sample_in_sweeps(
-        self,
-        rows: list[dict[str, Any]],
-        generators: list[torch.Generator],
-        window: Window,
-        rule: CompletionRule | None,
-    ) -> tuple[Tensor, Tensor, RewardTable]:
-        """States, log-probabilities and rewards of B rows; a sweep is scored while the next are sampled."""
-        sampled: list[Sampled] = []
-        under_way: deque[Unscored] = deque()
-        for part in self.progress.sweeps(sweeps(len(rows), self.args)):
-            under_way.append(self._sample(rows[part], generators[part], window, rule, self.reward_funcs))
-            if len(under_way) > UNSCORED_SWEEPS:
-                sampled.append(self._keep_of_sweep(under_way.popleft()))
-        sampled += [self._keep_of_sweep(one) for one in under_way]
-        self._stop_together(next((one.error for one in sampled if one.error), None))
-        states, log_probs = (
-            torch.cat([getattr(one.rollout, name) for one in sampled]) for name in ("states", "log_probs")
-        )
-        rewards, failed = torch.cat([one.rewards for one in sampled]), torch.cat([one.failed for one in sampled])
-        table = self._reward_table([row["prompt"] for row in rows], rewards, failed, window, rule)
-        if table.left_out.all():
-            self._stop_together(next(error for one in sampled for error in one.skipped))
-        return states, log_probs, table
-
-    def _keep_of_sweep(self, unscored: Unscored) -> Sampled:
-        """What is kept of a sweep when it has been scored: no images, but what they looked like."""
-        sampled, prompts = self._scored(unscored), unscored.scoring.batch.prompts
-        own = sampled.rollout.image_of[:, -1].tolist()
-        variety = image_variety([sampled.images[place] for place in own], [prompts[place] for place in own])
-        self._metrics["train"].record("image_variety", variety)
-        self.samples.keep(sampled)
-        return sampled.without_images()
-
-    def _reward_table(
-        self, prompts: list[str], rewards: Tensor, failed: Tensor, window: Window, rule: CompletionRule | None
-    ) -> RewardTable:
-        """The rewards (B, F, C + 1) of this process's trajectories, of which some have failed (B,), and of all others'."""
-        device, group = self.args.device, self.args.num_generations
-        gathered, all_failed = (self.accelerator.gather(value.to(device)).cpu() for value in (rewards, failed))
-        check_applicability(gathered, self.reward_func_names, gather_object(prompts), group, all_failed)
-        every = 1 if rule is None else rule.every
-        return RewardTable(gathered, self.reward_weights, group, len(window), self.args.credit_rule, every)
-
-    def _measure_window(self, rows: list[dict[str, Any]]) -> Window:
-        """The shortest window with the wanted share of the variance of step rewards, as the first prompts show it."""
-        group = self.args.num_generations
-        if len(rows) % group == 0:  # else groups straddle processes, and are whole only if all rows are taken
-            rows = rows[: PROBED_GROUPS * group]
-        whole = self.args.window(*self.args.sde_window_limits)
-        *_, table = self._sample_in_sweeps(rows, self._generators(PROBE, 0, len(rows)), whole, EXACT)
-        variances = step_reward_variances(table.rewards, group)
-        start, stop = shortest_window(variances, self.args.sde_window_share)
-        return self.args.window(whole.start + start, whole.start + stop)
-
-    def _check_completions(
-        self, rows: list[dict[str, Any]], window: Window, generation: int, table: RewardTable
-    ) -> None:
-        """Log how faithful the completions of the first prompts are to exact ones of the same trajectories."""
-        rows = rows[: self.args.num_generations]
-        generators = self._generators(NOISE, generation, len(rows))
-        sampled = self._scored(self._sample(rows, generators, window, EXACT, self.reward_funcs))
-        self._stop_together(sampled.error)
-        first = self.accelerator.process_index * len(table.rewards) // self.accelerator.num_processes
-        cheap, exact = (
-            table.rewards[first : first + len(rows)],
-            (sampled.rewards * self.reward_weights[:, None]).nansum(1),
-        )
-        both = ~(sampled.failed | cheap.isnan().any(1))
-        fidelity = compare(exact[both], cheap[both], table.every, table.rule)
-        for name, value in fidelity.overall().items():
-            self._metrics["train"].record(f"completion_check/{name}", value)
-
-    def sample_and_score(
-        self,
-        rows: list[dict[str, Any]],
-        generators: list[torch.Generator],
-        window: Window | None = None,
-        completion: CompletionRule | None = None,
-        reward_funcs: list[RewardFunc] | None = None,
-    ) -> Sampled:
-        """One trajectory for each of B rows, its images and their rewards.
-
-        Args:
-            rows: Rows of a dataset: a prompt and the columns that the reward functions read.
-            generators: B, each the only source of its trajectory's randomness (but that under `share_initial_noise` the
-                first of a group gives the group its first noise).
-            window: The SDE steps of `num_inference_steps`; `None` takes `num_inference_steps_eval` ODE steps.
-            completion: How states in the window are completed; `None`: not at all.
-            reward_funcs: The F functions to score with; `None`: those that are trained on.
-
-        Raises:
-            RewardError: If a reward function fails.
-            FloatingPointError: If a prediction is not finite.
-        """
-        sampled = self._scored(self._sample(rows, generators, window, completion, reward_funcs or self.reward_funcs))
-        if sampled.error is not None:
-            raise self._with_evidence(sampled.error)
-        return sampled
-
-    def _sample(
-        self,
-        rows: list[dict[str, Any]],
-        generators: list[torch.Generator],
-        window: Window | None,
-        completion: CompletionRule | None,
-        reward_funcs: list[RewardFunc],
-    ) -> Unscored:
-        """Sample and decode, and begin to score; see `sample_and_score`."""
-        metrics = self._metrics[self._mode]
-        with self._phase("encode", len({row["prompt"] for row in rows})) as advance:
-            conditioning, prompts = self._encode(rows, advance)
-        with self._phase("rollout", self.images.num_steps(window)) as advance:
-            rollout = self.images.roll_out(
-                self._policy_model, conditioning, prompts, generators, window, completion, advance
-            )
-        with self._phase("decode", len(rollout.final_latents)) as advance:
-            pixels = self.images.decode(rollout.final_latents, advance, keep_on_device=self._scores_tensors)
-            images = to_images(pixels)
-        counts = {"evaluations": rollout.num_evaluations, "calls": rollout.num_calls}
-        for name, value in {**counts, "decoded_images": len(images), "scored_images": len(images)}.items():
-            metrics.record(f"num_{name}", value, "sum")
-        with self._phase("score", len(reward_funcs)) as advance:
-            batch = self._image_batch([rows[row] for row in rollout.rows.tolist()], images, pixels)
-            extra = {"trainer_state": self.state, "log_metric": metrics.record}
-            with on_device(self._offloaded_rewards, self.args.device, self.args.offload_between_phases):
-                scoring = self.scorer.start(reward_funcs, batch, extra, advance)
-        return Unscored(rollout, images, scoring)
-
-    def _image_batch(self, rows: list[dict[str, Any]], images: list[Image.Image], pixels: Tensor) -> ImageBatch:
-        """M images, each of the row at its place."""
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        prompts = [row["prompt"] for row in rows]
-        return ImageBatch(images, pixels if self._scores_tensors else None, prompts, columns)
-
-    def _scored(self, unscored: Unscored) -> Sampled:
-        """Wait for what is being scored beside the model."""
-        with self._phase("score", 1):
-            sampled = unscored.scored()
-        if self.args.reward_failures == "skip":
-            self._metrics[self._mode].record("num_failed_images", sampled.num_failed_images, "sum")
-        for error in sampled.skipped:
-            logger.warning("%s Its trajectory is left out.", error)
-        return sampled
-
-    def _stop_together(self, error: RewardError | None) -> None:
-        """Stop all processes if a reward function has failed on one, which the others would wait for."""
-        failures = gather_object([None if error is None else (error.name, error.outcome)])
-        if error is not None:
-            raise self._with_evidence(error)
-        for process, failure in enumerate(failures):
-            if failure is not None:
-                raise RewardError(failure[0], f"{failure[1]} on process {process}")
-
-    def _with_evidence(self, error: RewardError) -> RewardError:
-        """The error, with its image saved."""
-        save_evidence(error, Path(self.args.output_dir) / "reward_failures", self.state.global_step)
-        return error
-
-    @contextmanager
-    def _phase(self, name: str, total: int) -> Iterator[Callable[..., None]]:
-        """Time a phase of `total` units and show it; it gives what is called when some are done."""
-        with self._metrics[self._mode].seconds(name), self.progress.phase(name, total) as advance:
-            yield advance
-
-    @property
-    def progress(self) -> ProgressDisplay:
-        """The display; one that shows nothing where there is none among the callbacks."""
-        displays = (one for one in self.callback_handler.callbacks if isinstance(one, ProgressDisplay))
-        return next(displays, None) or ProgressDisplay(shows_bar=False)
-
-    def _encode(
-        self, rows: list[dict[str, Any]], on_prompt: Callable[[int], object] | None = None
-    ) -> tuple[Conditioning, Tensor]:
-        """The distinct prompts of B rows, and (B,), on the CPU, the rows' places among them."""
-        distinct = list(dict.fromkeys(row["prompt"] for row in rows))
-        prompts = torch.tensor([distinct.index(row["prompt"]) for row in rows])
-        return self.images.embeddings(distinct, on_prompt), prompts
-
-    def _draw_window(self, generation: int) -> Window:
-        """The rollout's SDE window, the same on all processes."""
-        starts = self.args.window_starts
-        seed = np.random.SeedSequence([self.args.seed, WINDOW, generation])
-        start = starts[int(np.random.default_rng(seed).integers(len(starts)))]
-        return self.args.window(start, start + self.args.num_sde_steps)
-
-    def _generators(self, purpose: int, number: int, num_rows: int, first: int | None = None) -> list[torch.Generator]:
-        """Random numbers that depend on the seed, on what they are for and on a row's place among those of all processes.
-
-        Args:
-            purpose: `NOISE`, `EVALUATION`, `PROBE` or `CARD`.
-            number: Of the rollout.
-            num_rows: Of this process.
-            first: Place of its first row; `None`: that of a rollout, where all processes have as many rows.
-        """
-        if first is None:
-            first = self.accelerator.process_index * num_rows
-        places = range(first, first + num_rows)
-        seeds = [np.random.SeedSequence([self.args.seed, purpose, number, place]) for place in places]
-        return [torch.Generator("cpu").manual_seed(int(seed.generate_state(1, np.uint64)[0])) for seed in seeds]
 
     # ------------------------------------------------------------------------------------------------- the training
 
@@ -766,15 +533,7 @@ class TPGRPOTrainer(PublishingTrainer):
         metrics.record("reward_std", reward, "std")
         return None, None, None
 
-    def _weighted(self, rewards: Tensor) -> Tensor:
-        """The sum (N,) of rewards (N, F) that apply; NaN where none is left."""
-        return (rewards * self.reward_weights).nansum(1).where(~rewards.isnan().all(1), torch.nan)
-
     # -------------------------------------------------------------------------------------------------- the metrics
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics recorded since the last log, with the evaluation's prefix if they are of one."""
@@ -783,113 +542,7 @@ class TPGRPOTrainer(PublishingTrainer):
         logs.update({f"{prefix}{name}": value for name, value in recorded.items()})
         super().log(logs, start_time)
 
-    # ---------------------------------------------------------------------------------------- saving and resuming
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the trained weights, their average if there is one, in diffusers' format: the adapter, or `transformer`."""
-        output_dir = output_dir or self.args.output_dir
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        with self.averaged.in_use():
-            self._save_weights(output_dir)
-        if self.args.should_save:
-            torch.save(without_tokens(self.args), Path(output_dir) / "training_args.bin")
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_weights(self, folder: str | Path) -> None:
-        self.policy.save_weights(self.accelerator.unwrap_model(self.model), folder, self.args.should_save)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        run = Path(self._get_output_dir(trial=trial))
-        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        limit, self.args.save_total_limit = (
-            self.args.save_total_limit,
-            None,
-        )  # none is deleted before this one is whole
-        try:
-            with being_written(folder, self.accelerator):
-                if not self.args.save_only_model:
-                    self._save_progress(folder)
-                super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save and not self.hub.is_busy:  # else one that is being pushed might be deleted
-            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
-        self.push_checkpoint(folder)
-
-    def _save_progress(self, folder: Path) -> None:
-        """What training goes on from, besides what transformers saves and the weights that are evaluated."""
-        progress = {
-            "step": self._step,
-            "layout": self._layout,
-            "buffered_inputs": self._buffered_inputs if self._step % self._generate_every else None,
-            "num_moves_of_average": self.averaged.num_moves,
-            "measured_window": self._measured_window,
-            "batch_sizes": self.images.batch_sizes,
-            "guard_rails": self.guard_rails and self.guard_rails.state_dict(),
-        }
-        torch.save(progress, self._rollout_file(folder))
-        if self.averaged.num_moves:
-            self._save_weights(folder / LAST)
-
-    @property
-    def _layout(self) -> dict[str, int]:
-        """What a resumed run must have in common with the one before."""
-        names = ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps", "num_iterations",
-                 "num_generations", "num_inference_steps", "seed")  # fmt: skip
-        return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
-
-    def _rollout_file(self, checkpoint: str | Path) -> Path:
-        """Where a process keeps its micro-step and, inside a rollout, the rollout."""
-        return Path(checkpoint) / f"rollout_{self.accelerator.process_index}.pt"
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        trained, last = self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint) / LAST
-        self.policy.load_weights(trained, resume_from_checkpoint)
-        if last.exists():  # what has just been loaded is the average
-            if self.args.ema_decay is not None:
-                self.averaged.start()
-            self.policy.load_weights(trained, last)
-
-    def _load_best_model(self) -> None:
-        self.policy.load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
-        self.averaged.average = None  # or it would be evaluated and saved instead
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        if self.is_deepspeed_enabled:  # its engine has loaded the weights, but knows nothing of their average
-            self._load_from_checkpoint(checkpoint)
-        for part in ("optimizer", "scheduler"):
-            if not any(Path(checkpoint).glob(f"*{part}*")) and not self.is_deepspeed_enabled:
-                raise FileNotFoundError(
-                    f"{checkpoint} holds no {part} (saved with save_only_model?): it cannot be resumed."
-                )
-        if not self._rollout_file(checkpoint).exists():
-            raise FileNotFoundError(
-                f"{self._rollout_file(checkpoint)} is missing: the rollout in use when the checkpoint was saved. (A run is "
-                "resumed on the number of processes that it was saved on.)"
-            )
-        saved = torch.load(self._rollout_file(checkpoint), map_location="cpu", weights_only=False)
-        for name, value in self._layout.items():
-            if saved["layout"][name] != value:
-                raise ValueError(
-                    f"{checkpoint} was saved with {saved['layout'][name]} for {name}, and this run has {value}: a run is "
-                    "resumed with the batches, processes and seed that it was begun with."
-                )
-        self._step, in_use = saved["step"], saved["buffered_inputs"]
-        if self.averaged.average is not None:
-            self.averaged.average.optimization_step = saved["num_moves_of_average"]
-        if self.guard_rails is not None and saved["guard_rails"] is not None:
-            self.guard_rails.load_state_dict(saved["guard_rails"])
-        if self.args.sde_window_share is not None:
-            self._measured_window = saved["measured_window"]
-        if self.args.rollout_batch_size is None:  # a fixed one may be another than before, say for lack of memory
-            self.images.batch_sizes = saved["batch_sizes"]
-        self._buffered_inputs = in_use and [
-            trajectories.to(self.args.device, self.args.offload_trajectories) for trajectories in in_use
-        ]
+    # ----------------------------------------------------------------------------------------------- for the Hub's card
 
     def _sample_for_card(self, prompts: list[str]) -> list[Image.Image]:
         generators = self._generators(CARD, 0, len(prompts), first=0)

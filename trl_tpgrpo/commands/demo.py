@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..config import TPGRPOConfig
 from ..credit import aggregated_rewards, turning_points
-from ..figures import save_before_after, save_reward_curve, save_step_reward_spread, save_trajectory
+from ..display.figures import save_before_after, save_reward_curve, save_step_reward_spread, save_trajectory
 from ..policies import load_pipeline
 from ..rollout import EXACT
 from ..testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset

@@ -134,7 +134,7 @@ def table(measured: list[Measured]) -> str:
 
 def save(measured: list[Measured], output_dir: Path) -> None:
     """Write `fidelity.json`, with the numbers of each step, and `fidelity.png`."""
-    from ..figures import save_pareto  # needs Matplotlib
+    from ..display.figures import save_pareto  # needs Matplotlib
 
     output_dir.mkdir(parents=True, exist_ok=True)
     rows = [

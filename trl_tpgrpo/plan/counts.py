@@ -14,7 +14,7 @@ from ..completion import CompletionRule
 from ..config import TPGRPOConfig
 from ..generation import sweeps
 from ..rollout import EXACT, Rollout, Window, roll_out
-from ..trainer import PROBED_GROUPS
+from ..sampling import PROBED_GROUPS
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerControl, TrainerState
 
-from .config import TPGRPOConfig
+from ..config import TPGRPOConfig
 from .samples import RolloutSample, SampleCallback
 
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import CallbackHandler
 
-from .config import TPGRPOConfig
+from ..config import TPGRPOConfig
 from .grids import Row, first_row, grid, size_in_grid, wrapped
 from .samples import EvaluationSample, RolloutSample, SampleCallback
 

@@ -10,8 +10,8 @@ from PIL import Image
 from test_samples import sample
 from test_trainer import brightness, build
 
-from trl_tpgrpo import completions
-from trl_tpgrpo.completions import drawn, table
+from trl_tpgrpo.display import printing
+from trl_tpgrpo.display.printing import drawn, table
 
 
 def blueness(images: list[Image.Image], **columns: object) -> list[float]:
@@ -33,7 +33,7 @@ def test_a_function_that_does_not_apply_has_a_dash() -> None:
 def test_samples_are_printed_and_saved_with_each_log(
     has_rich: bool, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completions, "HAS_RICH", has_rich)
+    monkeypatch.setattr(printing, "HAS_RICH", has_rich)
     trainer = build(tmp_path, reward_funcs=[brightness, blueness], log_completions=True, num_completions_to_print=3)
     capsys.readouterr()
     trainer.train()
@@ -49,7 +49,7 @@ def test_samples_are_printed_and_saved_with_each_log(
 
 
 def test_prompts_that_look_like_markup_are_printed_as_they_are() -> None:
-    text = completions.rendered([["image", "prompt", "x"], ["00.png", "a [red] circle", "1"]], "title")
+    text = printing.rendered([["image", "prompt", "x"], ["00.png", "a [red] circle", "1"]], "title")
     assert "a [red] circle" in text
 
 
