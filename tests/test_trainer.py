@@ -275,7 +275,7 @@ def test_each_update_of_a_rollout_gets_a_share_of_each_group(tmp_path: Path) -> 
 def test_reward_functions_get_columns_state_and_a_place_for_metrics(tmp_path: Path) -> None:
     seen = {}
 
-    def curious(images, prompts, topic, trainer_state, log_metric) -> list[float]:
+    def curious(images, prompts, topic, trainer_state, log_metric, log_extra) -> list[float]:
         seen.update(number=len(images), topics=topic, prompts=prompts, step=trainer_state.global_step)
         log_metric("largest_topic", max(topic))
         return brightness(images)

@@ -264,7 +264,7 @@ class FlowPolicy(ABC):
             scaled = self.unpack(batch.to(self.dtype)) / vae.config.scaling_factor + vae.config.shift_factor
             decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
             shades = self.pipeline.image_processor.postprocess(decoded, output_type="pt").float()
-            rounded = (255 * shades).round().to(torch.uint8)
+            rounded = shades.mul_(255).round_().to(torch.uint8)  # in place: these are as large as the batch's images
             pixels.append(rounded if keep_on_device else rounded.cpu())
             if on_batch is not None:
                 on_batch(len(batch))
