@@ -74,11 +74,12 @@ class SamplingTrainer(ResumingTrainer):
             under_way.append(self._sample(rows[part], generators[part], window, rule, self.reward_funcs))
             if len(under_way) > UNSCORED_SWEEPS:
                 sampled.append(self._keep_of_sweep(under_way.popleft()))
+            if any(one.error for one in sampled) and self.accelerator.num_processes == 1:
+                break  # several processes must keep in step until they stop together
         sampled += [self._keep_of_sweep(one) for one in under_way]
         self._stop_together(next((one.error for one in sampled if one.error), None))
-        states, log_probs = (
-            torch.cat([getattr(one.rollout, name) for one in sampled]) for name in ("states", "log_probs")
-        )
+        states = torch.cat([one.rollout.states for one in sampled])
+        log_probs = torch.cat([one.rollout.log_probs for one in sampled])
         rewards, failed = torch.cat([one.rewards for one in sampled]), torch.cat([one.failed for one in sampled])
         table = self._reward_table([row["prompt"] for row in rows], rewards, failed, window, rule)
         if table.left_out.all():
@@ -124,10 +125,8 @@ class SamplingTrainer(ResumingTrainer):
         sampled = self._scored(self._sample(rows, generators, window, EXACT, self.reward_funcs))
         self._stop_together(sampled.error)
         first = self.accelerator.process_index * len(table.rewards) // self.accelerator.num_processes
-        cheap, exact = (
-            table.rewards[first : first + len(rows)],
-            (sampled.rewards * self.reward_weights[:, None]).nansum(1),
-        )
+        cheap = table.rewards[first : first + len(rows)]
+        exact = (sampled.rewards * self.reward_weights[:, None]).nansum(1)
         both = ~(sampled.failed | cheap.isnan().any(1))
         fidelity = compare(exact[both], cheap[both], table.every, table.rule)
         for name, value in fidelity.overall().items():
