@@ -13,8 +13,7 @@ import pytest
 import torch
 from test_trainer import assert_same, build, lora, trained
 
-from trl_tpgrpo import checkpoints
-from trl_tpgrpo import resuming
+from trl_tpgrpo import checkpoints, resuming
 from trl_tpgrpo.checkpoints import INCOMPLETE, is_complete, last_complete
 
 
