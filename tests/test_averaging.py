@@ -138,3 +138,15 @@ def test_impossible_averages_are_refused(changes: dict, tmp_path: Path) -> None:
 def test_the_default_is_the_papers() -> None:
     config = TPGRPOConfig("x", use_cpu=True)
     assert (config.ema_decay, config.ema_update_every) == (0.9, 8)
+
+
+def test_evaluations_of_several_datasets_leave_the_weights_as_they_were(tmp_path: Path) -> None:
+    """Each is an evaluation within one of all."""
+    settings = {"max_steps": 3, "ema_update_every": 1, "num_generations_eval": 2}
+    trainer = build(tmp_path, eval_dataset={"some": prompts(4), "others": prompts(2)}, **settings)
+    trainer.train()
+    assert trainer.averaged.num_moves == 3
+    before = trained(trainer)
+    metrics = trainer.evaluate()
+    assert {"eval_some_reward", "eval_others_reward"} <= set(metrics)
+    assert_same(before, trained(trainer))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import wandb
 from PIL import Image
 from test_trainer import assert_same, brightness, build, logged, prompts, trained
 
@@ -92,6 +93,19 @@ def test_skipped_failures_leave_out_their_trajectories(tmp_path: Path, caplog) -
     assert 0 < metrics["eval_reward"] < 1
 
 
+def test_pictures_are_drawn_of_what_is_left(tmp_path: Path, monkeypatch) -> None:
+    """W&B refuses histograms of NaN."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    trainer = build(
+        tmp_path, reward_funcs=Failing("raises", topic=0), reward_failures="skip", per_device_train_batch_size=12,
+        report_to="wandb", log_images_steps=1, log_completions=True, shuffle_dataset=False, max_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    wandb.finish()  # or the next test's would go on with it
+    assert logged(trainer, "num_failed_images")[0] > 0 and logged(trainer, "frac_reward_zero_std")[0] >= 0
+
+
 def test_a_call_that_fails_costs_no_image_that_alone_does_not_fail(tmp_path: Path) -> None:
     calls = []
 
@@ -134,12 +148,21 @@ for how in FAILURES:
             trainer.train() if phase == "train" else trainer.evaluate()
         except RewardError as error:
             said[f"{how}, {phase}"] = str(error)
+def telling(images, topic, log_metric, **columns):
+    if 0 in topic:
+        log_metric("topic_0", len(images))
+    return [float(number) for number in topic]
+
+trainer = build(out / "told", reward_funcs=telling, per_device_train_batch_size=4, shuffle_dataset=False, max_steps=1)
+trainer.train()
+said["topic_0"] = [entry["topic_0"] for entry in trainer.state.log_history if "topic_0" in entry]
 (out / f"said-{rank}.json").write_text(json.dumps(said))
 """
 
 
 def test_two_processes_stop_together_in_every_case(tmp_path: Path) -> None:
-    """The topic that fails is sampled by one of them alone; the other neither hangs nor says nothing."""
+    """The topic that fails is sampled by one of them alone; the other neither hangs nor says nothing. Nor does it where one records
+    a metric that the other does not."""
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = {
         **os.environ,
@@ -157,6 +180,7 @@ def test_two_processes_stop_together_in_every_case(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr[-3000:]
     said = [json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in (0, 1)]
+    assert said[0]["topic_0"] == said[1]["topic_0"] != []  # which one of them alone has recorded
     for how, what in FAILURES.items():
         for phase in ("train", "evaluate"):
             messages = [of_process[f"{how}, {phase}"] for of_process in said]

@@ -230,6 +230,59 @@ def test_a_wrong_number_of_rewards_is_the_whole_calls_failure() -> None:
     assert scores(short, "skip", batch_size=2).failed.tolist() == [True] * 4 + [False]
 
 
+def test_time_in_the_queue_is_no_hang() -> None:
+    """Each call takes a third of the timeout, all of them twice as long as it, and the one that fails waits behind them."""
+
+    def slow(images, prompts: list[str], bonus: list[int], **columns: object) -> list[float]:
+        time.sleep(0.1)
+        if "prompt 0" in prompts:
+            raise KeyError("no such word")
+        return first_value(images, bonus)
+
+    slow.timeout, slow.batch_size, slow.runs_in = 0.3, 1, "thread"
+    scorer = Scorer("skip")
+    scorings = [scorer.start([slow], BATCH, {}) for _ in range(2)]
+    for scored in (scoring.result() for scoring in scorings):
+        assert scored.failed.tolist() == [True, False, False, False, False]
+        assert "raised KeyError" in str(scored.errors[0])
+
+
+@pytest.mark.parametrize("runs_in", ["main", "thread"])
+def test_a_function_that_ends_its_thread_is_a_failure(runs_in: str) -> None:
+    def leaving(images, **columns: object) -> list[float]:
+        raise SystemExit(3)
+
+    with pytest.raises(RewardError, match=r"raised RuntimeError: SystemExit\(3\)"):
+        scores(leaving, runs_in=runs_in)
+
+
+def test_extra_columns_of_another_length_are_an_error() -> None:
+    def short(images, log_extra, **columns: object) -> list[float]:
+        log_extra("seen", [1])
+        return [0.0] * len(images)
+
+    with pytest.raises(RewardError, match="'short' logged 1 values of 'seen' for 5 images"):
+        scores(short)
+
+
+def test_metrics_are_recorded_once_for_calls_that_succeed_and_on_the_main_thread() -> None:
+    recorded = []
+
+    def log_metric(name: str, value: float) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        recorded.append((name, value))
+
+    def telling(images, prompts: list[str], log_metric, **columns: object) -> list[float]:
+        log_metric("number", len(images))
+        if len(images) > 1 and "prompt 0" in prompts:
+            raise KeyError("no such word")
+        return [0.0] * len(images)
+
+    telling.runs_in, telling.batch_size = "thread", 3
+    Scorer("skip").start([telling], BATCH, {"log_metric": log_metric}).result()
+    assert recorded == [("number", 1), ("number", 1), ("number", 1), ("number", 2)]
+
+
 def test_a_timeout_of_the_functions_own_is_its_error_and_no_hang() -> None:
     def impatient(images, **columns: object) -> list[float]:
         raise TimeoutError("the server is slow")

@@ -26,6 +26,7 @@ class AveragedWeights(TrainerCallback):
     def __init__(self, model: torch.nn.Module, decay: float | None, every: int):
         self.model, self.decay, self.every = model, decay, every
         self.average: EMAModel | None = None
+        self._is_in_use = False
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.decay is None or state.global_step % self.every:
@@ -49,15 +50,17 @@ class AveragedWeights(TrainerCallback):
     def in_use(self) -> Iterator[None]:
         """The model has the averaged weights inside, and afterwards its own, to the bit."""
         average = self.average
-        if average is None:
+        if average is None or self._is_in_use:  # an evaluation of several datasets is one of each, inside
             yield
             return
+        self._is_in_use = True
         with gathered(self._trained(), modified=True):
             average.store(self._trained())
             average.copy_to(self._trained())
         try:
             yield
         finally:
+            self._is_in_use = False
             with gathered(self._trained(), modified=True):
                 average.restore(self._trained())
 

@@ -220,7 +220,9 @@ class GuardRails(TrainerCallback):
 
     def _grad_norm(self, metrics: dict[str, float]) -> Iterator[Problem]:
         norm = metrics.get("grad_norm")
-        if norm is None:
+        if norm is None or not math.isfinite(
+            norm
+        ):  # float16 overflows now and then, and its scaler leaves the update out
             return
         usual = median(self.grad_norms) if len(self.grad_norms) >= FEWEST_NORMS else math.inf
         self.grad_norms.append(norm)
@@ -287,6 +289,8 @@ class GuardRails(TrainerCallback):
             metrics: Of the evaluation.
         """
         for prefix in (name.removesuffix("_reward") for name in metrics if name.endswith("_reward")):
+            if math.isnan(metrics[f"{prefix}_reward"]):  # reward functions have failed on all of it
+                continue
             first = self.first_evaluations.setdefault(prefix, dict(metrics))
             images = metrics.get(f"{prefix}_num_scored_images", 0.0)
             rise = metrics[f"{prefix}_reward"] - first[f"{prefix}_reward"]

@@ -9,6 +9,7 @@ from itertools import groupby
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
@@ -27,6 +28,14 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+ABSENT = {
+    "mean": torch.tensor(torch.nan),
+    "sum": torch.tensor(0.0),
+    "max": torch.tensor(-torch.inf),
+    "std": torch.tensor(torch.nan),
+}
+"""What a process that has recorded nothing adds."""
+
 THUMBNAIL = 32
 """Pixels, about, of the images whose variety is measured: what a person would see as another picture."""
 
@@ -35,7 +44,7 @@ class Metrics:
     """Values by name, kept on their device until `flush`, so that recording waits for nothing.
 
     A name is reduced as it was first recorded: by `"mean"` (NaN left out), `"sum"`, `"max"` or `"std"` (of values that all processes have).
-    Every process must record the same names.
+    A process that has not recorded a name that others have does not count in it.
     """
 
     def __init__(self) -> None:
@@ -69,12 +78,16 @@ class Metrics:
         return self._reduce({name: recorded for name, recorded in values.items() if recorded}, accelerator)
 
     def _reduce(self, values: dict[str, list[Tensor]], accelerator: Accelerator) -> dict[str, float]:
-        names = sorted(values)
+        known: dict[str, str] = {}
+        for of_process in gather_object([{name: self._reductions[name] for name in values}]):
+            known |= of_process
+        names, reductions = sorted(known), [known[name] for name in sorted(known)]
         if not names:
             return {}
-        reductions = [self._reductions[name] for name in names]
         local = [
             REDUCTIONS[reduction](torch.cat([value.cpu() for value in values[name]]))
+            if name in values
+            else ABSENT[reduction]
             for name, reduction in zip(names, reductions, strict=True)
         ]
         gathered = accelerator.gather(torch.stack(local).to(accelerator.device)[None]).cpu()  # (processes, names)
@@ -102,11 +115,11 @@ def rollout_metrics(table: RewardTable, names: list[str]) -> dict[str, Tensor]:
     """
     final, kept = table.rewards[:, -1], ~table.left_out
     groups = final.view(-1, table.num_generations)
-    whole = torch.where(groups.isnan(), groups.nanmean(1, keepdim=True), groups)
+    highest, lowest = groups.nan_to_num(-torch.inf).amax(1), groups.nan_to_num(torch.inf).amin(1)
     metrics = {
         "reward": final.nanmean(),
         "reward_std": _spread(final),
-        "frac_reward_zero_std": (whole.amax(1) == whole.amin(1)).float().mean(),
+        "frac_reward_zero_std": (highest == lowest).float().mean(),
         "advantages/std": table.advantages[kept].std(correction=0),
         "advantages/frac_zero": (table.advantages[kept] == 0).float().mean(),
     }

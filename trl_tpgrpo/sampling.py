@@ -120,8 +120,9 @@ class SamplingTrainer(ResumingTrainer):
         self, rows: list[dict[str, Any]], window: Window, generation: int, table: RewardTable
     ) -> None:
         """Log how faithful the completions of the first prompts are to exact ones of the same trajectories."""
+        place = self.accelerator.process_index * len(rows)
         rows = rows[: self.args.num_generations]
-        generators = self._generators(NOISE, generation, len(rows))
+        generators = self._generators(NOISE, generation, len(rows), place)
         sampled = self._scored(self._sample(rows, generators, window, EXACT, self.reward_funcs))
         self._stop_together(sampled.error)
         first = self.accelerator.process_index * len(table.rewards) // self.accelerator.num_processes
@@ -215,7 +216,8 @@ class SamplingTrainer(ResumingTrainer):
 
     def _with_evidence(self, error: RewardError) -> RewardError:
         """The error, with its image saved."""
-        save_evidence(error, Path(self.args.output_dir) / "reward_failures", self.state.global_step)
+        folder = Path(self.args.output_dir) / "reward_failures"
+        save_evidence(error, folder, self.state.global_step, self.accelerator.process_index)
         return error
 
     @contextmanager

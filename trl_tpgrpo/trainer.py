@@ -37,7 +37,7 @@ from .losses import clipped_surrogate, relative_difference
 from .metrics import Metrics, rollout_metrics
 from .models import load_policy, prepare_transformer
 from .rewards.scorer import Scorer, runs_beside
-from .rewards.scoring import RewardFunc, check_applicability, declared, reward_names
+from .rewards.scoring import RewardError, RewardFunc, check_applicability, declared, reward_names
 from .rollout import Window
 from .sampler import EpochSampler, SetEpoch
 from .sampling import CARD, EVALUATION, NOISE, SamplingTrainer
@@ -517,10 +517,13 @@ class TPGRPOTrainer(SamplingTrainer):
         generators = self._generators(EVALUATION, 0, len(inputs), first)
         functions = [*self.reward_funcs, *self.eval_reward_funcs]
         sampled = self._scored(self._sample(inputs, generators, None, None, functions))
-        self._stop_together(sampled.error)
-        rewards, trained = sampled.rewards, len(self.reward_funcs)
+        rewards, trained, error = sampled.rewards, len(self.reward_funcs), sampled.error
         prompts = [row["prompt"] for row in inputs]
-        check_applicability(rewards[:, :trained], self.reward_func_names, prompts, 1, sampled.failed)
+        try:
+            check_applicability(rewards[:, :trained], self.reward_func_names, prompts, 1, sampled.failed)
+        except RewardError as inapplicable:  # on this process alone
+            error = error or inapplicable
+        self._stop_together(error)
         weighted = self._weighted(rewards[:, :trained, -1])
         self.samples.keep_evaluated(prompts, sampled.images, weighted)
         final = self.accelerator.gather_for_metrics(rewards[:, :, -1].to(self.args.device)).cpu()  # (N, F)

@@ -100,7 +100,8 @@ def measure(trainer: TPGRPOTrainer, prompts: list[dict[str, Any]], names: list[s
             generators = trainer._generators(NOISE, place, number)
             with trainer.accelerator.autocast():
                 sampled = trainer.sample_and_score([prompt] * number, generators, window, CompletionRule.parse(name))
-            rewards[name].append((sampled.rewards * trainer.reward_weights[:, None]).nansum(1))
+            weighted = (sampled.rewards * trainer.reward_weights[:, None]).nansum(1)
+            rewards[name].append(weighted.masked_fill(sampled.failed[:, None], torch.nan))
             evaluations[name] += sampled.rollout.num_evaluations
             images[name] += len(sampled.images)
             progress.update()
@@ -114,7 +115,9 @@ def measure(trainer: TPGRPOTrainer, prompts: list[dict[str, Any]], names: list[s
 
 
 def _compare(exact: torch.Tensor, rewards: list[torch.Tensor], name: str, rule: CreditRule) -> Fidelity:
-    return compare(exact, torch.cat(rewards), CompletionRule.parse(name).every, rule)
+    cheap = torch.cat(rewards)
+    both = ~(exact.isnan().any(1) | cheap.isnan().any(1))  # a reward function may have failed, if that is skipped
+    return compare(exact[both], cheap[both], CompletionRule.parse(name).every, rule)
 
 
 def table(measured: list[Measured]) -> str:

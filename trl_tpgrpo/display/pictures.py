@@ -131,7 +131,7 @@ def of_rollout(sample: RolloutSample) -> Pictures:
         values["step_rewards"] = sample.table.step_rewards
     return Pictures(
         captioned={"rollout/samples": (captioned, grid(rows))},
-        histograms={f"rollout/{name}": tensor.flatten().numpy() for name, tensor in values.items()},
+        histograms={f"rollout/{name}": tensor[tensor.isfinite()].numpy() for name, tensor in values.items()},
     )
 
 
@@ -141,7 +141,8 @@ def trajectory_image(sample: RolloutSample) -> Image.Image:
 
     rewards, turning = sample.rewards, sample.turning_points
     gained = ((rewards[:, -1:] - rewards[:, :-1]).abs() * turning).sum(1)
-    chosen = int((gained if turning.any() else rewards.std(1, correction=0)).argmax())
+    scores = gained if turning.any() else rewards.std(1, correction=0)
+    chosen = int(scores.nan_to_num(-1.0).argmax())  # not one that a reward function has failed on
     return as_image(
         trajectory_figure(
             sample.prompts[chosen],

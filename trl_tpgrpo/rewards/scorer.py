@@ -8,8 +8,9 @@ import asyncio
 import json
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from .scoring import RewardError, RewardFunc, RewardUnavailable, checked, declar
 
 
 FAILURES = ("stop", "skip")
+POLL = 0.02
+"""Seconds between two looks at a call that has a timeout."""
 
 
 @dataclass(frozen=True)
@@ -112,23 +115,36 @@ class Scorer:
         """Call a function where it runs."""
         options = declared(reward_func)
         if is_async(reward_func):
-            return asyncio.run_coroutine_threadsafe(_awaited(reward_func, arguments), self._event_loop())
+            return asyncio.run_coroutine_threadsafe(
+                _awaited(reward_func, arguments, options.timeout), self._event_loop()
+            )
         if options.runs_in == "thread" or options.timeout is not None:
             if id(reward_func) not in self._workers:
                 self._workers[id(reward_func)] = _Worker()
             return self._workers[id(reward_func)].submit(lambda: reward_func(**arguments))
         return _called(lambda: reward_func(**arguments))
 
-    def give_up(self, reward_func: RewardFunc) -> None:
-        """Leave a worker that hangs to itself; another makes the calls that wait."""
-        if id(reward_func) in self._workers:
-            self._workers[id(reward_func)] = self._workers[id(reward_func)].successor()
+    def give_up_if_hung(self, reward_func: RewardFunc, timeout: float) -> None:
+        """Leave a worker whose call takes longer than that to itself; another makes the calls that wait."""
+        worker = self._workers.get(id(reward_func))
+        if worker is not None and worker.gives_up(timeout):
+            self._workers[id(reward_func)] = worker.successor()
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="reward functions", daemon=True).start()
+            _start_thread(self._loop.run_forever)
         return self._loop
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call under way, and what its function logs until it has returned: metrics are the main thread's to record."""
+
+    rows: slice
+    future: Future
+    metrics: list[tuple[str, float]]
+    extra: dict[str, list]
 
 
 class Scoring:
@@ -143,7 +159,7 @@ class Scoring:
 
     def __init__(self, scorer: Scorer, reward_funcs: list[RewardFunc], batch: ImageBatch, extra: dict[str, Any]):
         self.scorer, self.reward_funcs, self.batch, self.extra = scorer, reward_funcs, batch, extra
-        self._under_way: list[tuple[int, slice, Future]] = []
+        self._under_way: list[tuple[int, _Call]] = []
         self._rewards = torch.full((len(reward_funcs), len(batch)), torch.nan)
         self._failed = torch.zeros(len(batch), dtype=torch.bool)
         self._errors: list[RewardError] = []
@@ -155,9 +171,9 @@ class Scoring:
         for start in range(0, len(self.batch), size):
             rows = slice(start, min(start + size, len(self.batch)))
             if runs_beside(self.reward_funcs[number]):
-                self._under_way.append((number, rows, self._call(number, rows)))
+                self._under_way.append((number, self._call(number, rows)))
             elif not self._has_stopped:
-                self._collect(number, rows, self._call(number, rows))
+                self._collect(number, self._call(number, rows))
 
     def result(self) -> Scores:
         """Wait for the functions that are under way.
@@ -176,23 +192,25 @@ class Scoring:
     def _has_stopped(self) -> bool:
         return bool(self._errors) and self.scorer.failures == "stop"
 
-    def _call(self, number: int, rows: slice) -> Future:
-        function = self.reward_funcs[number]
-        arguments = {**self.batch[rows].arguments(function), **self.extra, "log_extra": self._log_extra(rows)}
-        return self.scorer.submit(function, arguments)
+    def _call(self, number: int, rows: slice) -> _Call:
+        function, metrics, extra = self.reward_funcs[number], [], {}
 
-    def _log_extra(self, rows: slice) -> Callable[[str, Sequence], None]:
+        def log_metric(name: str, value: float) -> None:
+            metrics.append((name, value))
+
         def log_extra(name: str, values: Sequence) -> None:
-            self._logged.setdefault(name, [None] * len(self.batch))[rows] = list(values)
+            extra[name] = list(values)
 
-        return log_extra
+        logging = {"log_metric": log_metric, "log_extra": log_extra}
+        arguments = {**self.batch[rows].arguments(function), **self.extra, **logging}
+        return _Call(rows, self.scorer.submit(function, arguments), metrics, extra)
 
-    def _collect(self, number: int, rows: slice, call: Future) -> None:
+    def _collect(self, number: int, call: _Call) -> None:
         """Take what one call has given, or note what it has failed on."""
         try:
-            self._rewards[number, rows] = self._rewards_of(number, rows, call)
+            self._rewards[number, call.rows] = self._rewards_of(number, call)
         except RewardError as error:
-            self._errors.append(self._explained(error, number, rows))
+            self._errors.append(self._explained(error, number, call.rows))
 
     def _explained(self, error: RewardError, number: int, rows: slice) -> RewardError:
         """The error of a call, with the row that it is due to, and what can be saved of the call."""
@@ -213,7 +231,7 @@ class Scoring:
         for row in range(rows.start, rows.stop):
             alone = slice(row, row + 1)
             try:
-                self._rewards[number, row] = self._rewards_of(number, alone, self._call(number, alone))
+                self._rewards[number, row] = self._rewards_of(number, self._call(number, alone))[0]
             except RewardError as error:
                 first = first or error.at(row, self.batch.prompts[row], self.batch.images[row])
                 self._failed[row : rows.stop if error.hung else row + 1] = True
@@ -221,29 +239,43 @@ class Scoring:
                     break
         return first
 
-    def _rewards_of(self, number: int, rows: slice, call: Future) -> Tensor:
-        """Those of one call, (N,)."""
-        function, part = self.reward_funcs[number], self.batch[rows]
+    def _rewards_of(self, number: int, call: _Call) -> Tensor:
+        """Those of one call, (N,); what it has logged is kept."""
+        function, rows = self.reward_funcs[number], call.rows
+        part = self.batch[rows]
         try:
-            return checked(function, self._wait(function, call), part.prompts, part.images)
+            rewards = checked(function, self._wait(function, call.future), part.prompts, part.images)
         except RewardError as error:
             if error.row is None:
                 raise
             row = rows.start + error.row
             raise error.at(row, self.batch.prompts[row], self.batch.images[row]) from error.__cause__
+        for name, values in call.extra.items():
+            if len(values) != len(part):
+                what = f"logged {len(values)} values of {name!r} for {len(part)} images"
+                raise RewardError(reward_name(function), what)
+            self._logged.setdefault(name, [None] * len(self.batch))[rows] = values
+        for name, value in call.metrics:
+            self.extra["log_metric"](name, value)
+        return rewards
 
     def _wait(self, function: RewardFunc, call: Future) -> Any:
+        """What a call returns. Calls of a worker are made one after the other, and each has its own time."""
         timeout, name = declared(function).timeout, reward_name(function)
         try:
-            return call.result(timeout)
-        except TimeoutError as error:
-            if call.done():  # it is the function's own
-                raise RewardError(name, f"raised TimeoutError: {error}") from error
-            call.cancel()
-            self.scorer.give_up(function)
-            raise RewardError(name, f"has not returned within its timeout of {timeout} seconds", hung=True) from error
+            while not (finished := wait([call], POLL if timeout is not None else None)).done:
+                assert timeout is not None and finished.not_done
+                self.scorer.give_up_if_hung(function, timeout)
+            return call.result()
+        except _Hung as error:
+            what = f"has not returned within its timeout of {timeout} seconds"
+            raise RewardError(name, what, hung=True) from error
         except Exception as error:  # whatever a user's function raises is reported with its row
             raise RewardError(name, f"raised {type(error).__name__}: {error}") from error
+
+
+class _Hung(Exception):
+    """A call takes longer than its timeout."""
 
 
 class _Worker:
@@ -251,39 +283,83 @@ class _Worker:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[tuple[Future, Callable[[], Any]]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="reward function", daemon=True).start()
+        self._current: tuple[Future, float] | None = None
+        self._is_left = False
+        _start_thread(self._work)
 
     def submit(self, call: Callable[[], Any]) -> Future:
         future: Future = Future()
         self._queue.put((future, call))
         return future
 
+    def gives_up(self, timeout: float) -> bool:
+        """Whether the call under way takes longer than that; it has failed then."""
+        current = self._current
+        if current is None or time.monotonic() - current[1] <= timeout:
+            return False
+        self._is_left = True
+        _settle(current[0], error=_Hung())
+        return True
+
     def successor(self) -> "_Worker":
         """A worker for the calls that have not begun."""
         other = _Worker()
-        while not self._queue.empty():
-            other._queue.put(self._queue.get())
-        return other
+        while True:
+            try:
+                other._queue.put(self._queue.get_nowait())
+            except queue.Empty:
+                return other
 
     def _work(self) -> None:
-        while True:
+        while not self._is_left:
             future, call = self._queue.get()
-            if future.set_running_or_notify_cancel():
-                _called(call, future)
+            self._current = (future, time.monotonic())
+            _called(call, future)
+            self._current = None
+            del future, call  # or the images would be kept until the next call
 
 
 def _called(call: Callable[[], Any], future: Future | None = None) -> Future:
     """A future that holds what a call returns or raises."""
     future = future or Future()
     try:
-        future.set_result(call())
-    except Exception as error:  # noqa: BLE001  # it is raised again where the result is asked for
-        future.set_exception(error)
+        _settle(future, result=call())
+    except BaseException as error:  # noqa: BLE001  # raised again where the result is asked for, SystemExit too
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        _settle(future, error=error if isinstance(error, Exception) else RuntimeError(repr(error)))
     return future
 
 
-async def _awaited(reward_func: RewardFunc, arguments: dict[str, Any]) -> Any:
-    return await reward_func(**arguments)
+def _settle(future: Future, result: Any = None, error: Exception | None = None) -> None:
+    """Give a future its outcome, unless it has one: a call that was given up may return after all."""
+    try:
+        future.set_result(result) if error is None else future.set_exception(error)
+    except InvalidStateError:
+        pass
+
+
+def _start_thread(target: Callable[[], object]) -> None:
+    """A thread that computes without gradients on this process's device, as the main one does when it scores."""
+    device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+
+    def run() -> None:
+        torch.set_grad_enabled(False)
+        if device is not None:
+            torch.accelerator.set_device_index(device)
+        target()
+
+    threading.Thread(target=run, name="reward functions", daemon=True).start()
+
+
+async def _awaited(reward_func: RewardFunc, arguments: dict[str, Any], timeout: float | None) -> Any:
+    try:
+        async with asyncio.timeout(timeout) as clock:
+            return await reward_func(**arguments)
+    except TimeoutError:
+        if clock.expired():
+            raise _Hung from None
+        raise
 
 
 def runs_beside(reward_func: RewardFunc) -> bool:
@@ -291,16 +367,17 @@ def runs_beside(reward_func: RewardFunc) -> bool:
     return is_async(reward_func) or declared(reward_func).runs_in == "thread"
 
 
-def save_evidence(error: RewardError, folder: Path, step: int) -> None:
+def save_evidence(error: RewardError, folder: Path, step: int, process: int) -> None:
     """Write the image that a function has failed on, if it is known which, and what is known of the failure.
 
     Args:
         error: Is told where the image is.
         folder: To write into.
         step: The update that the run is at.
+        process: The number of this process.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"step_{step:06d}_{error.name.replace('/', '_')}"
+    name = f"step_{step:06d}_{error.name.replace('/', '_')}" + (f"_{process}" if process else "")
     told = {"reward_func": error.name, "what": error.what, "row": error.row, "prompt": error.prompt, "update": step}
     (folder / f"{name}.json").write_text(json.dumps(told, indent=1))
     if error.image is not None:
