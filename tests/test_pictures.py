@@ -8,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trainer import build, prompts
 
 from trl_tpgrpo import TPGRPOTrainer
+from trl_tpgrpo.credit import CreditRule, RewardTable
 from trl_tpgrpo.display.grids import GAP, MARGIN, TITLE, Row, first_row, fitting, grid, resized, size_in_grid, wrapped
+from trl_tpgrpo.display.pictures import of_rollout, trajectory_image
+from trl_tpgrpo.display.samples import RolloutSample
 
 
 TAGS = {"rollout/samples", "rollout/trajectory", "eval/images", "eval/over_time"}
@@ -97,6 +101,20 @@ def test_wandb_has_the_pictures_and_histograms(tmp_path: Path, monkeypatch: pyte
     assert len(summary["rollout/samples"]["captions"]) == 2 and ": 0." in summary["rollout/samples"]["captions"][0]
     assert {summary[name]["_type"] for name in HISTOGRAMS} == {"histogram"}
     assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/**/*.png"))) == 5
+
+
+def test_trajectories_that_a_reward_function_has_failed_on_are_not_in_histograms_or_figures() -> None:
+    wandb = pytest.importorskip("wandb")
+
+    rewards = torch.tensor([[[torch.nan] * 3], [[0.2, 0.5, 0.4]]])
+    table = RewardTable(rewards, torch.ones(1), 2, 2, CreditRule())
+    shown = RolloutSample(["a"] * 2, [[picture(8, "red")] * 3, [picture(8, "blue")] * 3], table, ["reward"])
+    histograms = of_rollout(shown).histograms
+    assert histograms["rollout/rewards"].tolist() == pytest.approx([0.4])
+    for values in histograms.values():
+        wandb.Histogram(values)  # refuses NaN
+    blue = np.asarray(trajectory_image(shown).convert("RGB")).reshape(-1, 3)
+    assert not (blue == (255, 0, 0)).all(1).any() and (blue == (0, 0, 255)).all(1).any()
 
 
 def test_trackio_has_the_pictures_and_histograms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
