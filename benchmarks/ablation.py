@@ -1,0 +1,371 @@
+"""What credit by step is worth on the testbed: training runs at equal CPU seconds, model evaluations and updates.
+
+For each study (a window, a set of methods) and method, the learning rate is chosen by runs that are scored on the tuning
+prompts; with it, one run a seed is scored on the held-out prompts when it reaches each of the three budgets. Every run has
+one thread, as many are under way at once as `--num_processes` says, and each leaves a file in benchmarks/results/ablation/: a
+second call goes on where the first was stopped. A seed fixes prompts and noise, so that methods are compared pair by pair.
+
+    python benchmarks/ablation.py --studies window_3 --num_processes 2
+    python benchmarks/ablation.py --report
+"""
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from matplotlib import pyplot as plt
+from scipy import stats
+from transformers import PrinterCallback, TrainerCallback
+
+from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
+from trl_tpgrpo.commands.demo import IMAGES_PER_PROMPT, NUM_INFERENCE_STEPS, repeated, sample_heldout
+from trl_tpgrpo.policies import load_pipeline
+from trl_tpgrpo.testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
+from trl_tpgrpo.testbed.checker import score_images, shapes_reward
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/ablation"
+CREDITS = {name: {"credit": name} for name in ("outcome", "incremental", "turning_point", "consistent")}
+STUDIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "window_3": ({"sde_window_size": 3}, CREDITS),
+    "window_7": ({}, CREDITS),
+    "cheap": (
+        {"sde_window_size": 3},
+        {name: {"credit": name, "completion": "at_1_2_3_5"} for name in ("incremental", "consistent")},
+    ),
+    "recipe": (
+        {"sde_window_size": 3},
+        {
+            "lambda 0.8": {"credit": "lambda", "credit_lambda": 0.8},
+            "lambda 0.8, completion baseline": {
+                "credit": "lambda",
+                "credit_lambda": 0.8,
+                "advantage_baseline": "completion",
+                "scale_rewards": "batch",
+            },
+        },
+    ),
+}
+"""The settings of each study, and those of its methods."""
+
+FORWARD_AND_BACKWARD = 3
+"""A transition that is trained on counts as so many evaluations."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; its name is that of its file."""
+
+    study: str
+    method: str
+    learning_rate: float
+    seed: int
+    split: str
+    budgets: dict[str, float]
+    num_prompts: int | None
+
+    def path(self, results: Path) -> Path:
+        name = self.method.replace(" ", "_").replace(",", "")
+        return results / self.study / f"{self.split}_{name}_{self.learning_rate:g}_{self.seed}.json"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        of_study, methods = STUDIES[self.study]
+        return {**of_study, **methods[self.method]}
+
+
+class Budgets(TrainerCallback):
+    """Scores the model as a run reaches each budget, and stops it at the last."""
+
+    def __init__(self, run: Run, prompts: Dataset):
+        self.left = dict(run.budgets)
+        self.prompts, self.scores = prompts, {}
+        self.spent = {"cpu_seconds": 0.0, "evaluations": 0.0, "updates": 0}
+        self.curve: list[dict[str, float]] = []
+        self.trainer: TPGRPOTrainer | None = None
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._start = time.process_time()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.spent["cpu_seconds"] += time.process_time() - self._start
+        self.spent["updates"] += 1
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "num_evaluations" not in logs:
+            return  # the last log, of the whole run
+        self.spent["evaluations"] += logs["num_evaluations"] + FORWARD_AND_BACKWARD * logs["num_train_evaluations"]
+        self.curve.append({**self.spent, "reward": logs["reward"]})
+        reached = [name for name, budget in self.left.items() if self.spent[name] >= budget]
+        if reached:
+            scores = self.score()
+            self.scores |= {name: {"spent": dict(self.spent), **scores} for name in reached}
+            self.left = {name: budget for name, budget in self.left.items() if name not in reached}
+        control.should_training_stop |= not self.left
+
+    def score(self) -> dict[str, list[float]]:
+        """Mean graded and strict score of each prompt."""
+        assert self.trainer is not None
+        images = sample_heldout(self.trainer.policy.pipeline, self.prompts, "Score")
+        return by_prompt(images, self.prompts)
+
+
+def by_prompt(images: list, prompts: Dataset) -> dict[str, list[float]]:
+    """Mean graded and strict score of each prompt's images."""
+    scores = score_images(images, repeated(prompts))
+    return {
+        name: np.mean(np.reshape([getattr(score, name) for score in scores], (-1, IMAGES_PER_PROMPT)), 1)
+        .round(4)
+        .tolist()
+        for name in ("graded", "strict")
+    }
+
+
+def train(run: Run, results: Path) -> None:
+    """Do the run and keep what came of it."""
+    torch.set_num_threads(1)
+    callback = Budgets(run, prompt_dataset(run.split, run.num_prompts))
+    with tempfile.TemporaryDirectory() as folder:
+        build_trainer(run, folder, callback).train()
+    if callback.left:
+        raise InterruptedError(f"{run} has been stopped before it reached {', '.join(callback.left)}.")
+    path = run.path(results)
+    kept = {
+        "run": asdict(run),
+        "settings": run.settings,
+        "scores": callback.scores,
+        "curve": callback.curve,
+        "torch": torch.__version__,
+    }
+    write(path, kept)
+
+
+def write(path: Path, kept: dict) -> None:
+    """So that the file is there only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(kept))
+    unfinished.rename(path)
+
+
+def score_base(results: Path, num_prompts: int | None) -> None:
+    """Score the model that all runs begin with."""
+    torch.set_num_threads(1)
+    prompts = prompt_dataset("heldout", num_prompts)
+    images = sample_heldout(load_pipeline(TESTBED), prompts, "Score the base model")
+    write(results / "base.json", by_prompt(images, prompts))
+
+
+def build_trainer(run: Run, folder: str, callback: Budgets) -> TPGRPOTrainer:
+    """The demo's settings at a constant learning rate, so that a run may be looked at anywhere."""
+    settings = {
+        "guidance_scale": 1.0,
+        "num_inference_steps": NUM_INFERENCE_STEPS,
+        "num_generations": 8,
+        "per_device_train_batch_size": 64,
+        "gradient_accumulation_steps": 1,
+        "sde_type": "flow_sde",
+        "epsilon": 1e-3,
+        "beta": 0.0,
+        "ema_decay": None,
+        "lr_scheduler_type": "constant",
+        "activation_checkpointing": False,
+        "guard_rails": "off",
+    }
+    args = TPGRPOConfig(
+        folder,
+        use_cpu=True,
+        max_steps=100_000,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        seed=run.seed,
+        learning_rate=run.learning_rate,
+        **{**PIPELINE_KWARGS, **settings, **run.settings},
+    )
+    trainer = TPGRPOTrainer(TESTBED, shapes_reward, args, prompt_dataset("train"), callbacks=[callback])
+    trainer.remove_callback(PrinterCallback)
+    callback.trainer = trainer
+    return trainer
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    if args.report:
+        print(report(args.results))  # noqa: T201
+        draw(args.results, args.figure)
+        return
+    if not (args.results / "base.json").exists():
+        score_base(args.results, args.num_prompts)
+    for study in args.studies:
+        methods = STUDIES[study][1]
+        tuning = [plan(args, study, method, rate, -1, "tuning") for method in methods for rate in args.learning_rates]
+        do(tuning, args)
+        best = {method: best_rate([run for run in tuning if run.method == method], args.results) for method in methods}
+        print(study, "learning rates:", best, flush=True)  # noqa: T201
+        do(
+            [plan(args, study, method, best[method], seed, "heldout") for seed in args.seeds for method in methods],
+            args,
+        )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--studies", nargs="+", default=list(STUDIES), choices=list(STUDIES))
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    add("--learning_rates", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4], help="to choose from")
+    add("--cpu_seconds", type=float, default=80, help="the first budget (default: %(default)s)")
+    add("--evaluations", type=float, default=68_000, help="the second: of the model, one training step on a transition "
+        "counting as three (default: %(default)s)")  # fmt: skip
+    add("--updates", type=int, default=32, help="the third (default: %(default)s)")
+    add("--num_prompts", type=int, default=160, help="to score, 4 images each (default: %(default)s)")
+    add("--num_processes", type=int, default=2, help="at once (default: %(default)s)")
+    add("--results", type=Path, default=RESULTS, help="(default: benchmarks/results/ablation)")
+    add("--report", action="store_true", help="print the tables and draw the figure of what is there")
+    add("--figure", type=Path, default=ROOT / "docs/images/ablation.png", help="(default: docs/images/ablation.png)")
+    return parser
+
+
+def plan(args: argparse.Namespace, study: str, method: str, rate: float, seed: int, split: str) -> Run:
+    """A run of the study; learning rates are tuned at the first budget alone, with a seed that is not reported."""
+    budgets = {"cpu_seconds": args.cpu_seconds, "evaluations": args.evaluations, "updates": args.updates}
+    if split == "tuning":
+        budgets = {"cpu_seconds": args.cpu_seconds}
+    return Run(study, method, rate, 1000 if seed < 0 else seed, split, budgets, args.num_prompts)
+
+
+def do(runs: list[Run], args: argparse.Namespace) -> None:
+    """Those that have no file yet; if several at once, each in a process of its own."""
+    missing = [(run, args.results) for run in runs if not run.path(args.results).exists()]
+    if args.num_processes == 1:
+        for run, results in missing:
+            train(run, results)
+        return
+    with multiprocessing.get_context("spawn").Pool(args.num_processes, maxtasksperchild=1) as pool:
+        pool.starmap(train, missing, chunksize=1)
+
+
+def best_rate(runs: list[Run], results: Path) -> float:
+    """The learning rate with the highest mean reward on the tuning prompts."""
+    return max(
+        runs, key=lambda run: mean_reward(json.loads(run.path(results).read_text())["scores"]["cpu_seconds"])
+    ).learning_rate
+
+
+def mean_reward(scores: dict) -> float:
+    """The mean of graded and strict score, which is what is trained on."""
+    return (np.mean(scores["graded"]) + np.mean(scores["strict"])) / 2
+
+
+def load(results: Path, split: str) -> dict[str, dict[str, list[dict]]]:
+    """The runs of each study and method."""
+    found: dict[str, dict[str, list[dict]]] = {}
+    base = json.loads((results / "base.json").read_text())
+    for path in sorted(results.glob(f"*/{split}_*.json")):
+        kept = {"base": base, **json.loads(path.read_text())}
+        found.setdefault(kept["run"]["study"], {}).setdefault(kept["run"]["method"], []).append(kept)
+    return found
+
+
+def report(results: Path) -> str:
+    """Tables in Markdown: learning rates, and gains over the base model with 95% intervals and paired tests."""
+    lines = ["| study | method | " + "reward on tuning prompts by learning rate |", "|---|---|---|"]
+    for study, methods in load(results, "tuning").items():
+        for method, runs in methods.items():
+            rates = {run["run"]["learning_rate"]: mean_reward(run["scores"]["cpu_seconds"]) for run in runs}
+            lines.append(f"| {study} | {method} | {', '.join(f'{r:g}: {v:.3f}' for r, v in sorted(rates.items()))} |")
+    heldout = load(results, "heldout")
+    for study, methods in heldout.items():
+        flow = methods.get("outcome") or heldout.get("window_3", {}).get("outcome", [])
+        lines += ["", f"**{study}**", "", *table(methods, flow)]
+    return "\n".join(lines)
+
+
+def table(methods: dict[str, list[dict]], flow: list[dict]) -> list[str]:
+    """By budget and method: what held-out scores have gained, and what that is above Flow-GRPO's gain with K = 3 or its own K."""
+    lines = [
+        "| equal | method | learning rate | seeds | updates | reward gained | strict gained | reward against outcome | p |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for budget in ("cpu_seconds", "evaluations", "updates"):
+        reference = gains(flow, budget)
+        for method, runs in methods.items():
+            own = gains(runs, budget)
+            pairs = [own[seed][0] - reference[seed][0] for seed in sorted(set(own) & set(reference))]
+            updates = np.mean([run["scores"][budget]["spent"]["updates"] for run in runs])
+            against, p = ("", "") if method == "outcome" else (interval(pairs), p_value(pairs))
+            reward, strict = (interval([gain[place] for gain in own.values()]) for place in (0, 1))
+            rate = runs[0]["run"]["learning_rate"]
+            lines.append(
+                f"| {budget} | {method} | {rate:g} | {len(runs)} | {updates:.0f} | {reward} | {strict} | {against} | {p} |"
+            )
+    return lines
+
+
+def gains(runs: list[dict], budget: str) -> dict[int, tuple[float, float]]:
+    """By seed: what reward and strict score have gained over the base model."""
+    found = {}
+    for run in runs:
+        scores, base = run["scores"][budget], run["base"]
+        strict = float(np.mean(scores["strict"]) - np.mean(base["strict"]))
+        found[run["run"]["seed"]] = (mean_reward(scores) - mean_reward(base), strict)
+    return found
+
+
+def interval(values: list[float]) -> str:
+    """Mean with the half width of its 95% interval."""
+    return f"{np.mean(values):+.3f} ± {half_width(values):.3f}" if values else ""
+
+
+def half_width(values: list[float]) -> float:
+    """Of the 95% interval of the mean (Student's t over seeds); NaN for one value."""
+    if len(values) < 2:
+        return float("nan")
+    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def p_value(pairs: list[float]) -> str:
+    """Of the paired t-test."""
+    return f"{stats.ttest_1samp(pairs, 0).pvalue:.2f}" if len(pairs) > 1 else ""
+
+
+def draw(results: Path, path: Path) -> None:
+    """Reward gained with 95% intervals, one panel a study."""
+    studies = load(results, "heldout")
+    figure, axes = plt.subplots(1, len(studies), figsize=(4.5 * len(studies), 3.6), squeeze=False, sharey=True)
+    for axis, (study, methods) in zip(axes[0], studies.items(), strict=True):
+        for place, runs in enumerate(methods.values()):
+            for shift, budget in enumerate(("cpu_seconds", "evaluations", "updates")):
+                values = [gain[0] for gain in gains(runs, budget).values()]
+                axis.errorbar(
+                    place + 0.2 * (shift - 1),
+                    np.mean(values),
+                    half_width(values),
+                    fmt="o",
+                    color=f"C{shift}",
+                    capsize=3,
+                    label=f"equal {budget}" if place == 0 else None,
+                )
+        axis.set_xticks(range(len(methods)), methods, rotation=20, fontsize=8)
+        axis.set(title=study, ylabel="reward gained on held-out prompts")
+        axis.axhline(0, color="grey", linewidth=0.8)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

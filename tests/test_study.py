@@ -1,0 +1,54 @@
+"""The study's scripts, from sampling to the report, at the smallest sizes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script: str, *options: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / script), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_ablation_runs_goes_on_and_reports(tmp_path: Path) -> None:
+    results, figure = tmp_path / "results", tmp_path / "figure.png"
+    options = ["--studies", "window_3", "--learning_rates", "1e-4", "--num_prompts", "2", "--num_processes", "1"]
+    budgets = ["--cpu_seconds", "0.1", "--evaluations", "1200", "--updates", "1"]
+    where = ["--results", str(results), "--figure", str(figure)]
+    run("ablation.py", *options, *budgets, *where, "--seeds", "0", "1")
+    kept = sorted((results / "window_3").glob("*.json"))
+    assert len(kept) == 4 + 2 * 4
+    one = json.loads((results / "window_3/heldout_outcome_0.0001_0.json").read_text())
+    spent = {budget: scores["spent"] for budget, scores in one["scores"].items()}
+    assert spent["updates"]["updates"] == 1
+    assert spent["evaluations"]["evaluations"] >= 1200 and spent["evaluations"]["updates"] == 2
+    assert len(one["scores"]["cpu_seconds"]["strict"]) == 2
+    changed = [path.stat().st_mtime_ns for path in kept]
+    kept[-1].unlink()
+    run("ablation.py", *options, *budgets, *where, "--seeds", "0", "1")
+    assert [path.stat().st_mtime_ns for path in kept[:-1]] == changed[:-1]
+    assert kept[-1].exists()
+    text = run("ablation.py", "--report", *where)
+    assert text.count("| consistent | 0.0001 | 2 | ") == 3
+    assert figure.stat().st_size > 5_000
+
+
+def test_gradient_snr_of_every_rule(tmp_path: Path) -> None:
+    options = ["--settings", "window of 1", "--num_batches", "3", "--results", str(tmp_path)]
+    options += ["--figure", str(tmp_path / "figure.png")]
+    text = run("gradient_snr.py", *options)
+    rows = json.loads((tmp_path / "window_of_1.json").read_text())["rows"]
+    by_rule = {row["rule"]: row for row in rows if row["reward_noise"] == 0}
+    assert "| outcome, group, group, step | 0.0 |" in text
+    assert (tmp_path / "figure.png").stat().st_size > 5_000
+    policy_gradient = by_rule["lambda 1.0 | completion | none | step"]
+    assert abs(policy_gradient["cosine"] - 1) < 1e-6
+    # with one SDE step the step's own gain is all that follows
+    for name in ("snr", "progress"):
+        assert by_rule["incremental | completion | none | step"][name] == policy_gradient[name]
