@@ -53,7 +53,9 @@ def test_every_setting_is_explained_in_the_config() -> None:
 
 def test_tests_that_the_pages_name_exist() -> None:
     text = "\n".join(page.read_text() for page in PAGES)
-    present = set(re.findall(r"^def (test_\w+)", "\n".join(path.read_text() for path in ROOT.glob("tests/*.py")), re.M))
+    present = set(
+        re.findall(r"^def (test_\w+)", "\n".join(path.read_text() for path in ROOT.glob("tests/*.py")), re.M)
+    )
     assert set(re.findall(r"`(test_\w+)`", text)) <= present
     missing = [name for name in set(re.findall(r"tests/\w+\.py", text)) if not (ROOT / name).exists()]
     assert not missing
