@@ -49,3 +49,13 @@ def test_every_setting_is_explained_in_the_config() -> None:
     for name in Config.__annotations__:
         if not name.startswith("_") and name not in ("gradient_checkpointing", "logging_nan_inf_filter"):
             assert f"        {name} (`" in TPGRPOConfig.__doc__ or f"`{name}`" in TPGRPOConfig.__doc__, name
+
+
+def test_tests_that_the_pages_name_exist() -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    present = set(
+        re.findall(r"^def (test_\w+)", "\n".join(path.read_text() for path in ROOT.glob("tests/*.py")), re.M)
+    )
+    assert set(re.findall(r"`(test_\w+)`", text)) <= present
+    missing = [name for name in set(re.findall(r"tests/\w+\.py", text)) if not (ROOT / name).exists()]
+    assert not missing

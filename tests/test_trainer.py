@@ -721,11 +721,12 @@ def test_other_schedulers_are_refused(tmp_path: Path) -> None:
             {"negative_prompt": "blur", "guidance_scale": 1.0},
             "negative_prompt has no effect without guidance",
         ),
+        (tiny_sd3, {"height": 512}, "height must be at most [0-9]+ for this pipeline, .* got 512"),
         (tiny_flux, {"true_cfg_scale": 4.0}, "have an effect only together"),
         (tiny_flux, {"negative_prompt": "blur"}, "have an effect only together"),
     ],
 )
-def test_guidance_without_effect_is_refused(family, changes: dict, message: str, tmp_path: Path) -> None:
+def test_guidance_and_sizes_that_cannot_work_are_refused(family, changes: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         build(tmp_path, family(), **changes)
 

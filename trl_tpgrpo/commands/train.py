@@ -278,7 +278,8 @@ def load_reward(name: str) -> RewardFunc:
     path = BUILT_IN_REWARDS.get(name, name)
     if "." not in path:
         raise ValueError(
-            f"No reward function {name!r}: use one of {list(BUILT_IN_REWARDS)}, a dotted import path, or a URL."
+            f"No reward function {name!r}: use one of {list(BUILT_IN_REWARDS)}, a dotted import path such as my_rewards.mine, "
+            "or a URL."
         )
     found: Any = find_function(path)
     reward_func: Any = found() if inspect.isclass(found) else found

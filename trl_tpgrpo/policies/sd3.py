@@ -25,6 +25,7 @@ class SD3Policy(FlowPolicy):
 
     def _check_guidance(self) -> None:
         super()._check_guidance()
+        self._check_size()
         if self.guidance.true_cfg_scale != 1:
             raise ValueError("true_cfg_scale is for FLUX; with this model classifier-free guidance is guidance_scale.")
         if self.guidance.negative_prompt is not None and not self.uses_negative_prompt:
@@ -32,6 +33,16 @@ class SD3Policy(FlowPolicy):
                 f"negative_prompt has no effect without guidance: guidance_scale is {self.guidance.guidance_scale}, must be "
                 "above 1."
             )
+
+    def _check_size(self) -> None:
+        transformer = self.pipeline.transformer.config
+        largest = transformer.pos_embed_max_size * transformer.patch_size * self.pipeline.vae_scale_factor
+        for name in ("height", "width"):
+            size = getattr(self.guidance, name)
+            if size > largest:
+                raise ValueError(
+                    f"{name} must be at most {largest} for this pipeline, whose position embeddings end there, got {size}."
+                )
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:

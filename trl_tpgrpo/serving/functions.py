@@ -159,7 +159,10 @@ def find_function(path: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_path)
     except ModuleNotFoundError as error:
-        raise ValueError(f"The module of the reward function {path!r} cannot be imported: {error}.") from error
+        raise ValueError(
+            f"The module of the reward function {path!r} cannot be imported: {error}. It is looked for in the current folder "
+            "and among the installed packages."
+        ) from error
     finally:
         sys.path.remove(folder)
     if name not in vars(module):
