@@ -1,10 +1,10 @@
-# Both targets set up all they need in a fresh clone: a virtual environment with the tested versions, in .venv.
+# All targets set up what they need in a fresh clone: a virtual environment with the tested versions, in .venv.
 
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lock
+.PHONY: demo test check package lock
 
 demo: $(READY)          ## train the embedded model for a few minutes and show what it learned, in demo/
 	$(VENV)/bin/trl-tpgrpo demo
@@ -16,6 +16,9 @@ check: $(READY)         ## lint and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+package: $(READY)       ## build sdist and wheel in dist/, and try them in an environment of their own
+	.ci/package
 
 lock: $(READY)          ## write the versions that are installed to requirements.lock
 	$(VENV)/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock

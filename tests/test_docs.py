@@ -11,7 +11,7 @@ from trl_tpgrpo.config import TPGRPOConfig as Config
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -27,10 +27,21 @@ def test_commands_of_the_readme_are_targets_of_the_makefile() -> None:
     assert named <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
+def test_contributing_names_targets_files_and_benchmarks_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"^make (\w+)", text, re.MULTILINE)) == targets - {"demo"}
+    named = re.findall(r"`((?:benchmarks|docs|examples|tests|trl_tpgrpo|\.ci)/[\w./]+)`", text)
+    assert not [name for name in named if not (ROOT / name).exists()]
+    not_run = {"models", "plain"}  # what other scripts import
+    listed = set(re.findall(r"^\| `python benchmarks/(\w+)\.py", text, re.MULTILINE))
+    assert listed == {path.stem for path in ROOT.glob("benchmarks/*.py")} - not_run
+
+
 def test_file_tree_of_the_readme_is_that_of_the_package() -> None:
     tree = (ROOT / "README.md").read_text().split("```\ntrl_tpgrpo/\n")[1].split("```")[0]
     listed = set(re.findall(r"^  ([\w.]+)/?[ ,]", tree, re.MULTILINE)) | {"commands"}
-    present = {path.name for path in (ROOT / "trl_tpgrpo").iterdir() if not path.name.startswith("_")}
+    present = {path.name for path in (ROOT / "trl_tpgrpo").iterdir() if not path.name.startswith("_")} - {"py.typed"}
     assert listed == present
 
 
