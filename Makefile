@@ -1,10 +1,10 @@
-# Both targets set up all they need in a fresh clone: a virtual environment with the tested versions, in .venv.
+# Each target sets up all it needs in a fresh clone: a virtual environment with the tested versions, in .venv.
 
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lock
+.PHONY: demo test check docs lock
 
 demo: $(READY)          ## train the embedded model for a few minutes and show what it learned, in demo/
 	$(VENV)/bin/trl-tpgrpo demo
@@ -16,6 +16,9 @@ check: $(READY)         ## lint and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(READY)          ## build the site into outputs/site; a broken link or anchor is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 lock: $(READY)          ## write the versions that are installed to requirements.lock
 	$(VENV)/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
