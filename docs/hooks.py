@@ -14,22 +14,21 @@ from mkdocs.structure.pages import Page
 
 
 ROOT = Path(__file__).parents[1]
-ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md")
+ROOT_PAGES = {"CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "README.md": "overview.md"}
+"""By their names at the root those in the site, where a README.md would be taken for the front page."""
+
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)(?=[)#])")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages of the root, and a page for each path outside docs/ that any page links to."""
     pages = [(f"docs/{file.src_uri}", file.content_string) for file in files.documentation_pages()]
-    for name in ROOT_PAGES:
+    for name, uri in ROOT_PAGES.items():
         path = ROOT / name
         if path.exists():
             pages.append((name, path.read_text()))
-            files.append(File.generated(config, name, content=path.read_text()))
-    linked = {
-        place for name, text in pages for place in map(str, LINK.findall(text)) for place in [_place(name, place)]
-    }
-    for place in sorted(linked):
+            files.append(File.generated(config, uri, content=path.read_text()))
+    for place in sorted({_place(name, link) for name, text in pages for link in LINK.findall(text)}):
         if _is_source(place):
             _add_source(files, config, place)
     return files
@@ -37,25 +36,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point links that leave docs/ to their pages in the site."""
-    if page.file.src_uri.startswith("source/"):
+    uri = page.file.src_uri
+    of_root = {in_site: name for name, in_site in ROOT_PAGES.items()}
+    if uri.startswith("source/"):
         return markdown
-    name = page.file.src_uri if page.file.src_uri in ROOT_PAGES else f"docs/{page.file.src_uri}"
+    name = of_root.get(uri, f"docs/{uri}")
     markdown = markdown.replace("<details>", '<details markdown="1">')  # or the tables in it stay as they are typed
     return LINK.sub(lambda link: in_site(name, link[1]), markdown)
 
 
 def in_site(name: str, link: str) -> str:
-    """Where in the site a link leads.
+    """Where in the site a link leads, from its root.
 
     Args:
         name: Of the page that it is on, from the repository's root.
         link: As it is in the Markdown. What leads nowhere stays as it is, for MkDocs to report.
     """
     place = _place(name, link)
-    if place == "README.md":
-        return "index.md"
     if place in ROOT_PAGES:
-        return place
+        return ROOT_PAGES[place]
     if place.startswith("docs/"):
         return place.removeprefix("docs/")
     return f"source/{place}.md" if _is_source(place) else link
@@ -66,7 +65,7 @@ def _place(name: str, link: str) -> str:
 
 
 def _is_source(place: str) -> bool:
-    is_page = place.startswith("docs/") or place in ("README.md", *ROOT_PAGES)
+    is_page = place.startswith("docs/") or place in ROOT_PAGES
     return not is_page and not place.startswith("..") and (ROOT / place).exists()
 
 

@@ -88,8 +88,9 @@ def calls(text: str, folder: Path) -> list[list[str]]:
     (programs / "srun").write_text('#!/bin/bash\nexec "$@"\n')
     (programs / "srun").chmod(0o755)
     (folder / "examples").symlink_to(ROOT / "examples")
-    (folder / "here").mkdir()
-    prelude = "set -eu; cd() { :; }; source() { :; };\n"
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / ".venv/bin/activate").touch()
+    prelude = "set -eu; cd() { :; };\n"
     environment = {"PATH": str(programs), "CALLS": str(written), "HOME": str(folder), **SLURM}
     command = [str(shutil.which("bash")), "-c", prelude + text]
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)

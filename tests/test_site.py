@@ -30,7 +30,7 @@ def load(name: str) -> ModuleType:
         ("docs/trainer.md", "../examples/tpgrpo.py", "source/examples/tpgrpo.py.md"),
         ("docs/distributed.md", "../examples/accelerate", "source/examples/accelerate.md"),
         ("docs/index.md", "../CHANGELOG.md", "CHANGELOG.md"),
-        ("docs/index.md", "../README.md", "index.md"),
+        ("docs/index.md", "../README.md", "overview.md"),
         ("CHANGELOG.md", "docs/distributed.md", "distributed.md"),
         ("CHANGELOG.md", "LICENSE", "source/LICENSE.md"),
         ("docs/trainer.md", "../examples/no_such.py", "../examples/no_such.py"),  # MkDocs reports it
