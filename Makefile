@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test check package lock
+.PHONY: demo test check docs package lock
 
 demo: $(READY)          ## train the embedded model for a few minutes and show what it learned, in demo/
 	$(VENV)/bin/trl-tpgrpo demo
@@ -16,6 +16,9 @@ check: $(READY)         ## lint and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(READY)          ## build the site into outputs/site; a broken link or anchor is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 package: $(READY)       ## build sdist and wheel in dist/, and try them in an environment of their own
 	.ci/package

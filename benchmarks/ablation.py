@@ -362,8 +362,9 @@ def draw(results: Path, path: Path) -> None:
         axis.set(title=study, ylabel="reward gained on held-out prompts")
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
-    figure.tight_layout()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(handles, labels, fontsize=8, ncols=3, loc="lower center")
     figure.savefig(path, dpi=110)
 
 

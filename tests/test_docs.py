@@ -1,24 +1,56 @@
 """What the documentation says exists."""
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
+from documents import PAGES, ROOT, anchors, links
 from test_trainer import build, prompts
 
-from trl_tpgrpo import TPGRPOConfig
+import trl_tpgrpo
+from trl_tpgrpo import TPGRPOConfig, rewards
 from trl_tpgrpo.config import TPGRPOConfig as Config
-
-
-ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
-    missing = [target for target in targets if not target.startswith("http") and not (page.parent / target).exists()]
-    assert not missing
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_broken_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text(
+        "## Two *words*, `a_b`: twice\n\n## Two words, a_b: twice\n\n```bash\n# no heading\n```\n"
+    )
+    assert anchors(tmp_path / "other.md") == {"two-words-a_b-twice", "two-words-a_b-twice-1"}
+    page = tmp_path / "page.md"
+    page.write_text("[a](https://x.org) [b](other.md#two-words-a_b-twice) ![c](no.png) `[d](e)`\n\n```\n[f](g)\n```\n")
+    assert links(page) == ["other.md#two-words-a_b-twice", "no.png"]
+    with pytest.raises(AssertionError, match="no.png"):
+        test_links_lead_somewhere(page)
+    page.write_text("[b](other.md#no-heading)\n")
+    with pytest.raises(AssertionError, match="no-heading"):
+        test_links_lead_somewhere(page)
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    """MkDocs asks the same when it builds; here it takes no build."""
+    navigation = re.findall(r"^  - [\w ]+: (\S+)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    shown = [path.name for path in PAGES if path.name != "README.md"]
+    assert set(shown) <= set(navigation) and len(navigation) == len(set(navigation))
+
+
+def test_public_names_are_on_the_page_of_the_api() -> None:
+    shown = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    public = {f"{module.__name__}.{name}" for module in (trl_tpgrpo, rewards) for name in module.__all__}
+    assert public <= set(shown)
+    for path in shown:
+        module, _, name = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), name) or importlib.import_module(path)
 
 
 def test_commands_of_the_readme_are_targets_of_the_makefile() -> None:

@@ -94,7 +94,6 @@ class TPGRPOConfig(_BaseConfig):
             `per_device_train_batch_size`: then the probability ratio before the first update is 1 to the last bit. `"auto"`
             measures before the first rollout at which size the model takes the least time a latent. Does not change the
             mathematics, but the rounding, so that under `"auto"` a run may not repeat to the bit.
-
         share_initial_noise (`bool`, *optional*, defaults to `False`):
             Whether the images of a prompt's group start from the same noise. What they have in common until their first SDE
             step is then computed once for the group, the completion of their first state too.

@@ -101,7 +101,9 @@ class CreditRule:
         credit: `"outcome"` (the final reward on every step: Flow-GRPO), `"incremental"` (`r_j`), `"turning_point"` and
             `"consistent"` (`A_j` at turning points, `r_j` elsewhere) or `"lambda"` (the lambda-return of the `r_j`).
         lambda_: Decay of `"lambda"`: 0 is `"incremental"`, 1 is `A_j` everywhere.
-        trend, first_step, deadzone: See `turning_points`.
+        trend: See `turning_points`.
+        first_step: See there.
+        deadzone: See there.
         balanced: Whether to apply `balance`.
         baseline: `"group"` subtracts the group's mean, `"completion"` nothing: `R_j` already is the state's value.
         scale: Divide by the spread within the `"group"`, within the `"batch"`, or not at all (`"none"`).
