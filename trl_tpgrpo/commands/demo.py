@@ -153,7 +153,7 @@ def draw_figures(
     scores: list[list[Score]],
 ) -> None:
     """The four pictures."""
-    groups = [slice(row * IMAGES_PER_PROMPT, (row + 1) * IMAGES_PER_PROMPT) for row in range(PICTURED_PROMPTS)]
+    groups = [slice(row * IMAGES_PER_PROMPT, (row + 1) * IMAGES_PER_PROMPT) for row in range(min(PICTURED_PROMPTS, len(dataset)))]
     save_before_after(
         output_dir / "before_after.png",
         dataset["prompt"][:PICTURED_PROMPTS],
@@ -168,7 +168,7 @@ def draw_figures(
     history = trainer.state.log_history
     save_reward_curve(output_dir / "reward.png", history, {0: rewards[0], trainer.state.global_step: rewards[1]})
     save_step_reward_spread(output_dir / "step_reward_spread.png", history)
-    draw_trajectory(output_dir / "trajectory.png", trainer, list(dataset.select(range(16))))
+    draw_trajectory(output_dir / "trajectory.png", trainer, list(dataset.select(range(min(16, len(dataset))))))
 
 
 def draw_trajectory(path: Path, trainer: TPGRPOTrainer, rows: list[dict]) -> None:
