@@ -153,7 +153,10 @@ def draw_figures(
     scores: list[list[Score]],
 ) -> None:
     """The four pictures."""
-    groups = [slice(row * IMAGES_PER_PROMPT, (row + 1) * IMAGES_PER_PROMPT) for row in range(min(PICTURED_PROMPTS, len(dataset)))]
+    groups = [
+        slice(row * IMAGES_PER_PROMPT, (row + 1) * IMAGES_PER_PROMPT)
+        for row in range(min(PICTURED_PROMPTS, len(dataset)))
+    ]
     save_before_after(
         output_dir / "before_after.png",
         dataset["prompt"][:PICTURED_PROMPTS],
