@@ -289,9 +289,10 @@ def test_a_payload_that_is_too_large_names_the_remedy() -> None:
 
 def test_a_full_queue_is_waited_for_and_then_named(monkeypatch) -> None:
     monkeypatch.setattr(http_client, "MAX_PAUSE", 0.05)  # the server asks for a second
-    may_go_on = threading.Event()
+    started, may_go_on = threading.Event(), threading.Event()
 
     def slow(images, prompts, **columns):
+        started.set()
         assert may_go_on.wait(10)
         return root(images, prompts)
 
@@ -300,6 +301,7 @@ def test_a_full_queue_is_waited_for_and_then_named(monkeypatch) -> None:
         url = f"http://127.0.0.1:{server.server_port}"
         patient = RemoteReward(url, "slow", batch_size=1, concurrency=6, num_retries=1000)
         asked = pool.submit(score, patient, range(12))
+        assert started.wait(10)  # one that is taken out of the queue later would leave a place in it
         while request(server, "GET", "/health")[1]["rewards"]["slow"]["num_waiting"] < 2:
             time.sleep(0.01)
         try:
