@@ -26,9 +26,9 @@ from scipy import stats
 from transformers import PrinterCallback, TrainerCallback
 
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
-from trl_tpgrpo.commands.demo import IMAGES_PER_PROMPT, NUM_INFERENCE_STEPS, repeated, sample_heldout
+from trl_tpgrpo.commands.demo import IMAGES_PER_PROMPT, SETTINGS, repeated, sample_heldout
 from trl_tpgrpo.policies import load_pipeline
-from trl_tpgrpo.testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
+from trl_tpgrpo.testbed import TESTBED, prompt_dataset
 from trl_tpgrpo.testbed.checker import score_images, shapes_reward
 
 
@@ -167,31 +167,17 @@ def score_base(results: Path, num_prompts: int | None) -> None:
 
 def build_trainer(run: Run, folder: str, callback: Budgets) -> TPGRPOTrainer:
     """The demo's settings at a constant learning rate, so that a run may be looked at anywhere."""
-    settings = {
-        "guidance_scale": 1.0,
-        "num_inference_steps": NUM_INFERENCE_STEPS,
-        "num_generations": 8,
-        "per_device_train_batch_size": 64,
-        "gradient_accumulation_steps": 1,
-        "sde_type": "flow_sde",
-        "epsilon": 1e-3,
-        "beta": 0.0,
-        "ema_decay": None,
-        "lr_scheduler_type": "constant",
-        "activation_checkpointing": False,
-        "guard_rails": "off",
-    }
     args = TPGRPOConfig(
         folder,
-        use_cpu=True,
         max_steps=100_000,
-        save_strategy="no",
+        learning_rate=run.learning_rate,
+        lr_scheduler_type="constant",
+        guard_rails="off",
         report_to="none",
         disable_tqdm=True,
         logging_steps=1,
         seed=run.seed,
-        learning_rate=run.learning_rate,
-        **{**PIPELINE_KWARGS, **settings, **run.settings},
+        **{**SETTINGS, **run.settings},
     )
     trainer = TPGRPOTrainer(TESTBED, shapes_reward, args, prompt_dataset("train"), callbacks=[callback])
     trainer.remove_callback(PrinterCallback)
@@ -326,7 +312,7 @@ def gains(runs: list[dict], budget: str) -> dict[int, tuple[float, float]]:
 
 def interval(values: list[float]) -> str:
     """Mean with the half width of its 95% interval."""
-    return f"{np.mean(values):+.3f} ± {half_width(values):.3f}" if values else ""
+    return f"{np.mean(values):+.3f} \u00b1 {half_width(values):.3f}" if values else ""
 
 
 def half_width(values: list[float]) -> float:

@@ -9,9 +9,10 @@ gradient of a batch under any credit is then a weighted sum, so that all rules a
 - cosine: of the mean gradient with that of the policy gradient, for which `R_K - R_j` is unbiased, unscaled, without a baseline
   but R_j;
 - progress: the squared cosine of the policy gradient with the gradient of one batch, as large as the same cost pays for: the
-  model evaluations of 64 trajectories with exact completions, one trained transition counting as three.
+  model evaluations of 64 trajectories with exact completions, one trained transition counting as three; and its ratio to that of
+  Flow-GRPO (`outcome`) on the same batches.
 
-Intervals are those of a jackknife over batches. Results go to benchmarks/results/gradient_snr/, one file a setting; settings that
+For one step alone the batch is 64 trajectories. Intervals are those of a jackknife over batches. Results go to benchmarks/results/gradient_snr/, one file a setting; settings that
 have one are not run again.
 
     python benchmarks/gradient_snr.py
@@ -25,13 +26,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ablation import FORWARD_AND_BACKWARD
 from matplotlib import pyplot as plt
 from models import load_policy
 from torch import Tensor
 
 from trl_tpgrpo.credit import CREDITS, CreditRule, RewardTable
 from trl_tpgrpo.policies import FlowPolicy, to_images
-from trl_tpgrpo.rollout import Rollout, Window, roll_out
+from trl_tpgrpo.rollout import Rollout, Velocity, Window, roll_out
 from trl_tpgrpo.sde import log_prob, transition
 from trl_tpgrpo.testbed import prompt_dataset
 from trl_tpgrpo.testbed.checker import shapes_reward
@@ -39,7 +41,6 @@ from trl_tpgrpo.testbed.checker import shapes_reward
 
 ROOT = Path(__file__).parents[1]
 BATCH = 64
-FORWARD_AND_BACKWARD = 3
 BASE = {"sde_type": "flow_sde", "noise_level": 0.7, "num_steps": 8, "start": 0, "stop": 3, "group": 8}
 SETTINGS = {
     "base": {},
@@ -199,7 +200,7 @@ def sample(
     return torch.tensor(rewards)[run.image_of], of_steps, run.num_evaluations / len(prompts)
 
 
-def one_log_prob(velocity, run: Rollout, window: Window, sigmas: Tensor, row: int, position: int) -> Tensor:  # noqa: ANN001
+def one_log_prob(velocity: Velocity, run: Rollout, window: Window, sigmas: Tensor, row: int, position: int) -> Tensor:
     """Log-probability of one SDE step of one trajectory, with its gradient."""
     step = window.start + position
     before, after = run.states[row : row + 1, position], run.states[row : row + 1, position + 1]
@@ -239,7 +240,7 @@ def summary(values: np.ndarray, progress_of_flow: np.ndarray) -> dict[str, float
 
 
 def statistics(own: Tensor, both: Tensor, reference: Tensor, num_trajectories: float) -> tuple[float, float, float]:
-    """From products of batches' gradients (M, M): signal to noise of a trajectory, cosine, progress."""
+    """From products of batches' gradients (M, M): signal to noise of a trajectory, cosine, progress; a squared norm below 0 is none."""
     apart = ~torch.eye(len(own), dtype=torch.bool)
     signal, along, true = (float(products[apart].mean()) for products in (own, both, reference))
     noise = BATCH * (float(own.diagonal().mean()) - signal)
@@ -258,7 +259,7 @@ def report(found: dict) -> str:
     ]
     for row in sorted(found["rows"], key=lambda row: (row["reward_noise"], -row["progress"])):
         snr, cosine, progress, ratio = (
-            f"{scale * row[name]:.2f} ± {1.96 * scale * row[f'{name}_error']:.2f}"
+            f"{scale * row[name]:.2f} \u00b1 {1.96 * scale * row[f'{name}_error']:.2f}"
             for name, scale in (("snr", 1000), ("cosine", 1), ("progress", 1000), ("progress_ratio", 1))
         )
         if row["snr"] <= max(1.96 * row["snr_error"], 1e-9):

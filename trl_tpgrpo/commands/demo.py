@@ -3,6 +3,7 @@
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,23 @@ from .sample import build_pipeline
 NUM_INFERENCE_STEPS = 8
 IMAGES_PER_PROMPT = 4
 PICTURED_PROMPTS = 6
+SETTINGS: dict[str, Any] = {
+    **PIPELINE_KWARGS,
+    "use_cpu": True,
+    "per_device_rollout_batch_size": 64,
+    "guidance_scale": 1.0,
+    "num_inference_steps": NUM_INFERENCE_STEPS,
+    "num_generations": 8,
+    "per_device_train_batch_size": 64,
+    "gradient_accumulation_steps": 1,
+    "sde_type": "flow_sde",
+    "epsilon": 1e-3,
+    "beta": 0.0,
+    "ema_decay": None,
+    "activation_checkpointing": False,
+    "save_strategy": "no",
+}
+"""For a model this small; the study of benchmarks/ablation.py trains with them too."""
 
 
 def main(argv: list[str]) -> int:
@@ -81,24 +99,11 @@ def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
     """
     config = TPGRPOConfig(
         output_dir=str(output_dir),
-        use_cpu=True,
-        **PIPELINE_KWARGS,
-        per_device_rollout_batch_size=64,
-        guidance_scale=1.0,
-        num_inference_steps=NUM_INFERENCE_STEPS,
+        **SETTINGS,
         sde_window_size=3,
-        num_generations=8,
-        per_device_train_batch_size=64,
-        gradient_accumulation_steps=1,
-        sde_type="flow_sde",
-        epsilon=1e-3,
-        beta=0.0,
         learning_rate=1e-4,
-        lr_scheduler_type="linear",
-        ema_decay=None,  # a learning rate that falls to 0 does what an average would
+        lr_scheduler_type="linear",  # to 0, which does what an average of the weights would
         max_steps=max_steps,
-        activation_checkpointing=False,
-        save_strategy="no",
         disable_tqdm=False,
         logging_strategy="steps",
         seed=seed,
