@@ -15,6 +15,7 @@ import multiprocessing
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from matplotlib import pyplot as plt
+from peft import LoraConfig
 from scipy import stats
 from transformers import PrinterCallback, TrainerCallback
 
@@ -35,27 +37,67 @@ from trl_tpgrpo.testbed.checker import score_images, shapes_reward
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/ablation"
 CREDITS = {name: {"credit": name} for name in ("outcome", "incremental", "turning_point", "consistent")}
+CHEAP = {
+    "lambda 0.8, rescaled, cheap": {
+        "credit": "lambda",
+        "credit_lambda": 0.8,
+        "advantage_baseline": "completion",
+        "scale_rewards": "batch",
+        "advantage_scope": "joint",
+        "completion": "at_1_2_3_5",
+    }
+}
+"""The normalisation that benchmarks/gradient_snr.py finds best, with completions that ask the model at four steps."""
+
+RECIPE = {
+    "sde_type": "cps",
+    "credit": "outcome",
+    "sde_window_range": [1, 2],
+    "share_initial_noise": True,
+    "scale_rewards": "batch",
+}
+"""Steps' credit where it costs nothing, see docs/reproduction.md."""
+
 STUDIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "window_3": ({"sde_window_size": 3}, CREDITS),
     "window_7": ({}, CREDITS),
+    "cps_3": ({"sde_type": "cps", "sde_window_size": 3}, {**CREDITS, **CHEAP}),
+    "cps_7": ({"sde_type": "cps"}, {**CREDITS, **CHEAP}),
     "cheap": (
         {"sde_window_size": 3},
         {name: {"credit": name, "completion": "at_1_2_3_5"} for name in ("incremental", "consistent")},
     ),
     "recipe": (
-        {"sde_window_size": 3},
+        RECIPE,
         {
-            "lambda 0.8": {"credit": "lambda", "credit_lambda": 0.8},
-            "lambda 0.8, completion baseline": {
-                "credit": "lambda",
-                "credit_lambda": 0.8,
-                "advantage_baseline": "completion",
-                "scale_rewards": "batch",
+            "step 1, shared noise": {},
+            "step 1": {"share_initial_noise": False},
+            "steps 1 and 2, shared noise": {"sde_window_range": [1, 3]},
+            "Flow-GRPO": {
+                "sde_type": "flow_sde",
+                "sde_window_range": None,
+                "sde_window_size": 3,
+                "share_initial_noise": False,
+                "scale_rewards": "group",
             },
+        },
+    ),
+    "factors": (
+        RECIPE,
+        {
+            "KL 0.0004": {"beta": 4e-4},
+            "KL 0.04": {"beta": 0.04},
+            "LoRA": {"lora_r": 16},
+            "noise 1.0": {"noise_level": 1.0},
         },
     ),
 }
 """The settings of each study, and those of its methods."""
+
+AVERAGE = {"ema_decay": 0.9, "ema_update_every": 8}
+"""The paper's; training does not see it."""
+
+BUDGETS = ("evaluations", "cpu_seconds", "updates")
 
 FORWARD_AND_BACKWARD = 3
 """A transition that is trained on counts as so many evaluations."""
@@ -112,11 +154,14 @@ class Budgets(TrainerCallback):
             self.left = {name: budget for name, budget in self.left.items() if name not in reached}
         control.should_training_stop |= not self.left
 
-    def score(self) -> dict[str, list[float]]:
-        """Mean graded and strict score of each prompt."""
+    def score(self) -> dict[str, Any]:
+        """Mean graded and strict score of each prompt, with the weights as they are and with their moving average."""
         assert self.trainer is not None
-        images = sample_heldout(self.trainer.policy.pipeline, self.prompts, "Score")
-        return by_prompt(images, self.prompts)
+        pipeline = self.trainer.policy.pipeline
+        found: dict[str, Any] = by_prompt(sample_heldout(pipeline, self.prompts, "Score"), self.prompts)
+        with self.trainer.averaged.in_use():
+            found["averaged"] = by_prompt(sample_heldout(pipeline, self.prompts, "Score"), self.prompts)
+        return found
 
 
 def by_prompt(images: list, prompts: Dataset) -> dict[str, list[float]]:
@@ -167,6 +212,8 @@ def score_base(results: Path, num_prompts: int | None) -> None:
 
 def build_trainer(run: Run, folder: str, callback: Budgets) -> TPGRPOTrainer:
     """The demo's settings at a constant learning rate, so that a run may be looked at anywhere."""
+    settings = {**SETTINGS, **AVERAGE, **run.settings}
+    rank = settings.pop("lora_r", None)
     args = TPGRPOConfig(
         folder,
         max_steps=100_000,
@@ -177,9 +224,12 @@ def build_trainer(run: Run, folder: str, callback: Budgets) -> TPGRPOTrainer:
         disable_tqdm=True,
         logging_steps=1,
         seed=run.seed,
-        **{**SETTINGS, **run.settings},
+        **settings,
     )
-    trainer = TPGRPOTrainer(TESTBED, shapes_reward, args, prompt_dataset("train"), callbacks=[callback])
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank) if rank else None
+    trainer = TPGRPOTrainer(
+        TESTBED, shapes_reward, args, prompt_dataset("train"), callbacks=[callback], peft_config=lora
+    )
     trainer.remove_callback(PrinterCallback)
     callback.trainer = trainer
     return trainer
@@ -194,7 +244,7 @@ def main() -> None:
     if not (args.results / "base.json").exists():
         score_base(args.results, args.num_prompts)
     for study in args.studies:
-        methods = STUDIES[study][1]
+        methods = [name for name in STUDIES[study][1] if args.methods is None or name in args.methods]
         tuning = [plan(args, study, method, rate, -1, "tuning") for method in methods for rate in args.learning_rates]
         do(tuning, args)
         best = {method: best_rate([run for run in tuning if run.method == method], args.results) for method in methods}
@@ -210,8 +260,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--studies", nargs="+", default=list(STUDIES), choices=list(STUDIES))
+    add("--methods", nargs="+", help="of these studies (default: all)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    add("--learning_rates", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4], help="to choose from")
+    add("--learning_rates", type=float, nargs="+", default=[5e-5, 1e-4, 2e-4, 4e-4], help="to choose from")
     add("--cpu_seconds", type=float, default=80, help="the first budget (default: %(default)s)")
     add("--evaluations", type=float, default=68_000, help="the second: of the model, one training step on a transition "
         "counting as three (default: %(default)s)")  # fmt: skip
@@ -225,10 +276,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def plan(args: argparse.Namespace, study: str, method: str, rate: float, seed: int, split: str) -> Run:
-    """A run of the study; learning rates are tuned at the first budget alone, with a seed that is not reported."""
+    """A run of the study; learning rates are tuned at equal evaluations alone, with a seed that is not reported."""
     budgets = {"cpu_seconds": args.cpu_seconds, "evaluations": args.evaluations, "updates": args.updates}
     if split == "tuning":
-        budgets = {"cpu_seconds": args.cpu_seconds}
+        budgets = {"evaluations": args.evaluations}
     return Run(study, method, rate, 1000 if seed < 0 else seed, split, budgets, args.num_prompts)
 
 
@@ -245,9 +296,13 @@ def do(runs: list[Run], args: argparse.Namespace) -> None:
 
 def best_rate(runs: list[Run], results: Path) -> float:
     """The learning rate with the highest mean reward on the tuning prompts."""
-    return max(
-        runs, key=lambda run: mean_reward(json.loads(run.path(results).read_text())["scores"]["cpu_seconds"])
-    ).learning_rate
+    return max(runs, key=lambda run: tuned_reward(json.loads(run.path(results).read_text()))).learning_rate
+
+
+def tuned_reward(kept: dict) -> float:
+    """Of a run that was scored once."""
+    (scores,) = kept["scores"].values()
+    return mean_reward(scores)
 
 
 def mean_reward(scores: dict) -> float:
@@ -270,43 +325,57 @@ def report(results: Path) -> str:
     lines = ["| study | method | " + "reward on tuning prompts by learning rate |", "|---|---|---|"]
     for study, methods in load(results, "tuning").items():
         for method, runs in methods.items():
-            rates = {run["run"]["learning_rate"]: mean_reward(run["scores"]["cpu_seconds"]) for run in runs}
+            rates = {run["run"]["learning_rate"]: tuned_reward(run) for run in runs}
             lines.append(f"| {study} | {method} | {', '.join(f'{r:g}: {v:.3f}' for r, v in sorted(rates.items()))} |")
-    heldout = load(results, "heldout")
-    for study, methods in heldout.items():
-        flow = methods.get("outcome") or heldout.get("window_3", {}).get("outcome", [])
-        lines += ["", f"**{study}**", "", *table(methods, flow)]
+    for study, methods in load(results, "heldout").items():
+        lines += ["", f"**{study}**", "", *table(methods)]
     return "\n".join(lines)
 
 
-def table(methods: dict[str, list[dict]], flow: list[dict]) -> list[str]:
-    """By budget and method: what held-out scores have gained, and what that is above Flow-GRPO's gain with K = 3 or its own K."""
+def table(methods: dict[str, list[dict]]) -> list[str]:
+    """By budget, method and weights: what held-out scores have gained, and what that is above Flow-GRPO's gain in this study."""
     lines = [
-        "| equal | method | learning rate | seeds | updates | reward gained | strict gained | reward against outcome | p |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| equal | method | learning rate | seeds | updates | weights | reward gained | strict gained | against Flow-GRPO | p |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for budget in ("cpu_seconds", "evaluations", "updates"):
-        reference = gains(flow, budget)
-        for method, runs in methods.items():
-            own = gains(runs, budget)
-            pairs = [own[seed][0] - reference[seed][0] for seed in sorted(set(own) & set(reference))]
-            updates = np.mean([run["scores"][budget]["spent"]["updates"] for run in runs])
-            against, p = ("", "") if method == "outcome" else (interval(pairs), p_value(pairs))
-            reward, strict = (interval([gain[place] for gain in own.values()]) for place in (0, 1))
-            rate = runs[0]["run"]["learning_rate"]
-            lines.append(
-                f"| {budget} | {method} | {rate:g} | {len(runs)} | {updates:.0f} | {reward} | {strict} | {against} | {p} |"
-            )
+    flow = flow_of(methods)
+    for budget, (method, runs), weights in product(BUDGETS, methods.items(), ("last", "averaged")):
+        own, reference = gains(runs, budget, weights), gains(flow, budget, weights)
+        if not own:
+            continue
+        pairs = [own[seed][0] - reference[seed][0] for seed in sorted(set(own) & set(reference))]
+        against, p = ("", "") if runs is flow else (interval(pairs), p_value(pairs))
+        reward, strict = (interval([gain[place] for gain in own.values()]) for place in (0, 1))
+        updates = np.mean([run["scores"][budget]["spent"]["updates"] for run in runs])
+        columns = (
+            budget,
+            method,
+            f"{runs[0]['run']['learning_rate']:g}",
+            len(own),
+            f"{updates:.0f}",
+            weights,
+            reward,
+            strict,
+        )
+        lines.append(f"| {' | '.join(map(str, (*columns, against, p)))} |")
     return lines
 
 
-def gains(runs: list[dict], budget: str) -> dict[int, tuple[float, float]]:
-    """By seed: what reward and strict score have gained over the base model."""
+def flow_of(methods: dict[str, list[dict]]) -> list[dict]:
+    """The runs of Flow-GRPO in a study, none if it has none."""
+    return methods.get("Flow-GRPO") or methods.get("outcome", [])
+
+
+def gains(runs: list[dict], budget: str, weights: str) -> dict[int, tuple[float, float]]:
+    """By seed: what reward and strict score have gained over the base model, where they were scored with such weights."""
     found = {}
     for run in runs:
         scores, base = run["scores"][budget], run["base"]
-        strict = float(np.mean(scores["strict"]) - np.mean(base["strict"]))
-        found[run["run"]["seed"]] = (mean_reward(scores) - mean_reward(base), strict)
+        if weights == "averaged":
+            scores = scores.get("averaged")
+        if scores is not None:
+            strict = float(np.mean(scores["strict"]) - np.mean(base["strict"]))
+            found[run["run"]["seed"]] = (mean_reward(scores) - mean_reward(base), strict)
     return found
 
 
@@ -328,29 +397,23 @@ def p_value(pairs: list[float]) -> str:
 
 
 def draw(results: Path, path: Path) -> None:
-    """Reward gained with 95% intervals, one panel a study."""
+    """Reward gained at equal evaluations with 95% intervals, one panel a study: last and averaged weights."""
     studies = load(results, "heldout")
     figure, axes = plt.subplots(1, len(studies), figsize=(4.5 * len(studies), 3.6), squeeze=False, sharey=True)
     for axis, (study, methods) in zip(axes[0], studies.items(), strict=True):
         for place, runs in enumerate(methods.values()):
-            for shift, budget in enumerate(("cpu_seconds", "evaluations", "updates")):
-                values = [gain[0] for gain in gains(runs, budget).values()]
-                axis.errorbar(
-                    place + 0.2 * (shift - 1),
-                    np.mean(values),
-                    half_width(values),
-                    fmt="o",
-                    color=f"C{shift}",
-                    capsize=3,
-                    label=f"equal {budget}" if place == 0 else None,
-                )
+            for shift, weights in enumerate(("last", "averaged")):
+                values = [gain[0] for gain in gains(runs, "evaluations", weights).values()]
+                if values:
+                    where = place + 0.2 * (shift - 0.5)
+                    axis.errorbar(where, np.mean(values), half_width(values), fmt="o", color=f"C{shift}", capsize=3)
         axis.set_xticks(range(len(methods)), methods, rotation=20, fontsize=8)
         axis.set(title=study, ylabel="reward gained on held-out prompts")
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.grid(alpha=0.3)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.legend(handles, labels, fontsize=8, ncols=3, loc="lower center")
+    handles = [plt.Line2D([], [], color=f"C{shift}", marker="o") for shift in (0, 1)]
+    figure.legend(handles, ["last weights", "averaged weights"], fontsize=8, ncols=2, loc="lower center")
     figure.savefig(path, dpi=110)
 
 

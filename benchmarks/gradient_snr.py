@@ -23,17 +23,23 @@ import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from ablation import FORWARD_AND_BACKWARD
+from diffusers.utils.torch_utils import randn_tensor
 from matplotlib import pyplot as plt
 from models import load_policy
 from torch import Tensor
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from trl_tpgrpo.completion import CompletionRule
 from trl_tpgrpo.credit import CREDITS, CreditRule, RewardTable
 from trl_tpgrpo.policies import FlowPolicy, to_images
-from trl_tpgrpo.rollout import Rollout, Velocity, Window, roll_out
+from trl_tpgrpo.rollout import Window, roll_out
 from trl_tpgrpo.sde import log_prob, transition
 from trl_tpgrpo.testbed import prompt_dataset
 from trl_tpgrpo.testbed.checker import shapes_reward
@@ -41,25 +47,55 @@ from trl_tpgrpo.testbed.checker import shapes_reward
 
 ROOT = Path(__file__).parents[1]
 BATCH = 64
-BASE = {"sde_type": "flow_sde", "noise_level": 0.7, "num_steps": 8, "start": 0, "stop": 3, "group": 8}
-SETTINGS = {
-    "base": {},
-    "window of 7": {"stop": 7},
-    "noise 0.3": {"noise_level": 0.3},
-    "noise 0.5": {"noise_level": 0.5},
-    "noise 1.0": {"noise_level": 1.0},
-    "cps 0.7": {"sde_type": "cps"},
-    "dance_sde 0.7": {"sde_type": "dance_sde"},
-    "window of 1": {"stop": 1},
-    "window of 2": {"stop": 2},
-    "window of 5": {"stop": 5},
-    "window [2, 5)": {"start": 2, "stop": 5},
-    "T = 6": {"num_steps": 6},
-    "T = 10": {"num_steps": 10},
-    "groups of 4": {"group": 4},
-    "groups of 16": {"group": 16},
+BASE = {
+    "sde_type": "flow_sde",
+    "noise_level": 0.7,
+    "num_steps": 8,
+    "start": 0,
+    "stop": 3,
+    "group": 8,
+    "share_initial_noise": False,
+    "antithetic": False,
+    "completion": "exact",
 }
-"""One factor at a time around the base."""
+CPS = {"sde_type": "cps"}
+STEP_1 = {"start": 1, "stop": 2, "share_initial_noise": True}
+STEPS_1_AND_2 = {**STEP_1, "stop": 3}
+SETTINGS: dict[str, dict] = {
+    "flow_sde, steps 0 to 2": {},
+    "flow_sde, steps 0 to 6": {"stop": 7},
+    "flow_sde, steps 1 and 2, shared noise": STEPS_1_AND_2,
+    "flow_sde, step 1, shared noise": STEP_1,
+    "flow_sde, step 1, shared noise, level 1.0": {**STEP_1, "noise_level": 1.0},
+    "dance_sde, steps 0 to 2": {"sde_type": "dance_sde"},
+    "cps, steps 0 to 2": CPS,
+    "cps, steps 0 to 6": {**CPS, "stop": 7},
+    "cps, steps 0 to 2, at_1_2_3_5": {**CPS, "completion": "at_1_2_3_5"},
+    "cps, steps 0 to 6, at_1_2_3_5": {**CPS, "stop": 7, "completion": "at_1_2_3_5"},
+    "cps, steps 1 and 2, shared noise": {**CPS, **STEPS_1_AND_2},
+    "cps, step 1, shared noise": {**CPS, **STEP_1},
+    "cps, step 1, shared noise, antithetic": {**CPS, **STEP_1, "antithetic": True},
+    "cps, step 2, shared noise": {**CPS, **STEP_1, "start": 2, "stop": 3},
+    "cps, steps 0 to 2, level 0.3": {**CPS, "noise_level": 0.3},
+    "cps, steps 0 to 2, level 0.5": {**CPS, "noise_level": 0.5},
+    "cps, steps 0 to 2, level 1.0": {**CPS, "noise_level": 1.0},
+    "cps, steps 0 and 1": {**CPS, "stop": 2},
+    "cps, steps 0 to 4": {**CPS, "stop": 5},
+    "cps, steps 0 to 2, T = 6": {**CPS, "num_steps": 6},
+    "cps, steps 0 to 2, T = 10": {**CPS, "num_steps": 10},
+    "cps, steps 0 to 2, groups of 4": {**CPS, "group": 4},
+    "cps, steps 0 to 2, groups of 16": {**CPS, "group": 16},
+}
+"""The window of three steps, its place, size and SDE, and one factor at a time around that with CPS."""
+
+COMPARED = {
+    "Flow-GRPO": "outcome | group | group | step",
+    "Flow-GRPO, batch scale": "outcome | group | batch | step",
+    "TP-GRPO as published": "consistent | group | group | step",
+    "gain over a share of R_j": "gain over a share of R_j | group | none | step",
+    "own gain; completion baseline, batch scale, joint": "incremental | completion | batch | joint",
+}
+"""The rules by which settings are compared."""
 
 POLICY_GRADIENT = CreditRule("lambda", 1.0, baseline="completion", scale="none")
 REWARD_NOISE = (0.0, 0.05, 0.1, 0.2)
@@ -72,15 +108,15 @@ def main() -> None:
     policy = load_policy("sd3")
     args.results.mkdir(parents=True, exist_ok=True)
     for name in args.settings:
-        path = args.results / f"{name.replace(' ', '_')}.json"
+        path = file_of(name, args.results)
         if not path.exists():
-            found = measure(policy, {**BASE, **SETTINGS[name]}, args.num_batches)
+            setting = {**BASE, **SETTINGS[name]}
+            found = compare(sample_batches(policy, setting, args.num_batches), setting)
             path.write_text(json.dumps({"setting": name, "num_batches": args.num_batches, "rows": found}, indent=1))
         print(report(json.loads(path.read_text())), flush=True)  # noqa: T201
-    draw(
-        [json.loads((args.results / f"{name.replace(' ', '_')}.json").read_text()) for name in args.settings],
-        args.figure,
-    )
+    found = [json.loads(file_of(name, args.results).read_text()) for name in args.settings]
+    print(overview(found))  # noqa: T201
+    draw(found, args.figure)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -91,6 +127,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/gradient_snr")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs/images/gradient_snr.png")
     return parser
+
+
+def file_of(setting: str, results: Path) -> Path:
+    """Where a setting's results are kept."""
+    return results / f"{setting.replace(',', '').replace(' ', '_')}.json"
 
 
 def rules() -> dict[str, CreditRule]:
@@ -112,21 +153,25 @@ def rules() -> dict[str, CreditRule]:
     return found
 
 
-def measure(policy: FlowPolicy, setting: dict, num_batches: int) -> list[dict]:
-    """Sample the batches and hold all rules against each other on them."""
-    num_sde_steps = setting["stop"] - setting["start"]
+def sample_batches(policy: FlowPolicy, setting: dict, num_batches: int) -> list[tuple[Tensor, Tensor, float]]:
+    """What `sample` gives, for other prompts each time."""
     prompts = list(prompt_dataset("train").shuffle(seed=0)["prompt"])
     sketch = Sketch(policy.pipeline.transformer)
     batches = []
     for number in range(num_batches):
         per_batch = BATCH // setting["group"]
         chosen = [prompts[(number * per_batch + place) % len(prompts)] for place in range(per_batch)]
-        batches.append(
-            sample(policy, setting, [prompt for prompt in chosen for _ in range(setting["group"])], number, sketch)
-        )
+        repeated = [prompt for prompt in chosen for _ in range(setting["group"])]
+        with sdpa_kernel(SDPBackend.MATH):  # the one that vmap can batch
+            batches.append(sample(policy, setting, repeated, number, sketch))
         print(f"{number + 1}/{num_batches} batches", flush=True)  # noqa: T201
-    evaluations = batches[0][2]
-    reference = gradients(batches, POLICY_GRADIENT, setting["group"])[0]
+    return batches
+
+
+def compare(batches: list[tuple[Tensor, Tensor, float]], setting: dict) -> list[dict]:
+    """Hold all rules against each other on the same batches."""
+    num_sde_steps, group, evaluations = setting["stop"] - setting["start"], setting["group"], batches[0][2]
+    reference = gradients(batches, POLICY_GRADIENT, group)[0]
     budget = BATCH * (evaluations + FORWARD_AND_BACKWARD * num_sde_steps)
     tried = [(name, rule, 0.0) for name, rule in rules().items()]
     tried += [
@@ -136,20 +181,48 @@ def measure(policy: FlowPolicy, setting: dict, num_batches: int) -> list[dict]:
     tried += [(name, CreditRule(name), noise) for noise, name in product(REWARD_NOISE[1:], CREDITS[:3])]
     flow: dict[float, np.ndarray] = {}
     rows = []
-    for name, rule, noise in sorted(tried, key=lambda one: one[1] != CreditRule("outcome")):  # Flow-GRPO first
-        cost = setting["num_steps"] if rule.credit == "outcome" else evaluations
-        own, share = gradients(batches, rule, setting["group"], noise)
-        cost += FORWARD_AND_BACKWARD * share * num_sde_steps
-        values = jackknifed(own, reference, budget / cost)
+
+    def add(name: str, noise: float, cost: float, own: Tensor, num_trajectories: float) -> None:
+        values = jackknifed(own, reference, num_trajectories)
         flow.setdefault(noise, values[:, 2])
         rows.append({"rule": name, "reward_noise": noise, "evaluations": cost, **summary(values, flow[noise])})
+
+    for name, rule, noise in sorted(tried, key=lambda one: one[1] != CreditRule("outcome")):  # Flow-GRPO first
+        own, share = gradients(batches, rule, group, noise)
+        cost = of_sampling(setting) if rule.credit == "outcome" else evaluations
+        cost += FORWARD_AND_BACKWARD * share * num_sde_steps
+        add(name, noise, cost, own, budget / cost)
+    whole = evaluations + FORWARD_AND_BACKWARD * num_sde_steps
+    add("gain over a share of R_j | group | none | step", 0.0, whole, over_a_share(batches, group), BATCH)
     for position in range(num_sde_steps):
         of_step = [(rewards, sketches * alone(position, num_sde_steps), cost) for rewards, sketches, cost in batches]
-        own, _ = gradients(of_step, POLICY_GRADIENT, setting["group"])
-        values = jackknifed(own, reference, BATCH)
-        rows.append({"rule": f"policy gradient, step {position} alone", "reward_noise": 0.0, "evaluations": evaluations,
-            **summary(values, flow[0.0])})  # fmt: skip
+        own, _ = gradients(of_step, POLICY_GRADIENT, group)
+        add(f"policy gradient, step {position} alone", 0.0, evaluations, own, BATCH)
     return rows
+
+
+def over_a_share(batches: list[tuple[Tensor, Tensor, float]], group: int) -> Tensor:
+    """The gradient of each batch, (M, size), if a step is credited with `R_{j+1} - b_j R_j`, both against their group's mean.
+
+    `b_j` is the slope of the least squares over all batches: what of `R_j` lowers the variance, and no more.
+    """
+    rewards = torch.stack([rewards for rewards, _, _ in batches]).unflatten(1, (-1, group))
+    centred = (rewards - rewards.mean(2, keepdim=True)).flatten(1, 2)  # (M, B, K + 1)
+    before, after = centred[..., :-1], centred[..., 1:]
+    slopes = (before * after).mean((0, 1)) / before.square().mean((0, 1)).clamp(min=1e-12)
+    credits = (after - slopes * before).float()
+    return torch.stack(
+        [
+            torch.einsum("bk,bkd->d", own, sketches) / len(own)
+            for own, (_, sketches, _) in zip(credits, batches, strict=True)
+        ]
+    ).double()
+
+
+def of_sampling(setting: dict) -> float:
+    """Evaluations a trajectory without completions; a group with one noise is one trajectory until its first SDE step."""
+    shared = setting["start"] if setting["share_initial_noise"] else 0
+    return setting["num_steps"] - shared + shared / setting["group"]
 
 
 def alone(position: int, number: int) -> Tensor:
@@ -160,19 +233,21 @@ def alone(position: int, number: int) -> Tensor:
 class Sketch:
     """Gradients of all weights of a model, in far fewer numbers with about the same inner products."""
 
-    def __init__(self, model: torch.nn.Module, size: int = 8192):
-        generator = torch.Generator().manual_seed(0)
-        self.weights = [weight for weight in model.parameters() if weight.is_floating_point()]
-        number = sum(weight.numel() for weight in self.weights)
-        self.places = torch.randint(size, (number,), generator=generator)
-        self.signs = torch.randint(2, (number,), generator=generator) * 2.0 - 1.0
-        self.size = size
+    def __init__(self, model: torch.nn.Module, size: int = 8191):
+        self.weights = {
+            name: weight.detach() for name, weight in model.named_parameters() if weight.is_floating_point()
+        }
+        self.number, self.size = sum(weight.numel() for weight in self.weights.values()), size
+        self.flat = torch.zeros(self.number + -self.number % size)
+        self.signs = torch.randint(2, self.flat.shape, generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
 
-    def of(self, value: Tensor) -> Tensor:
-        """The sketch of the gradient of a number: (size,)."""
-        parts = torch.autograd.grad(value, self.weights, allow_unused=True, materialize_grads=True)
-        flat = torch.cat([part.flatten() for part in parts])
-        return torch.zeros(self.size).index_add_(0, self.places, flat * self.signs)
+    def of(self, gradients: dict[str, Tensor]) -> Tensor:
+        """The sketches of N gradients: (N, size). The size is a prime, which the sizes of the weights' rows do not share."""
+        sketches = []
+        for parts in zip(*gradients.values(), strict=True):
+            torch.cat([part.flatten() for part in parts], out=self.flat[: self.number])
+            sketches.append(self.flat.mul_(self.signs).view(-1, self.size).sum(0))
+        return torch.stack(sketches)
 
 
 def sample(
@@ -183,30 +258,40 @@ def sample(
     kind = "squared_error" if setting["sde_type"] == "cps" else "gaussian"
     window = Window(setting["start"], setting["stop"], setting["sde_type"], setting["noise_level"], kind)
     generators = [torch.Generator().manual_seed(BATCH * number + row) for row in range(len(prompts))]
+    model = policy.pipeline.transformer
 
     def velocity(latents: Tensor, step: int, rows: Tensor) -> Tensor:
-        return policy.velocity(policy.pipeline.transformer, latents, schedule.timesteps[step], conditioning[rows])
+        return policy.velocity(model, latents, schedule.timesteps[step], conditioning[rows])
 
-    noise = policy.initial_noise(generators)
-    run = roll_out(velocity, noise, schedule.sigmas, window, generators, batch_size=128)
+    def one_log_prob(weights: dict[str, Tensor], before: Tensor, after: Tensor, row: Tensor, step: int) -> Tensor:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(model, weights, args, kwargs)
+
+        predicted = policy.velocity(call, before[None], schedule.timesteps[step], conditioning[row[None]])
+        sigmas = schedule.sigmas[step : step + 2]
+        drawn = transition(window.sde_type, before[None], predicted, *sigmas, window.noise_level)
+        return log_prob(drawn, after[None], window.log_prob_type).sum()
+
+    noise = policy.initial_noise(generators[:: setting["group"] if setting["share_initial_noise"] else 1])
+    with patch("trl_tpgrpo.rollout.randn_tensor", pairs if setting["antithetic"] else randn_tensor):
+        rule = CompletionRule.parse(setting["completion"])
+        run = roll_out(velocity, noise, schedule.sigmas, window, generators, rule, batch_size=128)
     with torch.no_grad():
         images = to_images(policy.decode(run.final_latents, 64))
     rewards = shapes_reward(images=images, prompts=[prompts[row] for row in run.rows])
-    sketches = [
-        sketch.of(one_log_prob(velocity, run, window, schedule.sigmas, row, position))
-        for row, position in product(range(len(prompts)), range(len(window)))
-    ]
-    of_steps = torch.stack(sketches).unflatten(0, (len(prompts), len(window)))
-    return torch.tensor(rewards)[run.image_of], of_steps, run.num_evaluations / len(prompts)
+    of_each = vmap(grad(one_log_prob), in_dims=(None, 0, 0, 0, None))
+    of_steps = [
+        torch.cat([sketch.of(of_each(sketch.weights, *(run.states[rows, place + after] for after in (0, 1)), rows, step))
+                   for rows in torch.arange(len(prompts)).split(16)])
+        for place, step in enumerate(range(window.start, window.stop))
+    ]  # fmt: skip
+    return torch.tensor(rewards)[run.image_of], torch.stack(of_steps, 1), run.num_evaluations / len(prompts)
 
 
-def one_log_prob(velocity: Velocity, run: Rollout, window: Window, sigmas: Tensor, row: int, position: int) -> Tensor:
-    """Log-probability of one SDE step of one trajectory, with its gradient."""
-    step = window.start + position
-    before, after = run.states[row : row + 1, position], run.states[row : row + 1, position + 1]
-    predicted = velocity(before, step, torch.tensor([row]))
-    drawn = transition(window.sde_type, before, predicted, sigmas[step], sigmas[step + 1], window.noise_level)
-    return log_prob(drawn, after, window.log_prob_type).sum()
+def pairs(shape: torch.Size, generators: list[torch.Generator], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Noise of which every second row is the one before with the other sign."""
+    noise = randn_tensor((shape[0] // 2, *shape[1:]), generators[::2], device, dtype)
+    return torch.stack([noise, -noise], 1).flatten(0, 1)
 
 
 def gradients(
@@ -270,28 +355,41 @@ def report(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def overview(found: list[dict]) -> str:
+    """Signal to noise for a million evaluations by setting, in Markdown."""
+    lines = [f"| setting | batches | {' | '.join(COMPARED)} |", f"|---|---|{'---|' * len(COMPARED)}"]
+    for one in found:
+        cells = [f"{value:.1f} \u00b1 {width:.1f}" for value, width in map(per_million, compared(one))]
+        lines.append(f"| {one['setting']} | {one['num_batches']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def compared(found: dict) -> list[dict]:
+    """The rows of the rules that settings are compared by."""
+    rows = {row["rule"]: row for row in found["rows"] if row["reward_noise"] == 0}
+    return [rows[rule] for rule in COMPARED.values()]
+
+
+def per_million(row: dict) -> tuple[float, float]:
+    """Signal to noise for a million evaluations, and the half width of its 95% interval."""
+    return 1e6 * row["snr"] / row["evaluations"], 1.96e6 * row["snr_error"] / row["evaluations"]
+
+
 def draw(found: list[dict], path: Path) -> None:
-    """Progress at equal cost against Flow-GRPO's: every credit as the paper normalises it, and with the best of the others."""
-    figure, axes = plt.subplots(1, len(found), figsize=(5 * len(found), 3.6), squeeze=False, sharey=True)
-    credits = ["incremental", "turning_point", "consistent", "lambda 0.5", "lambda 0.8", "lambda 1.0"]
-    for axis, one in zip(axes[0], found, strict=True):
-        rows = {row["rule"]: row for row in one["rows"] if row["reward_noise"] == 0}
-        for shift, how in enumerate(("group | group | step", "group | group | joint", "completion | batch | joint")):
-            of_credits = [rows[f"{name} | {how}"] for name in credits]
-            places = [place + 0.2 * (shift - 1) for place in range(len(credits))]
-            values, errors = ([row[key] for row in of_credits] for key in ("progress_ratio", "progress_ratio_error"))
-            axis.errorbar(
-                values, places, xerr=1.96 * np.array(errors), fmt="o", capsize=3, label=how.replace(" | ", ", ")
-            )
-        axis.axvline(1, color="grey", linewidth=0.8)
-        axis.set_yticks(range(len(credits)), credits)
-        axis.set(title=one["setting"], xlabel="progress at equal cost / Flow-GRPO's")
-        axis.grid(alpha=0.3)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.legend(
-        handles, labels, fontsize=8, ncols=3, loc="lower center", title="baseline, scale, scope", title_fontsize=8
-    )
+    """Signal to noise for a million evaluations, every setting under the rules that are compared."""
+    figure, axis = plt.subplots(figsize=(9, 1.6 + 0.5 * len(found)))
+    for place, name in enumerate(COMPARED):
+        points = [per_million(compared(one)[place]) for one in found]
+        heights = [number + 0.15 * (place - (len(COMPARED) - 1) / 2) for number in range(len(found))]
+        values, widths = zip(*points, strict=True)
+        axis.errorbar(values, heights, xerr=widths, fmt="o", markersize=4, capsize=2, label=name)
+    axis.set_yticks(range(len(found)), [one["setting"] for one in found])
+    axis.invert_yaxis()
+    axis.axvline(per_million(compared(found[0])[0])[0], color="grey", linewidth=0.8)
+    axis.set(xlabel="signal / noise for a million model evaluations", xlim=(0, None))
+    axis.grid(alpha=0.3)
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, ncols=2, loc="lower center")
+    figure.tight_layout(rect=(0, 0.9 / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=110)
 
 

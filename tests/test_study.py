@@ -35,20 +35,22 @@ def test_ablation_runs_goes_on_and_reports(tmp_path: Path) -> None:
     assert [path.stat().st_mtime_ns for path in kept[:-1]] == changed[:-1]
     assert kept[-1].exists()
     text = run("ablation.py", "--report", *where)
-    assert text.count("| consistent | 0.0001 | 2 | ") == 3
+    assert text.count("| consistent | 0.0001 | 2 | ") == 6  # budgets, last and averaged weights
     assert figure.stat().st_size > 5_000
 
 
 def test_gradient_snr_of_every_rule(tmp_path: Path) -> None:
-    options = ["--settings", "window of 1", "--num_batches", "3", "--results", str(tmp_path)]
+    options = ["--settings", "cps, step 1, shared noise", "--num_batches", "3", "--results", str(tmp_path)]
     options += ["--figure", str(tmp_path / "figure.png")]
     text = run("gradient_snr.py", *options)
-    rows = json.loads((tmp_path / "window_of_1.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "cps_step_1_shared_noise.json").read_text())["rows"]
     by_rule = {row["rule"]: row for row in rows if row["reward_noise"] == 0}
     assert "| outcome, group, group, step | 0.0 |" in text
     assert (tmp_path / "figure.png").stat().st_size > 5_000
     policy_gradient = by_rule["lambda 1.0 | completion | none | step"]
-    assert abs(policy_gradient["cosine"] - 1) < 1e-6
+    # what a group with one noise starts from is a constant of the group
+    outcome, gain = (by_rule[f"{name} | group | none | step"]["snr"] for name in ("outcome", "incremental"))
+    assert abs(outcome / gain - 1) < 1e-3
     # with one SDE step the step's own gain is all that follows
     for name in ("snr", "progress"):
         assert by_rule["incremental | completion | none | step"][name] == policy_gradient[name]
