@@ -56,7 +56,7 @@ RECIPE = {
     "share_initial_noise": True,
     "scale_rewards": "batch",
 }
-"""Steps' credit where it costs nothing, see docs/reproduction.md."""
+"""What was tried as one: with one SDE step and one noise a group, the final reward is the step's own gain and needs no completions."""
 
 STUDIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "window_3": ({"sde_window_size": 3}, CREDITS),

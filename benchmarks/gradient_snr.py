@@ -1,7 +1,7 @@
 """What credit is worth at a fixed policy, without a training run: signal and noise of the policy gradient.
 
-The embedded model samples batches of trajectories with exact completions, and the gradient of the log-probability of each
-of their SDE steps is kept as a sketch (Charikar et al., 2002: random signs added up in random places, which keeps inner products). The
+The embedded model samples batches of trajectories with their completions, and the gradient of the log-probability of each
+of their SDE steps is kept as a sketch (Charikar et al., 2002: random signs, added up in far fewer places, which keeps inner products). The
 gradient of a batch under any credit is then a weighted sum, so that all rules are compared on the same trajectories:
 
 - signal to noise: the squared norm of the mean gradient, from products of different batches, over the variance of one
@@ -9,11 +9,11 @@ gradient of a batch under any credit is then a weighted sum, so that all rules a
 - cosine: of the mean gradient with that of the policy gradient, for which `R_K - R_j` is unbiased, unscaled, without a baseline
   but R_j;
 - progress: the squared cosine of the policy gradient with the gradient of one batch, as large as the same cost pays for: the
-  model evaluations of 64 trajectories with exact completions, one trained transition counting as three; and its ratio to that of
+  model evaluations of 64 trajectories with their completions, one trained transition counting as three; and its ratio to that of
   Flow-GRPO (`outcome`) on the same batches.
 
-For one step alone the batch is 64 trajectories. Intervals are those of a jackknife over batches. Results go to benchmarks/results/gradient_snr/, one file a setting; settings that
-have one are not run again.
+For one step alone the batch is 64 trajectories. Intervals are those of a jackknife over batches. Results go to
+benchmarks/results/gradient_snr/, one file a setting; settings that have one are not run again.
 
     python benchmarks/gradient_snr.py
 """
@@ -112,7 +112,7 @@ def main() -> None:
         if not path.exists():
             setting = {**BASE, **SETTINGS[name]}
             found = compare(sample_batches(policy, setting, args.num_batches), setting)
-            path.write_text(json.dumps({"setting": name, "num_batches": args.num_batches, "rows": found}, indent=1))
+            path.write_text(json.dumps({"setting": name, "num_batches": args.num_batches, "rows": found}) + "\n")
         print(report(json.loads(path.read_text())), flush=True)  # noqa: T201
     found = [json.loads(file_of(name, args.results).read_text()) for name in args.settings]
     print(overview(found))  # noqa: T201
