@@ -5,7 +5,7 @@ each also compiled) loads and trains it in a process of its own, through the tra
 prompts. Memory and time do not depend on what weights say. Results go to benchmarks/results/.
 
     python benchmarks/gpu.py --model flux.1-dev --machine 1x80gb --bases bf16 nf4 int8 --compile no yes
-    python benchmarks/gpu.py --model sd3.5-medium --reduced --bases bf16 int8   # the same on a CPU: one layer, small images
+    python benchmarks/gpu.py --model sd3.5-medium --reduced --bases bf16 int8   # the same on a CPU: one layer, small images, float32
 
 FLOPs are those that the mathematics takes: of an evaluation, counted on the architecture; of a transition under LoRA, twice that
 (the base has no weight gradients), under full training three times; of the reference's, once. What activation checkpointing
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--bases", nargs="+", choices=BASES, default=["bf16", "nf4"], help="(default: %(default)s)")
     parser.add_argument("--compile", nargs="+", choices=["no", "yes"], default=["no"], help="(default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=1, help="a rollout, of a group of images each (default: 1)")
-    parser.add_argument("--reduced", action="store_true", help="one layer and small images, for a CPU")
+    parser.add_argument("--reduced", action="store_true", help="one layer and small images in float32, for a CPU")
     parser.add_argument(
         "--options", nargs=argparse.REMAINDER, default=[], help="of trl-tpgrpo train, over the recipe's"
     )
@@ -203,7 +203,8 @@ def settings(args: argparse.Namespace, base: str, compiled: bool) -> tuple:
         arguments = ["--config", str(path), "--output_dir", str(Path(folder) / "run"), *args.options]
         parsed = make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False)
     config = parsed[3]
-    config.model_init_kwargs = {"dtype": "bfloat16"}
+    dtype = "float32" if args.reduced else "bfloat16"  # for which a CPU without such products takes ten minutes
+    config.model_init_kwargs = {"dtype": dtype}
     config.max_steps = ROLLOUTS * updates_of(config)
     return parsed[1], config
 
