@@ -393,7 +393,10 @@ def half_width(values: list[float]) -> float:
 
 def p_value(pairs: list[float]) -> str:
     """Of the paired t-test."""
-    return f"{stats.ttest_1samp(pairs, 0).pvalue:.2f}" if len(pairs) > 1 else ""
+    if len(pairs) < 2:
+        return ""
+    p = stats.ttest_1samp(pairs, 0).pvalue
+    return "< 0.005" if p < 0.005 else f"{p:.2f}"
 
 
 def draw(results: Path, path: Path) -> None:
