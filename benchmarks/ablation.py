@@ -411,9 +411,10 @@ def draw(results: Path, path: Path) -> None:
                     where = place + 0.2 * (shift - 0.5)
                     axis.errorbar(where, np.mean(values), half_width(values), fmt="o", color=f"C{shift}", capsize=3)
         axis.set_xticks(range(len(methods)), methods, rotation=20, fontsize=8)
-        axis.set(title=study, ylabel="reward gained on held-out prompts")
+        axis.set_title(study)
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("reward gained on held-out prompts")
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     handles = [plt.Line2D([], [], color=f"C{shift}", marker="o") for shift in (0, 1)]
     figure.legend(handles, ["last weights", "averaged weights"], fontsize=8, ncols=2, loc="lower center")
