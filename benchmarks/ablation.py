@@ -238,7 +238,7 @@ def build_trainer(run: Run, folder: str, callback: Budgets) -> TPGRPOTrainer:
 def main() -> None:
     args = make_parser().parse_args()
     if args.report:
-        print(report(args.results))  # noqa: T201
+        print(report(args.results, args.seeds))  # noqa: T201
         draw(args.results, args.figure)
         return
     if not (args.results / "base.json").exists():
@@ -250,7 +250,11 @@ def main() -> None:
         best = {method: best_rate([run for run in tuning if run.method == method], args.results) for method in methods}
         print(study, "learning rates:", best, flush=True)  # noqa: T201
         do(
-            [plan(args, study, method, best[method], seed, "heldout") for seed in args.seeds for method in methods],
+            [
+                plan(args, study, method, best[method], seed, "heldout")
+                for seed in args.seeds or range(5)
+                for method in methods
+            ],
             args,
         )
 
@@ -261,7 +265,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--studies", nargs="+", default=list(STUDIES), choices=list(STUDIES))
     add("--methods", nargs="+", help="of these studies (default: all)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    add("--seeds", type=int, nargs="+", help="of the runs (default: 0 to 4) or of the report (default: all)")
     add("--learning_rates", type=float, nargs="+", default=[5e-5, 1e-4, 2e-4, 4e-4], help="to choose from")
     add("--cpu_seconds", type=float, default=80, help="the first budget (default: %(default)s)")
     add("--evaluations", type=float, default=68_000, help="the second: of the model, one training step on a transition "
@@ -310,24 +314,26 @@ def mean_reward(scores: dict) -> float:
     return (np.mean(scores["graded"]) + np.mean(scores["strict"])) / 2
 
 
-def load(results: Path, split: str) -> dict[str, dict[str, list[dict]]]:
-    """The runs of each study and method."""
+def load(results: Path, split: str, seeds: list[int] | None = None) -> dict[str, dict[str, list[dict]]]:
+    """The runs of each study and method, of these seeds or of all."""
     found: dict[str, dict[str, list[dict]]] = {}
     base = json.loads((results / "base.json").read_text())
     for path in sorted(results.glob(f"*/{split}_*.json")):
         kept = {"base": base, **json.loads(path.read_text())}
+        if seeds is not None and kept["run"]["seed"] not in seeds:
+            continue
         found.setdefault(kept["run"]["study"], {}).setdefault(kept["run"]["method"], []).append(kept)
     return found
 
 
-def report(results: Path) -> str:
+def report(results: Path, seeds: list[int] | None = None) -> str:
     """Tables in Markdown: learning rates, and gains over the base model with 95% intervals and paired tests."""
     lines = ["| study | method | " + "reward on tuning prompts by learning rate |", "|---|---|---|"]
     for study, methods in load(results, "tuning").items():
         for method, runs in methods.items():
             rates = {run["run"]["learning_rate"]: tuned_reward(run) for run in runs}
             lines.append(f"| {study} | {method} | {', '.join(f'{r:g}: {v:.3f}' for r, v in sorted(rates.items()))} |")
-    for study, methods in load(results, "heldout").items():
+    for study, methods in load(results, "heldout", seeds).items():
         lines += ["", f"**{study}**", "", *table(methods)]
     return "\n".join(lines)
 

@@ -203,7 +203,7 @@ def settings(args: argparse.Namespace, base: str, compiled: bool) -> tuple:
         arguments = ["--config", str(path), "--output_dir", str(Path(folder) / "run"), *args.options]
         parsed = make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False)
     config = parsed[3]
-    dtype = "float32" if args.reduced else "bfloat16"  # for which a CPU without such products takes ten minutes
+    dtype = "float32" if args.reduced else "bfloat16"  # a CPU without products in bfloat16 takes ten minutes for them
     config.model_init_kwargs = {"dtype": dtype}
     config.max_steps = ROLLOUTS * updates_of(config)
     return parsed[1], config
