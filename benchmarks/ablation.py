@@ -65,14 +65,18 @@ STUDIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "cps_7": ({"sde_type": "cps"}, {**CREDITS, **CHEAP}),
     "cheap": (
         {"sde_window_size": 3},
-        {name: {"credit": name, "completion": "at_1_2_3_5"} for name in ("incremental", "consistent")},
+        {
+            "outcome": {"credit": "outcome"},
+            **{
+                f"{name}, cheap": {"credit": name, "completion": "at_1_2_3_5"}
+                for name in ("incremental", "consistent")
+            },
+            **CHEAP,
+        },
     ),
     "recipe": (
         RECIPE,
         {
-            "step 1, shared noise": {},
-            "step 1": {"share_initial_noise": False},
-            "steps 1 and 2, shared noise": {"sde_window_range": [1, 3]},
             "Flow-GRPO": {
                 "sde_type": "flow_sde",
                 "sde_window_range": None,
@@ -80,22 +84,35 @@ STUDIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
                 "share_initial_noise": False,
                 "scale_rewards": "group",
             },
+            "step 1, shared noise": {},
+            "step 1": {"share_initial_noise": False},
+            "steps 1 and 2, shared noise": {"sde_window_range": [1, 3]},
         },
     ),
     "factors": (
-        RECIPE,
+        {"sde_type": "cps", **CHEAP["lambda 0.8, rescaled, cheap"]},
         {
-            "KL 0.0004": {"beta": 4e-4},
+            "lambda 0.8, rescaled, cheap": {},
+            "consistent": {"credit": "consistent", "credit_lambda": None},
+            "normalised as published": {
+                "advantage_baseline": "group",
+                "scale_rewards": "group",
+                "advantage_scope": "step",
+            },
+            "exact completions": {"completion": "exact"},
             "KL 0.04": {"beta": 0.04},
             "LoRA": {"lora_r": 16},
-            "noise 1.0": {"noise_level": 1.0},
+            "noise level 1.0": {"noise_level": 1.0},
+            "groups of 16": {"num_generations": 16},
         },
     ),
 }
-"""The settings of each study, and those of its methods."""
+"""The settings of each study, and those of its methods: the others are compared with the first."""
 
 AVERAGE = {"ema_decay": 0.9, "ema_update_every": 8}
 """The paper's; training does not see it."""
+
+RATES = (5e-5, 1e-4, 2e-4, 4e-4)
 
 BUDGETS = ("evaluations", "cpu_seconds", "updates")
 
@@ -238,14 +255,18 @@ def build_trainer(run: Run, folder: str, callback: Budgets) -> TPGRPOTrainer:
 def main() -> None:
     args = make_parser().parse_args()
     if args.report:
-        print(report(args.results, args.seeds))  # noqa: T201
-        draw(args.results, args.figure)
+        print(report(args))  # noqa: T201
+        draw(args)
         return
     if not (args.results / "base.json").exists():
         score_base(args.results, args.num_prompts)
     for study in args.studies:
         methods = [name for name in STUDIES[study][1] if args.methods is None or name in args.methods]
-        tuning = [plan(args, study, method, rate, -1, "tuning") for method in methods for rate in args.learning_rates]
+        tuning = [
+            plan(args, study, method, rate, -1, "tuning")
+            for method in methods
+            for rate in args.learning_rates or RATES
+        ]
         do(tuning, args)
         best = {method: best_rate([run for run in tuning if run.method == method], args.results) for method in methods}
         print(study, "learning rates:", best, flush=True)  # noqa: T201
@@ -266,7 +287,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--studies", nargs="+", default=list(STUDIES), choices=list(STUDIES))
     add("--methods", nargs="+", help="of these studies (default: all)")
     add("--seeds", type=int, nargs="+", help="of the runs (default: 0 to 4) or of the report (default: all)")
-    add("--learning_rates", type=float, nargs="+", default=[5e-5, 1e-4, 2e-4, 4e-4], help="to choose from")
+    add(
+        "--learning_rates",
+        type=float,
+        nargs="+",
+        help="to choose from (default: 5e-5 to 4e-4), or those reported (default: all)",
+    )
     add("--cpu_seconds", type=float, default=80, help="the first budget (default: %(default)s)")
     add("--evaluations", type=float, default=68_000, help="the second: of the model, one training step on a transition "
         "counting as three (default: %(default)s)")  # fmt: skip
@@ -314,62 +340,70 @@ def mean_reward(scores: dict) -> float:
     return (np.mean(scores["graded"]) + np.mean(scores["strict"])) / 2
 
 
-def load(results: Path, split: str, seeds: list[int] | None = None) -> dict[str, dict[str, list[dict]]]:
-    """The runs of each study and method, of these seeds or of all."""
-    found: dict[str, dict[str, list[dict]]] = {}
-    base = json.loads((results / "base.json").read_text())
-    for path in sorted(results.glob(f"*/{split}_*.json")):
+Found = dict[str, dict[tuple[str, float], list[dict]]]
+"""The runs by study, and by method and learning rate."""
+
+
+def load(args: argparse.Namespace, split: str) -> Found:
+    """What has been kept of the studies, learning rates and (if not of tuning) seeds that were asked for."""
+    found: Found = {}
+    base = json.loads((args.results / "base.json").read_text())
+    for path in sorted(args.results.glob(f"*/{split}_*.json")):
         kept = {"base": base, **json.loads(path.read_text())}
-        if seeds is not None and kept["run"]["seed"] not in seeds:
-            continue
-        found.setdefault(kept["run"]["study"], {}).setdefault(kept["run"]["method"], []).append(kept)
+        run = kept["run"]
+        asked = run["study"] in args.studies and (
+            not args.learning_rates or run["learning_rate"] in args.learning_rates
+        )
+        if asked and (split == "tuning" or not args.seeds or run["seed"] in args.seeds):
+            found.setdefault(run["study"], {}).setdefault((run["method"], run["learning_rate"]), []).append(kept)
     return found
 
 
-def report(results: Path, seeds: list[int] | None = None) -> str:
+def tuned(args: argparse.Namespace) -> dict[str, dict[str, dict[float, float]]]:
+    """By study and method: reward on the tuning prompts by learning rate."""
+    rewards: dict[str, dict[str, dict[float, float]]] = {}
+    for study, methods in load(args, "tuning").items():
+        for (method, rate), (run,) in sorted(methods.items()):
+            rewards.setdefault(study, {}).setdefault(method, {})[rate] = tuned_reward(run)
+    return rewards
+
+
+def chosen(rewards: dict[str, dict[float, float]]) -> dict[str, float]:
+    """By method: the learning rate with the highest reward on the tuning prompts."""
+    return {method: max(by_rate, key=by_rate.__getitem__) for method, by_rate in rewards.items()}
+
+
+def report(args: argparse.Namespace) -> str:
     """Tables in Markdown: learning rates, and gains over the base model with 95% intervals and paired tests."""
-    lines = ["| study | method | " + "reward on tuning prompts by learning rate |", "|---|---|---|"]
-    for study, methods in load(results, "tuning").items():
-        for method, runs in methods.items():
-            rates = {run["run"]["learning_rate"]: tuned_reward(run) for run in runs}
-            lines.append(f"| {study} | {method} | {', '.join(f'{r:g}: {v:.3f}' for r, v in sorted(rates.items()))} |")
-    for study, methods in load(results, "heldout", seeds).items():
-        lines += ["", f"**{study}**", "", *table(methods)]
+    rewards = tuned(args)
+    lines = ["| study | method | reward on tuning prompts by learning rate |", "|---|---|---|"]
+    for study, methods in rewards.items():
+        for method, by_rate in methods.items():
+            lines.append(f"| {study} | {method} | {', '.join(f'{r:g}: {v:.3f}' for r, v in by_rate.items())} |")
+    for study, runs in load(args, "heldout").items():
+        method = next(iter(STUDIES[study][1]))
+        lines += ["", f"**{study}**", "", *table(runs, method, chosen(rewards[study]).get(method, 0.0))]
     return "\n".join(lines)
 
 
-def table(methods: dict[str, list[dict]]) -> list[str]:
-    """By budget, method and weights: what held-out scores have gained, and what that is above Flow-GRPO's gain in this study."""
+def table(methods: dict[tuple[str, float], list[dict]], reference: str, rate: float) -> list[str]:
+    """By budget, method and weights: what held-out scores have gained, and what that is above the reference's gain."""
     lines = [
-        "| equal | method | learning rate | seeds | updates | weights | reward gained | strict gained | against Flow-GRPO | p |",
+        f"| equal | method | learning rate | seeds | updates | weights | reward gained | strict gained | against {reference} | p |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    flow = flow_of(methods)
-    for budget, (method, runs), weights in product(BUDGETS, methods.items(), ("last", "averaged")):
-        own, reference = gains(runs, budget, weights), gains(flow, budget, weights)
+    others = methods.get((reference, rate), [])
+    for budget, (method, runs), weights in product(BUDGETS, sorted(methods.items()), ("last", "averaged")):
+        own, compared = gains(runs, budget, weights), gains(others, budget, weights)
         if not own:
             continue
-        pairs = [own[seed][0] - reference[seed][0] for seed in sorted(set(own) & set(reference))]
-        against, p = ("", "") if runs is flow else (interval(pairs), p_value(pairs))
+        pairs = [own[seed][0] - compared[seed][0] for seed in sorted(set(own) & set(compared))]
+        against, p = ("", "") if runs is others else (interval(pairs), p_value(pairs))
         reward, strict = (interval([gain[place] for gain in own.values()]) for place in (0, 1))
         updates = np.mean([run["scores"][budget]["spent"]["updates"] for run in runs])
-        columns = (
-            budget,
-            method,
-            f"{runs[0]['run']['learning_rate']:g}",
-            len(own),
-            f"{updates:.0f}",
-            weights,
-            reward,
-            strict,
-        )
+        columns = (budget, method[0], f"{method[1]:g}", len(own), f"{updates:.0f}", weights, reward, strict)
         lines.append(f"| {' | '.join(map(str, (*columns, against, p)))} |")
     return lines
-
-
-def flow_of(methods: dict[str, list[dict]]) -> list[dict]:
-    """The runs of Flow-GRPO in a study, none if it has none."""
-    return methods.get("Flow-GRPO") or methods.get("outcome", [])
 
 
 def gains(runs: list[dict], budget: str, weights: str) -> dict[int, tuple[float, float]]:
@@ -405,11 +439,13 @@ def p_value(pairs: list[float]) -> str:
     return "< 0.005" if p < 0.005 else f"{p:.2f}"
 
 
-def draw(results: Path, path: Path) -> None:
-    """Reward gained at equal evaluations with 95% intervals, one panel a study: last and averaged weights."""
-    studies = load(results, "heldout")
+def draw(args: argparse.Namespace) -> None:
+    """Reward gained at equal evaluations with 95% intervals, one panel a study, each method at the learning rate chosen."""
+    rewards, studies = tuned(args), load(args, "heldout")
     figure, axes = plt.subplots(1, len(studies), figsize=(4.5 * len(studies), 3.6), squeeze=False, sharey=True)
-    for axis, (study, methods) in zip(axes[0], studies.items(), strict=True):
+    for axis, (study, found) in zip(axes[0], studies.items(), strict=True):
+        best = chosen(rewards[study])
+        methods = {method: runs for (method, rate), runs in found.items() if best.get(method) == rate}
         for place, runs in enumerate(methods.values()):
             for shift, weights in enumerate(("last", "averaged")):
                 values = [gain[0] for gain in gains(runs, "evaluations", weights).values()]
@@ -424,7 +460,7 @@ def draw(results: Path, path: Path) -> None:
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     handles = [plt.Line2D([], [], color=f"C{shift}", marker="o") for shift in (0, 1)]
     figure.legend(handles, ["last weights", "averaged weights"], fontsize=8, ncols=2, loc="lower center")
-    figure.savefig(path, dpi=110)
+    figure.savefig(args.figure, dpi=110)
 
 
 if __name__ == "__main__":
