@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -37,17 +38,19 @@ from trl_tpgrpo.testbed.checker import score_images, shapes_reward
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/ablation"
 CREDITS = {name: {"credit": name} for name in ("outcome", "incremental", "turning_point", "consistent")}
-CHEAP = {
-    "lambda 0.8, rescaled, cheap": {
-        "credit": "lambda",
-        "credit_lambda": 0.8,
-        "advantage_baseline": "completion",
-        "scale_rewards": "batch",
-        "advantage_scope": "joint",
-        "completion": "at_1_2_3_5",
-    }
+RESCALED = {
+    "credit": "lambda",
+    "credit_lambda": 0.8,
+    "advantage_baseline": "completion",
+    "scale_rewards": "batch",
+    "advantage_scope": "joint",
+    "completion": "at_1_2_3_5",
 }
 """The normalisation that benchmarks/gradient_snr.py finds best, with completions that ask the model at four steps."""
+
+CHEAP = {"lambda 0.8, rescaled, cheap": RESCALED}
+PUBLISHED = {"advantage_baseline": "group", "scale_rewards": "group", "advantage_scope": "step"}
+CONSISTENT = {"credit": "consistent", "credit_lambda": None}
 
 RECIPE = {
     "sde_type": "cps",
@@ -90,20 +93,25 @@ STUDIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
     ),
     "factors": (
-        {"sde_type": "cps", **CHEAP["lambda 0.8, rescaled, cheap"]},
+        {"sde_type": "cps", **RESCALED},
         {
             "lambda 0.8, rescaled, cheap": {},
-            "consistent": {"credit": "consistent", "credit_lambda": None},
-            "normalised as published": {
-                "advantage_baseline": "group",
-                "scale_rewards": "group",
-                "advantage_scope": "step",
-            },
+            "consistent": CONSISTENT,
+            "normalised as published": PUBLISHED,
             "exact completions": {"completion": "exact"},
             "KL 0.04": {"beta": 0.04},
             "LoRA": {"lora_r": 16},
             "noise level 1.0": {"noise_level": 1.0},
             "groups of 16": {"num_generations": 16},
+        },
+    ),
+    "noisy": (
+        {"sde_type": "cps", **RESCALED, **CONSISTENT, "reward_noise": 0.1},
+        {
+            "consistent": {},
+            "dead zone 0.2": {"turning_point_deadzone": 0.2},
+            "not balanced": {"turning_point_balance": False},
+            "outcome": {"credit": "outcome", "completion": "exact", **PUBLISHED},
         },
     ),
 }
@@ -230,7 +238,7 @@ def score_base(results: Path, num_prompts: int | None) -> None:
 def build_trainer(run: Run, folder: str, callback: Budgets) -> TPGRPOTrainer:
     """The demo's settings at a constant learning rate, so that a run may be looked at anywhere."""
     settings = {**SETTINGS, **AVERAGE, **run.settings}
-    rank = settings.pop("lora_r", None)
+    rank, noise = settings.pop("lora_r", None), settings.pop("reward_noise", 0.0)
     args = TPGRPOConfig(
         folder,
         max_steps=100_000,
@@ -245,11 +253,24 @@ def build_trainer(run: Run, folder: str, callback: Budgets) -> TPGRPOTrainer:
     )
     lora = LoraConfig(r=rank, lora_alpha=2 * rank) if rank else None
     trainer = TPGRPOTrainer(
-        TESTBED, shapes_reward, args, prompt_dataset("train"), callbacks=[callback], peft_config=lora
+        TESTBED, noisy(noise, run.seed), args, prompt_dataset("train"), callbacks=[callback], peft_config=lora
     )
     trainer.remove_callback(PrinterCallback)
     callback.trainer = trainer
     return trainer
+
+
+def noisy(level: float, seed: int) -> Callable[..., list[float]]:
+    """The reward with normal noise of this standard deviation, fresh for every image that is scored."""
+    generator = np.random.default_rng(abs(seed))
+
+    def reward(images: list, prompts: list[str], **columns: Any) -> list[float]:
+        clean = shapes_reward(images, prompts, **columns)
+        return [
+            value + level * noise for value, noise in zip(clean, generator.standard_normal(len(clean)), strict=True)
+        ]
+
+    return reward if level else shapes_reward
 
 
 def main() -> None:
