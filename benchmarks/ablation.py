@@ -314,7 +314,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="to choose from (default: 5e-5 to 4e-4), or those reported (default: all)",
     )
-    add("--cpu_seconds", type=float, default=80, help="the first budget (default: %(default)s)")
+    add("--cpu_seconds", type=float, default=80, help="the first budget, 0: none (default: %(default)s)")
     add("--evaluations", type=float, default=68_000, help="the second: of the model, one training step on a transition "
         "counting as three (default: %(default)s)")  # fmt: skip
     add("--updates", type=int, default=32, help="the third (default: %(default)s)")
@@ -329,8 +329,9 @@ def make_parser() -> argparse.ArgumentParser:
 def plan(args: argparse.Namespace, study: str, method: str, rate: float, seed: int, split: str) -> Run:
     """A run of the study; learning rates are tuned at equal evaluations alone, with a seed that is not reported."""
     budgets = {"cpu_seconds": args.cpu_seconds, "evaluations": args.evaluations, "updates": args.updates}
-    if split == "tuning":
-        budgets = {"evaluations": args.evaluations}
+    budgets = {
+        name: budget for name, budget in budgets.items() if budget and (split != "tuning" or name == "evaluations")
+    }
     return Run(study, method, rate, 1000 if seed < 0 else seed, split, budgets, args.num_prompts)
 
 
@@ -421,7 +422,7 @@ def table(methods: dict[tuple[str, float], list[dict]], reference: str, rate: fl
         pairs = [own[seed][0] - compared[seed][0] for seed in sorted(set(own) & set(compared))]
         against, p = ("", "") if runs is others else (interval(pairs), p_value(pairs))
         reward, strict = (interval([gain[place] for gain in own.values()]) for place in (0, 1))
-        updates = np.mean([run["scores"][budget]["spent"]["updates"] for run in runs])
+        updates = np.mean([run["scores"][budget]["spent"]["updates"] for run in runs if budget in run["scores"]])
         columns = (budget, method[0], f"{method[1]:g}", len(own), f"{updates:.0f}", weights, reward, strict)
         lines.append(f"| {' | '.join(map(str, (*columns, against, p)))} |")
     return lines
@@ -431,10 +432,10 @@ def gains(runs: list[dict], budget: str, weights: str) -> dict[int, tuple[float,
     """By seed: what reward and strict score have gained over the base model, where they were scored with such weights."""
     found = {}
     for run in runs:
-        scores, base = run["scores"][budget], run["base"]
+        scores, base = run["scores"].get(budget, {}), run["base"]
         if weights == "averaged":
-            scores = scores.get("averaged")
-        if scores is not None:
+            scores = scores.get("averaged", {})
+        if scores:
             strict = float(np.mean(scores["strict"]) - np.mean(base["strict"]))
             found[run["run"]["seed"]] = (mean_reward(scores) - mean_reward(base), strict)
     return found
