@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -462,26 +463,36 @@ def p_value(pairs: list[float]) -> str:
 
 
 def draw(args: argparse.Namespace) -> None:
-    """Reward gained at equal evaluations with 95% intervals, one panel a study, each method at the learning rate chosen."""
-    rewards, studies = tuned(args), load(args, "heldout")
-    figure, axes = plt.subplots(1, len(studies), figsize=(4.5 * len(studies), 3.6), squeeze=False, sharey=True)
-    for axis, (study, found) in zip(axes[0], studies.items(), strict=True):
-        best = chosen(rewards[study])
-        methods = {method: runs for (method, rate), runs in found.items() if best.get(method) == rate}
+    """Reward gained at equal evaluations with 95% intervals, one panel a study."""
+    studies = load(args, "heldout")
+    rows = -(-len(studies) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(11, 0.8 + 2.4 * rows), squeeze=False, sharex=True)
+    for axis, (study, found) in zip(axes.flat, studies.items(), strict=False):
+        rates = Counter(method for method, _ in found)
+        order = sorted(found, key=lambda one: (list(STUDIES[study][1]).index(one[0]), one[1]))
+        methods = {
+            f"{method}, {rate:g}" if rates[method] > 1 else method: found[method, rate] for method, rate in order
+        }
         for place, runs in enumerate(methods.values()):
             for shift, weights in enumerate(("last", "averaged")):
                 values = [gain[0] for gain in gains(runs, "evaluations", weights).values()]
                 if values:
                     where = place + 0.2 * (shift - 0.5)
-                    axis.errorbar(where, np.mean(values), half_width(values), fmt="o", color=f"C{shift}", capsize=3)
-        axis.set_xticks(range(len(methods)), methods, rotation=20, fontsize=8)
-        axis.set_title(study)
-        axis.axhline(0, color="grey", linewidth=0.8)
+                    axis.errorbar(
+                        np.mean(values), where, xerr=half_width(values), fmt="o", color=f"C{shift}", capsize=3
+                    )
+        axis.set_yticks(range(len(methods)), methods, fontsize=8)
+        axis.set_title(study, fontsize=10)
+        axis.set_ylim(len(methods) - 0.5, -0.5)
+        axis.axvline(0, color="grey", linewidth=0.8)
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("reward gained on held-out prompts")
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+        axis.tick_params(labelbottom=True, labelsize=8)
+    for axis in axes.flat[len(studies) :]:
+        axis.set_axis_off()
+    figure.supxlabel("reward gained on held-out prompts", fontsize=10)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     handles = [plt.Line2D([], [], color=f"C{shift}", marker="o") for shift in (0, 1)]
-    figure.legend(handles, ["last weights", "averaged weights"], fontsize=8, ncols=2, loc="lower center")
+    figure.legend(handles, ["last weights", "averaged weights"], fontsize=8, loc="lower right")
     figure.savefig(args.figure, dpi=110)
 
 
