@@ -126,7 +126,7 @@ RATES = (5e-5, 1e-4, 2e-4, 4e-4)
 BUDGETS = ("evaluations", "cpu_seconds", "updates")
 
 FORWARD_AND_BACKWARD = 3
-"""A transition that is trained on counts as so many evaluations."""
+"""A transition that is trained on counts as so many evaluations; with a KL term, one more is the reference's."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,7 @@ class Budgets(TrainerCallback):
 
     def __init__(self, run: Run, prompts: Dataset):
         self.left = dict(run.budgets)
+        self.price = (FORWARD_AND_BACKWARD + 1) / 2 if run.settings.get("beta") else FORWARD_AND_BACKWARD
         self.prompts, self.scores = prompts, {}
         self.spent = {"cpu_seconds": 0.0, "evaluations": 0.0, "updates": 0}
         self.curve: list[dict[str, float]] = []
@@ -171,7 +172,7 @@ class Budgets(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "num_evaluations" not in logs:
             return  # the last log, of the whole run
-        self.spent["evaluations"] += logs["num_evaluations"] + FORWARD_AND_BACKWARD * logs["num_train_evaluations"]
+        self.spent["evaluations"] += logs["num_evaluations"] + self.price * logs["num_train_evaluations"]
         self.curve.append({**self.spent, "reward": logs["reward"]})
         reached = [name for name, budget in self.left.items() if self.spent[name] >= budget]
         if reached:
