@@ -100,6 +100,7 @@ STUDIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "consistent": CONSISTENT,
             "normalised as published": PUBLISHED,
             "exact completions": {"completion": "exact"},
+            "KL 0.0004": {"beta": 4e-4},
             "KL 0.04": {"beta": 0.04},
             "LoRA": {"lora_r": 16},
             "noise level 1.0": {"noise_level": 1.0},
