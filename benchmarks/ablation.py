@@ -292,7 +292,7 @@ def main() -> None:
             for rate in args.learning_rates or RATES
         ]
         do(tuning, args)
-        best = {method: best_rate([run for run in tuning if run.method == method], args.results) for method in methods}
+        best = {method: rate for method, rate in chosen(tuned(args)[study]).items() if method in methods}
         print(study, "learning rates:", best, flush=True)  # noqa: T201
         do(
             [
@@ -347,11 +347,6 @@ def do(runs: list[Run], args: argparse.Namespace) -> None:
         return
     with multiprocessing.get_context("spawn").Pool(args.num_processes, maxtasksperchild=1) as pool:
         pool.starmap(train, missing, chunksize=1)
-
-
-def best_rate(runs: list[Run], results: Path) -> float:
-    """The learning rate with the highest mean reward on the tuning prompts."""
-    return max(runs, key=lambda run: tuned_reward(json.loads(run.path(results).read_text()))).learning_rate
 
 
 def tuned_reward(kept: dict) -> float:
