@@ -31,7 +31,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
 from trl_tpgrpo.commands.demo import IMAGES_PER_PROMPT, SETTINGS, repeated, sample_heldout
-from trl_tpgrpo.policies import load_pipeline
+from trl_tpgrpo.policies.loading import load_pipeline
 from trl_tpgrpo.testbed import TESTBED, prompt_dataset
 from trl_tpgrpo.testbed.checker import score_images, shapes_reward
 

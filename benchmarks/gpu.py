@@ -37,9 +37,10 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 from trl import get_peft_config
 
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
-from trl_tpgrpo.architectures import FOLDERS, load_architecture
 from trl_tpgrpo.commands.train import make_parser
-from trl_tpgrpo.policies import Conditioning, FlowPolicy, build_policy
+from trl_tpgrpo.policies.architectures import FOLDERS, load_architecture
+from trl_tpgrpo.policies.base import Conditioning, FlowPolicy
+from trl_tpgrpo.policies.loading import build_policy
 
 
 ROOT = Path(__file__).parents[1]

@@ -36,11 +36,11 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trl_tpgrpo.completion import CompletionRule
-from trl_tpgrpo.credit import CREDITS, CreditRule, RewardTable
-from trl_tpgrpo.policies import FlowPolicy, to_images
-from trl_tpgrpo.rollout import Window, roll_out
-from trl_tpgrpo.sde import log_prob, transition
+from trl_tpgrpo.algorithm.completion import CompletionRule
+from trl_tpgrpo.algorithm.credit import CREDITS, CreditRule, RewardTable
+from trl_tpgrpo.algorithm.rollout import Window, roll_out
+from trl_tpgrpo.algorithm.sde import log_prob, transition
+from trl_tpgrpo.policies.base import FlowPolicy, to_images
 from trl_tpgrpo.testbed import prompt_dataset
 from trl_tpgrpo.testbed.checker import shapes_reward
 
@@ -273,7 +273,7 @@ def sample(
         return log_prob(drawn, after[None], window.log_prob_type).sum()
 
     noise = policy.initial_noise(generators[:: setting["group"] if setting["share_initial_noise"] else 1])
-    with patch("trl_tpgrpo.rollout.randn_tensor", pairs if setting["antithetic"] else randn_tensor):
+    with patch("trl_tpgrpo.algorithm.rollout.randn_tensor", pairs if setting["antithetic"] else randn_tensor):
         rule = CompletionRule.parse(setting["completion"])
         run = roll_out(velocity, noise, schedule.sigmas, window, generators, rule, batch_size=128)
     with torch.no_grad():

@@ -7,7 +7,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast
 
-from trl_tpgrpo.policies import FlowPolicy, Guidance, build_policy, load_pipeline
+from trl_tpgrpo.policies.base import FlowPolicy, Guidance
+from trl_tpgrpo.policies.loading import build_policy, load_pipeline
 from trl_tpgrpo.testbed import PIPELINE_KWARGS, TESTBED
 from trl_tpgrpo.testbed.world import all_captions
 

@@ -12,8 +12,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from trl_tpgrpo.rollout import Velocity, Window
-from trl_tpgrpo.sde import ode_step, sample, transition
+from trl_tpgrpo.algorithm.rollout import Velocity, Window
+from trl_tpgrpo.algorithm.sde import ode_step, sample, transition
 
 
 @dataclass

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from trl_tpgrpo.rewards.remote import RemoteReward, base64_png
-from trl_tpgrpo.serving.protocol import parse_request
+from trl_tpgrpo.rewards.serving.protocol import parse_request
 
 
 def instant(images: list[Image.Image], **columns: object) -> list[float]:
@@ -34,7 +34,15 @@ def main() -> None:
     rng = np.random.default_rng(0)
     images = [smooth_picture(rng, args.size) for _ in range(args.num_images)]
     costs(images)
-    command = [sys.executable, "-m", "trl_tpgrpo.serving", "--reward_funcs", "remote_reward.instant", "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "trl_tpgrpo.rewards.serving",
+        "--reward_funcs",
+        "remote_reward.instant",
+        "--port",
+        "0",
+    ]
     with subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True) as process:
         url = process.stdout.readline().split()[1].rsplit("/", 1)[0]
         try:

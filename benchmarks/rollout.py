@@ -21,9 +21,9 @@ from matplotlib import pyplot as plt
 from models import load_policy
 from plain import plain_rollout
 
-from trl_tpgrpo.completion import CompletionRule
-from trl_tpgrpo.policies import FlowPolicy, to_images
-from trl_tpgrpo.rollout import EXACT, Velocity, Window, fastest_batch_size, roll_out
+from trl_tpgrpo.algorithm.completion import CompletionRule
+from trl_tpgrpo.algorithm.rollout import EXACT, Velocity, Window, fastest_batch_size, roll_out
+from trl_tpgrpo.policies.base import FlowPolicy, to_images
 from trl_tpgrpo.testbed import prompt_dataset
 from trl_tpgrpo.testbed.checker import shapes_reward
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
-from trl_tpgrpo.credit import AGGREGATIONS
+from trl_tpgrpo.algorithm.credit import AGGREGATIONS
 from trl_tpgrpo.rewards import colourfulness
 from trl_tpgrpo.testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
 from trl_tpgrpo.testbed.checker import shapes_reward

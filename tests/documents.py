@@ -8,8 +8,8 @@ from typing import Any
 from accelerate.commands.launch import launch_command_parser
 
 from trl_tpgrpo.cli import one_recipe
+from trl_tpgrpo.commands.planner import PlannedConfig
 from trl_tpgrpo.commands.train import make_parser, split_options
-from trl_tpgrpo.plan import PlannedConfig
 
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,8 @@ from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from trl_tpgrpo.serving.functions import ServedReward
-from trl_tpgrpo.serving.server import Limits, RewardServer
+from trl_tpgrpo.rewards.serving.functions import ServedReward
+from trl_tpgrpo.rewards.serving.server import Limits, RewardServer
 
 
 Reply = tuple[int, dict[str, str], bytes] | None

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from trl_tpgrpo import TPGRPOTrainer
 from trl_tpgrpo.policies.base import _own_weights
-from trl_tpgrpo.sharding import whole_weights, without_zero3
+from trl_tpgrpo.policies.sharding import whole_weights, without_zero3
 
 
 def rising(images: list[Image.Image], topic: list[int], **columns: object) -> list[float]:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from test_trainer import assert_same, build, lora, trained
 
-from trl_tpgrpo import checkpoints, resuming
-from trl_tpgrpo.checkpoints import INCOMPLETE, is_complete, last_complete
+from trl_tpgrpo import resuming
+from trl_tpgrpo.callbacks import checkpoints
+from trl_tpgrpo.callbacks.checkpoints import INCOMPLETE, is_complete, last_complete
 
 
 TESTS = Path(__file__).parent

@@ -11,10 +11,10 @@ from datasets import Dataset
 from PIL import Image
 
 from trl_tpgrpo import TPGRPOConfig, cli
+from trl_tpgrpo.algorithm.completion import CompletionRule
 from trl_tpgrpo.cli import one_recipe
 from trl_tpgrpo.commands import demo, fidelity, sample, train
 from trl_tpgrpo.commands.train import make_parser, split_options
-from trl_tpgrpo.completion import CompletionRule
 from trl_tpgrpo.rewards import jpeg_compressibility
 from trl_tpgrpo.testbed.checker import shapes_reward
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_rollout import BATCH, SHAPE, Recorder, ends, integrate, noise, rolled, schedule, seeded, velocity, window
 
-from trl_tpgrpo.completion import CompletionRule
-from trl_tpgrpo.rollout import fastest_batch_size, roll_out
-from trl_tpgrpo.sde import extrapolated_steps, ode_step
+from trl_tpgrpo.algorithm.completion import CompletionRule
+from trl_tpgrpo.algorithm.rollout import fastest_batch_size, roll_out
+from trl_tpgrpo.algorithm.sde import extrapolated_steps, ode_step
 
 
 RULES = ["one_step", "euler_1", "euler_4", "ab2_2", "ab2_4", "at_1_2_4_7", "exact_every_2", "ab2_3_every_4", "at_8"]

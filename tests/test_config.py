@@ -4,9 +4,9 @@ import pytest
 from transformers.trainer_utils import SchedulerType
 
 from trl_tpgrpo import TPGRPOConfig
-from trl_tpgrpo.completion import CompletionRule
-from trl_tpgrpo.credit import CreditRule
-from trl_tpgrpo.rollout import Window
+from trl_tpgrpo.algorithm.completion import CompletionRule
+from trl_tpgrpo.algorithm.credit import CreditRule
+from trl_tpgrpo.algorithm.rollout import Window
 
 
 def config(**changes: object) -> TPGRPOConfig:

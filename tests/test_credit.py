@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trl_tpgrpo.credit import (
+from trl_tpgrpo.algorithm.credit import (
     AGGREGATIONS,
     CREDITS,
     EPSILON,

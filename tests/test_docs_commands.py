@@ -23,10 +23,10 @@ from documents import PAGES, ROOT, Block, blocks, inline_code, read_training
 from torch.distributed.run import get_args_parser
 from transformers import HfArgumentParser
 
+from trl_tpgrpo.algorithm.completion import CompletionRule
 from trl_tpgrpo.cli import COMMANDS
 from trl_tpgrpo.commands import demo, fidelity, plan, sample, train
-from trl_tpgrpo.completion import CompletionRule
-from trl_tpgrpo.serving.program import make_parser as make_serving_parser
+from trl_tpgrpo.rewards.serving.program import make_parser as make_serving_parser
 
 
 CHECKED = ("trl-tpgrpo", "python", "python3", "accelerate", "torchrun", "make", "pip", "pytest")

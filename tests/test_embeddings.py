@@ -8,9 +8,10 @@ import torch
 from test_trainer import PROMPTS, SIZE, assert_same, build, prompts, trained
 from tiny import tiny_flux, tiny_sd3
 
-from trl_tpgrpo import embeddings
-from trl_tpgrpo.embeddings import PromptEmbeddings, checksum, fingerprint
-from trl_tpgrpo.policies import Conditioning, FlowPolicy, Guidance, build_policy
+from trl_tpgrpo.policies import embeddings
+from trl_tpgrpo.policies.base import Conditioning, FlowPolicy, Guidance
+from trl_tpgrpo.policies.embeddings import PromptEmbeddings, checksum, fingerprint
+from trl_tpgrpo.policies.loading import build_policy
 
 
 def policy(family: Callable = tiny_sd3, **changes: object) -> FlowPolicy:

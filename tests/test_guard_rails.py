@@ -12,8 +12,8 @@ from test_trainer import assert_same, brightness, build, config, logged, prompts
 from tiny import tiny_sd3
 
 from trl_tpgrpo import GuardRails, TPGRPOConfig, TPGRPOTrainer
-from trl_tpgrpo import guard_rails as module
-from trl_tpgrpo.guard_rails import MOST_SKIPPED, GuardRailError
+from trl_tpgrpo.callbacks import guard_rails as module
+from trl_tpgrpo.callbacks.guard_rails import MOST_SKIPPED, GuardRailError
 from trl_tpgrpo.testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
 from trl_tpgrpo.testbed.checker import shapes_reward
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trl_tpgrpo.losses import clipped_surrogate, relative_difference
+from trl_tpgrpo.algorithm.losses import clipped_surrogate, relative_difference
 
 
 LOG_RATIOS = st.one_of(st.floats(-1.0, 1.0), st.floats(-1e-4, 1e-4))

@@ -14,8 +14,8 @@ from tiny import tiny_flux, tiny_sd3
 from trl_tpgrpo import TPGRPOTrainer, generation
 from trl_tpgrpo.checks import check_sharded_optimizer
 from trl_tpgrpo.generation import on_device, sweeps
-from trl_tpgrpo.models import load_policy
-from trl_tpgrpo.policies import FlowPolicy
+from trl_tpgrpo.policies.base import FlowPolicy
+from trl_tpgrpo.policies.loading import load_policy
 from trl_tpgrpo.testbed import TESTBED
 
 

@@ -14,10 +14,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_trainer import build, prompts
 
 from trl_tpgrpo import TPGRPOTrainer
-from trl_tpgrpo.credit import CreditRule, RewardTable
-from trl_tpgrpo.display.grids import GAP, MARGIN, TITLE, Row, first_row, fitting, grid, resized, size_in_grid, wrapped
-from trl_tpgrpo.display.pictures import of_rollout, trajectory_image
-from trl_tpgrpo.display.samples import RolloutSample
+from trl_tpgrpo.algorithm.credit import CreditRule, RewardTable
+from trl_tpgrpo.callbacks.grids import (
+    GAP,
+    MARGIN,
+    TITLE,
+    Row,
+    first_row,
+    fitting,
+    grid,
+    resized,
+    size_in_grid,
+    wrapped,
+)
+from trl_tpgrpo.callbacks.pictures import of_rollout, trajectory_image
+from trl_tpgrpo.callbacks.samples import RolloutSample
 
 
 TAGS = {"rollout/samples", "rollout/trajectory", "eval/images", "eval/over_time"}

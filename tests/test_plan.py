@@ -12,9 +12,8 @@ from tiny import tiny_flux, tiny_sd3
 from torch import nn
 
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
-from trl_tpgrpo.architectures import FOLDERS, architecture_folder, load_architecture
 from trl_tpgrpo.commands import plan as command
-from trl_tpgrpo.plan import (
+from trl_tpgrpo.commands.planner import (
     CONTEXT,
     GIB,
     FakeModel,
@@ -30,6 +29,7 @@ from trl_tpgrpo.plan import (
     sampling_of,
     savings,
 )
+from trl_tpgrpo.policies.architectures import FOLDERS, architecture_folder, load_architecture
 
 
 SD3, FLUX = FOLDERS

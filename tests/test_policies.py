@@ -25,20 +25,12 @@ from PIL import Image
 from tiny import IMAGE_SIZE, NEGATIVE_PROMPT, PROMPTS, tiny_flux, tiny_sd3
 from torch import Tensor
 
-from trl_tpgrpo.policies import (
-    LORA_FILE,
-    Conditioning,
-    FlowPolicy,
-    FluxPolicy,
-    Guidance,
-    Schedule,
-    SD3Policy,
-    build_policy,
-    load_pipeline,
-    to_images,
-)
-from trl_tpgrpo.rollout import Velocity, Window, roll_out
-from trl_tpgrpo.sde import log_prob, transition
+from trl_tpgrpo.algorithm.rollout import Velocity, Window, roll_out
+from trl_tpgrpo.algorithm.sde import log_prob, transition
+from trl_tpgrpo.policies.base import LORA_FILE, Conditioning, FlowPolicy, Guidance, Schedule, to_images
+from trl_tpgrpo.policies.flux import FluxPolicy
+from trl_tpgrpo.policies.loading import build_policy, load_pipeline
+from trl_tpgrpo.policies.sd3 import SD3Policy
 
 
 NUM_STEPS = 4

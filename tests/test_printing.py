@@ -10,8 +10,8 @@ from PIL import Image
 from test_samples import sample
 from test_trainer import brightness, build
 
-from trl_tpgrpo.display import printing
-from trl_tpgrpo.display.printing import drawn, table
+from trl_tpgrpo.callbacks import printing
+from trl_tpgrpo.callbacks.printing import drawn, table
 
 
 def blueness(images: list[Image.Image], **columns: object) -> list[float]:

@@ -16,7 +16,7 @@ from datasets import Dataset
 from test_trainer import build, prompts
 from transformers import PrinterCallback, ProgressCallback, TrainerState
 
-from trl_tpgrpo.display.progress import LINES_A_HEADER, WIDTH, LogTable, Pace, ProgressDisplay, duration
+from trl_tpgrpo.callbacks.progress import LINES_A_HEADER, WIDTH, LogTable, Pace, ProgressDisplay, duration
 
 
 LOGS = {

@@ -20,7 +20,7 @@ from PIL import Image
 
 from trl_tpgrpo.rewards import http_client
 from trl_tpgrpo.rewards.remote import TOKEN_VARIABLE, RemoteReward, RemoteRewardError, remote_reward_from_url
-from trl_tpgrpo.serving.server import Handler
+from trl_tpgrpo.rewards.serving.server import Handler
 
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +130,15 @@ def slow(images, prompts, **columns):
 
 
 def start(folder: Path, port: int) -> tuple[subprocess.Popen, int]:
-    command = [sys.executable, "-m", "trl_tpgrpo.serving", "--reward_funcs", "rewards.slow", "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "trl_tpgrpo.rewards.serving",
+        "--reward_funcs",
+        "rewards.slow",
+        "--port",
+        str(port),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

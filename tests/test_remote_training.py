@@ -7,8 +7,8 @@ from loopback import as_json, request, scripted, serving
 from test_trainer import assert_same, brightness, build, logged, trained
 
 from trl_tpgrpo.rewards import RewardError
+from trl_tpgrpo.rewards.judge import VLMJudge
 from trl_tpgrpo.rewards.remote import RemoteReward
-from trl_tpgrpo.rewards.vlm import VLMJudge
 
 
 def test_a_remote_reward_trains_to_the_weights_of_a_local_one(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from trl_tpgrpo.rewards import RewardError, jpeg_compressibility, jpeg_incompressibility
+from trl_tpgrpo.rewards.contract import check_applicability, reward_names
 from trl_tpgrpo.rewards.scorer import ImageBatch, Scorer
-from trl_tpgrpo.rewards.scoring import check_applicability, reward_names
 
 
 IMAGES = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (0, 100, 200)]

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trl_tpgrpo.rollout import Rollout, Window, roll_out
-from trl_tpgrpo.sde import SDE_TYPES, log_prob, ode_step, transition
+from trl_tpgrpo.algorithm.rollout import Rollout, Window, roll_out
+from trl_tpgrpo.algorithm.sde import SDE_TYPES, log_prob, ode_step, transition
 
 
 SHAPE = (2, 3)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_trainer import assert_same, brightness, build, prompts, trained
 
-from trl_tpgrpo.credit import CreditRule, RewardTable
-from trl_tpgrpo.display.samples import EvaluationSample, RolloutSample, SampleCallback
+from trl_tpgrpo.algorithm.credit import CreditRule, RewardTable
+from trl_tpgrpo.callbacks.samples import EvaluationSample, RolloutSample, SampleCallback
 
 
 class Seen(SampleCallback):

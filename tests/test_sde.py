@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as torch_kl_divergence
 
-from trl_tpgrpo.sde import SDE_TYPES, Transition, kl_divergence, log_prob, ode_step, sample, transition
+from trl_tpgrpo.algorithm.sde import SDE_TYPES, Transition, kl_divergence, log_prob, ode_step, sample, transition
 
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "transitions.json").read_text())

@@ -19,9 +19,9 @@ from PIL import Image
 from trl_tpgrpo import cli
 from trl_tpgrpo.commands import serve_reward
 from trl_tpgrpo.rewards.remote import base64_png
-from trl_tpgrpo.serving import program
-from trl_tpgrpo.serving.functions import ServedReward, find_function
-from trl_tpgrpo.serving.server import Handler, RewardServer
+from trl_tpgrpo.rewards.serving import program
+from trl_tpgrpo.rewards.serving.functions import ServedReward, find_function
+from trl_tpgrpo.rewards.serving.server import Handler, RewardServer
 
 
 ROOT = Path(__file__).parents[1]
@@ -446,9 +446,7 @@ def test_an_old_environment_suffices() -> None:
     """Python 3.8's grammar, and no package but Pillow."""
     for path in [ROOT / "trl_tpgrpo/__init__.py", *(ROOT / "trl_tpgrpo/serving").glob("*.py")]:
         ast.parse(path.read_text(), feature_version=(3, 8))
-    code = (
-        "import sys; before = set(sys.modules); import trl_tpgrpo.serving.program; print(*set(sys.modules) - before)"
-    )
+    code = "import sys; before = set(sys.modules); import trl_tpgrpo.rewards.serving.program; print(*set(sys.modules) - before)"
     run = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -5,19 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_tpgrpo.policies import load_pipeline
+from trl_tpgrpo.policies.loading import load_pipeline
 from trl_tpgrpo.testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
 from trl_tpgrpo.testbed.checker import detect, score_images, shapes_reward
 from trl_tpgrpo.testbed.pretrain import build_tokenizer, draw_captioned_pictures
-from trl_tpgrpo.testbed.world import (
-    KINDS,
-    Caption,
-    Thing,
-    all_captions,
-    draw,
-    parse_caption,
-    split_captions,
-)
+from trl_tpgrpo.testbed.world import KINDS, Caption, Thing, all_captions, draw, parse_caption, split_captions
 
 
 RED_CIRCLE, BLUE_SQUARE = Thing("red", "circle"), Thing("blue", "square")

@@ -19,9 +19,9 @@ from PIL import Image
 from tiny import tiny_flux, tiny_sd3
 
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
-from trl_tpgrpo.credit import CREDITS
+from trl_tpgrpo.algorithm.credit import CREDITS
+from trl_tpgrpo.algorithm.sde import SDE_TYPES
 from trl_tpgrpo.rewards import RewardError
-from trl_tpgrpo.sde import SDE_TYPES
 
 
 PROMPTS = [

@@ -7,10 +7,10 @@ import torch
 from test_trainer import assert_same, brightness, build, logged, prompts, trained
 from tiny import tiny_sd3
 
-from trl_tpgrpo.credit import CreditRule, shortest_window, step_reward_variances
-from trl_tpgrpo.fidelity import compare
+from trl_tpgrpo.algorithm.credit import CreditRule, shortest_window, step_reward_variances
+from trl_tpgrpo.algorithm.fidelity import compare
+from trl_tpgrpo.algorithm.rollout import EXACT
 from trl_tpgrpo.generation import _measure_batch_size
-from trl_tpgrpo.rollout import EXACT
 from trl_tpgrpo.trainer import NOISE, TPGRPOTrainer
 
 

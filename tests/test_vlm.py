@@ -16,7 +16,7 @@ from loopback import Reply, as_json, scripted
 from PIL import Image
 
 from trl_tpgrpo.rewards import http_client
-from trl_tpgrpo.rewards.vlm import VLMJudge, VLMJudgeError
+from trl_tpgrpo.rewards.judge import VLMJudge, VLMJudgeError
 
 
 @pytest.fixture(autouse=True)

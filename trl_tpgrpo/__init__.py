@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .callbacks.guard_rails import GuardRails
     from .config import TPGRPOConfig
-    from .guard_rails import GuardRails
     from .trainer import TPGRPOTrainer
 
 
-MODULES = {"GuardRails": "guard_rails", "TPGRPOConfig": "config", "TPGRPOTrainer": "trainer"}
+MODULES = {"GuardRails": "callbacks.guard_rails", "TPGRPOConfig": "config", "TPGRPOTrainer": "trainer"}
 __all__ = ["GuardRails", "TPGRPOConfig", "TPGRPOTrainer"]
 
 try:

@@ -7,7 +7,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from .config import TPGRPOConfig
-from .rewards.scoring import RESERVED_COLUMNS, RewardFunc, check_signature
+from .rewards.contract import RESERVED_COLUMNS, RewardFunc, check_signature
 
 
 def checked_peft_config(peft_config: LoraConfig, default_targets: list[str]) -> LoraConfig:

@@ -7,12 +7,12 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
-from .completion import CompletionRule
-from .credit import AGGREGATIONS, BASELINES, CREDITS, SCALES, SCOPES, TRENDS, CreditRule
-from .guard_rails import ACTIONS
+from .algorithm.completion import CompletionRule
+from .algorithm.credit import AGGREGATIONS, BASELINES, CREDITS, SCALES, SCOPES, TRENDS, CreditRule
+from .algorithm.rollout import Window
+from .algorithm.sde import LOG_PROB_TYPES, SDE_TYPES
+from .callbacks.guard_rails import ACTIONS
 from .rewards.scorer import FAILURES
-from .rollout import Window
-from .sde import LOG_PROB_TYPES, SDE_TYPES
 
 
 QUANTIZATIONS = ("nf4", "int8", "fp8")
@@ -101,7 +101,7 @@ class TPGRPOConfig(_BaseConfig):
         > Parameters that control the SDE
 
         sde_type (`str`, *optional*, defaults to `"cps"`):
-            `"cps"`, `"flow_sde"` (Flow-GRPO) or `"dance_sde"` (DanceGRPO), see [`~trl_tpgrpo.sde.transition`].
+            `"cps"`, `"flow_sde"` (Flow-GRPO) or `"dance_sde"` (DanceGRPO), see [`~trl_tpgrpo.algorithm.sde.transition`].
         noise_level (`float`, *optional*, defaults to `0.7`):
             How much noise an SDE step adds; above 0, and at most 1 under `"cps"`.
         sde_window_size (`int`, *optional*):
@@ -114,7 +114,7 @@ class TPGRPOConfig(_BaseConfig):
             `sde_window_range` (or all steps but the last), and take the shortest window that holds this share of their
             variance within groups. `None`: no measurement.
         log_prob_type (`str`, *optional*):
-            `"gaussian"` or `"squared_error"`, see [`~trl_tpgrpo.sde.log_prob`]. `None` is `"squared_error"` under `"cps"`,
+            `"gaussian"` or `"squared_error"`, see [`~trl_tpgrpo.algorithm.sde.log_prob`]. `None` is `"squared_error"` under `"cps"`,
             to which the published clip range belongs, and `"gaussian"` otherwise.
 
         > Parameters that control the completions

@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from .completion import CompletionRule
+from .algorithm.completion import CompletionRule
+from .algorithm.rollout import Rollout, Window, fastest_batch_size, roll_out
 from .config import TPGRPOConfig
-from .embeddings import PromptEmbeddings
-from .policies import Conditioning, FlowPolicy, to_images
-from .rollout import Rollout, Window, fastest_batch_size, roll_out
+from .policies.base import Conditioning, FlowPolicy, to_images
+from .policies.embeddings import PromptEmbeddings
 
 
 SWEEP = 64
@@ -53,7 +53,7 @@ class ImageGenerator:
         completion: CompletionRule | None,
         on_step: Callable[[], object] | None = None,
     ) -> Rollout:
-        """One trajectory for each of B prompts, see [`~trl_tpgrpo.rollout.roll_out`].
+        """One trajectory for each of B prompts, see [`~trl_tpgrpo.algorithm.rollout.roll_out`].
 
         Args:
             model: Predicts the velocities.

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
-from .credit import RewardTable
+from .algorithm.credit import RewardTable
 
 
 def _spread(values: Tensor) -> Tensor:

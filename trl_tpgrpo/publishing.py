@@ -13,7 +13,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from .config import TPGRPOConfig
 from .hub import Contents, HubRepository
 from .model_card import sample_prompts, summarize
-from .policies import FlowPolicy
+from .policies.base import FlowPolicy
 from .rewards import RewardFunc
 
 

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from .averaging import AveragedWeights
-from .checkpoints import being_written
+from .algorithm.rollout import Window
+from .batches import Trajectories
+from .callbacks.averaging import AveragedWeights
+from .callbacks.checkpoints import being_written
+from .callbacks.guard_rails import GuardRails
 from .generation import ImageGenerator
-from .guard_rails import GuardRails
 from .hub import without_tokens
 from .publishing import PublishingTrainer
-from .rollout import Window
-from .trajectories import Trajectories
 
 
 LAST = "last"

@@ -13,19 +13,19 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
-from .completion import CompletionRule
-from .credit import RewardTable, shortest_window, step_reward_variances
-from .display.progress import ProgressDisplay
-from .display.samples import Samples
-from .fidelity import compare
+from .algorithm.completion import CompletionRule
+from .algorithm.credit import RewardTable, shortest_window, step_reward_variances
+from .algorithm.fidelity import compare
+from .algorithm.rollout import EXACT, Window
+from .batches import Sampled, Unscored
+from .callbacks.progress import ProgressDisplay
+from .callbacks.samples import Samples
 from .generation import on_device, sweeps
 from .metrics import Metrics, image_variety
-from .policies import Conditioning, to_images
+from .policies.base import Conditioning, to_images
 from .resuming import ResumingTrainer
+from .rewards.contract import RewardError, RewardFunc, check_applicability
 from .rewards.scorer import ImageBatch, Scorer, save_evidence
-from .rewards.scoring import RewardError, RewardFunc, check_applicability
-from .rollout import EXACT, Window
-from .trajectories import Sampled, Unscored
 
 
 logger = logging.getLogger(__name__)

@@ -22,34 +22,34 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.training_args import OptimizerNames
 from trl.trainer.utils import RepeatSampler
 
-from .averaging import AveragedWeights
-from .checkpoints import StopOnSignal, is_complete, last_complete
+from .algorithm.losses import clipped_surrogate, relative_difference
+from .algorithm.rollout import Window
+from .algorithm.sde import Transition, kl_divergence, log_prob, transition
+from .batches import Trajectories, Transitions
+from .callbacks.averaging import AveragedWeights
+from .callbacks.checkpoints import StopOnSignal, is_complete, last_complete
+from .callbacks.guard_rails import GuardRails
+from .callbacks.pictures import PictureCallback
+from .callbacks.printing import CompletionPrinter
+from .callbacks.progress import LogLines, ProgressDisplay
+from .callbacks.samples import Samples
 from .checks import all_prompts, check_datasets, check_optimizer, check_sharded_optimizer
 from .config import TPGRPOConfig
-from .display.pictures import PictureCallback
-from .display.printing import CompletionPrinter
-from .display.progress import LogLines, ProgressDisplay
-from .display.samples import Samples
-from .embeddings import PromptEmbeddings
+from .data import EpochSampler, SetEpoch
 from .generation import ImageGenerator, on_device
-from .guard_rails import GuardRails
-from .losses import clipped_surrogate, relative_difference
 from .metrics import Metrics, rollout_metrics
-from .models import load_policy, prepare_transformer
-from .rewards.scorer import Scorer, runs_beside
-from .rewards.scoring import RewardError, RewardFunc, check_applicability, declared, reward_names
-from .rollout import Window
-from .sampler import EpochSampler, SetEpoch
-from .sampling import CARD, EVALUATION, NOISE, SamplingTrainer
-from .sde import Transition, kl_divergence, log_prob, transition
-from .sharding import (
+from .policies.embeddings import PromptEmbeddings
+from .policies.loading import load_policy, prepare_transformer
+from .policies.sharding import (
     check_before_loading,
     check_data_loading,
     check_sharding,
     prepare_for_sharding,
     prepare_to_evaluate,
 )
-from .trajectories import Trajectories, Transitions
+from .rewards.contract import RewardError, RewardFunc, check_applicability, declared, reward_names
+from .rewards.scorer import Scorer, runs_beside
+from .sampling import CARD, EVALUATION, NOISE, SamplingTrainer
 
 
 class TPGRPOTrainer(SamplingTrainer):

@@ -12,11 +12,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
+from ..algorithm.credit import aggregated_rewards, turning_points
+from ..algorithm.rollout import EXACT
+from ..callbacks.figures import save_before_after, save_reward_curve, save_step_reward_spread, save_trajectory
 from ..config import TPGRPOConfig
-from ..credit import aggregated_rewards, turning_points
-from ..display.figures import save_before_after, save_reward_curve, save_step_reward_spread, save_trajectory
-from ..policies import load_pipeline
-from ..rollout import EXACT
+from ..policies.loading import load_pipeline
 from ..testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
 from ..testbed.checker import Score, score_images, shapes_reward
 from ..testbed.world import KINDS

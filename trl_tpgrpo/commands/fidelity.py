@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..completion import CompletionRule
-from ..credit import CreditRule
-from ..fidelity import Fidelity, compare
+from ..algorithm.completion import CompletionRule
+from ..algorithm.credit import CreditRule
+from ..algorithm.fidelity import Fidelity, compare
 from ..trainer import NOISE, TPGRPOTrainer
 from .train import build_trainer, make_parser
 
@@ -137,7 +137,7 @@ def table(measured: list[Measured]) -> str:
 
 def save(measured: list[Measured], output_dir: Path) -> None:
     """Write `fidelity.json`, with the numbers of each step, and `fidelity.png`."""
-    from ..display.figures import save_pareto  # needs Matplotlib
+    from ..callbacks.figures import save_pareto  # needs Matplotlib
 
     output_dir.mkdir(parents=True, exist_ok=True)
     rows = [

@@ -12,9 +12,21 @@ from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from trl import DatasetMixtureConfig, get_peft_config
 
-from ..architectures import architecture_folder
-from ..plan import GIB, OPTIMIZERS, Counts, FakeModel, Memory, PlannedConfig, Spread, advise, count, estimate, optim_of
+from ..policies.architectures import architecture_folder
 from ..testbed import TESTBED
+from .planner import (
+    GIB,
+    OPTIMIZERS,
+    Counts,
+    FakeModel,
+    Memory,
+    PlannedConfig,
+    Spread,
+    advise,
+    count,
+    estimate,
+    optim_of,
+)
 from .train import TPGRPOModelConfig, TPGRPOScriptArguments, load_prompts, make_parser, split_options
 
 

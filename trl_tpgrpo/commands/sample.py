@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from ..policies import load_pipeline
+from ..policies.loading import load_pipeline
 from ..testbed import PIPELINE_KWARGS, TESTBED
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from ..serving.functions import find_function
-from ..serving.program import main as serve
+from ..rewards.serving.functions import find_function
+from ..rewards.serving.program import main as serve
 
 
 def main(argv: list[str]) -> int:

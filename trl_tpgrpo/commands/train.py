@@ -15,10 +15,10 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..config import TPGRPOConfig, non_defaults
 from ..hub import HubError
+from ..policies.sharding import without_zero3
 from ..rewards import RewardFunc
 from ..rewards.remote import remote_reward_from_url
-from ..serving.functions import find_function
-from ..sharding import without_zero3
+from ..rewards.serving.functions import find_function
 from ..testbed import TESTBED, prompt_dataset
 from ..trainer import TPGRPOTrainer
 

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from ..sharding import shapes, whole_weights, write_weights
+from .sharding import shapes, whole_weights, write_weights
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

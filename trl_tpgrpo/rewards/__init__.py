@@ -7,13 +7,13 @@ is imported when they are.
 from .aesthetic_score import AestheticScore
 from .clip_score import CLIPScore
 from .colour import brightness, colourfulness
+from .contract import RewardError, RewardFunc, RewardUnavailable
 from .geneval import GenEval
 from .hps_v2 import HPSv2
 from .image_reward import ImageReward
 from .jpeg import jpeg_compressibility, jpeg_incompressibility
 from .ocr import OCRReward
 from .pick_score import PickScore
-from .scoring import RewardError, RewardFunc, RewardUnavailable
 
 
 __all__ = [

@@ -13,8 +13,8 @@ from typing import Any
 import httpx2
 from PIL import Image
 
+from .contract import RewardUnavailable
 from .http_client import HTTPClient, Unanswered, bearer, checked_url, error_message, gather
-from .scoring import RewardUnavailable
 
 
 TOKEN_VARIABLE = "TRL_TPGRPO_REWARD_TOKEN"

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .scoring import RewardError, RewardFunc, RewardUnavailable, checked, declared, is_async, reward_name
+from .contract import RewardError, RewardFunc, RewardUnavailable, checked, declared, is_async, reward_name
 
 
 FAILURES = ("stop", "skip")

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
+from ..algorithm.credit import RewardTable
+from ..batches import Sampled
 from ..config import TPGRPOConfig
-from ..credit import RewardTable
-from ..trajectories import Sampled
 
 
 PROMPTS_OF_EVALUATION, IMAGES_OF_A_PROMPT = 8, 4

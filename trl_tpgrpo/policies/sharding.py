@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 
-from .config import TPGRPOConfig
+from ..config import TPGRPOConfig
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def check_whole(modules: list[torch.nn.Module]) -> None:
             raise ValueError(
                 f"model: {type(module).__name__} was loaded while arguments with ZeRO-3 existed, so that this process has no whole "
                 "one. Give the model by name, or load the pipeline before TPGRPOConfig is made, or inside "
-                "trl_tpgrpo.sharding.without_zero3()."
+                "trl_tpgrpo.policies.sharding.without_zero3()."
             )
 
 

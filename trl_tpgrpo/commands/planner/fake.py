@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..architectures import load_architecture, load_part
-from ..config import TPGRPOConfig
-from ..models import load_policy, prepare_transformer
-from ..policies import Conditioning
+from ...config import TPGRPOConfig
+from ...policies.architectures import load_architecture, load_part
+from ...policies.base import Conditioning
+from ...policies.loading import load_policy, prepare_transformer
 from .counts import changed
 
 

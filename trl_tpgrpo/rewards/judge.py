@@ -12,9 +12,9 @@ from typing import Any
 import httpx2
 from PIL import Image
 
+from .contract import RewardUnavailable
 from .http_client import HTTPClient, Unanswered, bearer, checked_url, error_message, gather
 from .remote import base64_png
-from .scoring import RewardUnavailable
 
 
 RETRIED_STATUSES = frozenset({408, 429, 500, 502, 503, 504})

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import TPGRPOConfig
-from ..rollout import roll_out
+from ...algorithm.rollout import roll_out
+from ...config import TPGRPOConfig
 from .counts import changed, rows_of, sampling_of, sharing_of, sweep_sizes, windows_of
 from .fake import FakeModel, LiveBytes
 

@@ -8,7 +8,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from transformers import TrainerCallback, TrainerState
 
-from .sharding import gathered
+from ..policies.sharding import gathered
 
 
 class AveragedWeights(TrainerCallback):

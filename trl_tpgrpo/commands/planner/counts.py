@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ..completion import CompletionRule
-from ..config import TPGRPOConfig
-from ..generation import sweeps
-from ..rollout import EXACT, Rollout, Window, roll_out
-from ..sampling import PROBED_GROUPS
+from ...algorithm.completion import CompletionRule
+from ...algorithm.rollout import EXACT, Rollout, Window, roll_out
+from ...config import TPGRPOConfig
+from ...generation import sweeps
+from ...sampling import PROBED_GROUPS
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .policies import Conditioning, FlowPolicy
+from .base import Conditioning, FlowPolicy
 
 
 KEPT_IN_MEMORY = 1024

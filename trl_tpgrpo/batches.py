@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .credit import RewardTable
-from .policies import Conditioning, Schedule
+from .algorithm.credit import RewardTable
+from .algorithm.rollout import Rollout, Window
+from .policies.base import Conditioning, Schedule
 from .rewards import RewardError
 from .rewards.scorer import Scoring
-from .rollout import Rollout, Window
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The equations: tensors in, tensors out. Nothing here imports the rest of the package."""

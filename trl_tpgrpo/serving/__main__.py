@@ -1,8 +1,0 @@
-"""`python -m trl_tpgrpo.serving` serves reward functions where the package's own dependencies are not installed."""
-
-import sys
-
-from .program import main
-
-
-sys.exit(main(sys.argv[1:]))
