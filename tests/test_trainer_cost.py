@@ -79,10 +79,10 @@ def test_encoded_prompts_are_kept_once_each(tmp_path: Path) -> None:
     trainer.model.train()
     rows = [{"prompt": prompt, "topic": 0} for prompt in prompts(2)["prompt"] for _ in range(4)]
     trajectories = trainer._prepare_inputs(rows)
-    assert len(trajectories.conditioning.prompt_embeds) == 2
+    assert len(trajectories.conditioning.tensors["prompt_embeds"]) == 2
     transitions = trajectories.transitions(0, torch.tensor([1, 6]))
     expected = trainer.policy.encode([rows[1]["prompt"], rows[6]["prompt"]])
-    torch.testing.assert_close(transitions.conditioning.prompt_embeds, expected.prompt_embeds)
+    torch.testing.assert_close(transitions.conditioning.tensors["prompt_embeds"], expected.tensors["prompt_embeds"])
 
 
 def test_a_group_that_shares_its_noise_shares_its_first_image(tmp_path: Path) -> None:
