@@ -159,8 +159,8 @@ def test_kept_prompts_change_no_rollout(tmp_path: Path) -> None:
     weights, states = [], []
     for changes in options:
         trainer = build(tmp_path, **changes)
-        rows, window = [{"prompt": prompt, "topic": 0} for prompt in PROMPTS], trainer._draw_window(0)
-        states.append(trainer.sample_and_score(rows, trainer._generators(0, 0, 6), window).rollout.states)
+        rows, window = [{"prompt": prompt, "topic": 0} for prompt in PROMPTS], trainer.rollouts.draw_window(0)
+        states.append(trainer.sample_and_score(rows, trainer.rollouts.generators(0, 0, 6), window).rollout.states)
         trainer.train()
         weights.append(trained(trainer))
     for other, of_other in zip(weights[1:], states[1:], strict=True):

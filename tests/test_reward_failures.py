@@ -196,7 +196,7 @@ def test_scoring_goes_on_while_the_next_sweep_is_sampled(tmp_path: Path, monkeyp
 
     patient.runs_in = "thread"
     trainer = build(tmp_path, reward_funcs=patient, steps_per_generation=3, per_device_train_batch_size=4, max_steps=1)
-    roll_out = trainer.images.roll_out
+    roll_out = trainer.rollouts.roll_out
 
     def counted(*args: object, **kwargs: object):
         rollout = roll_out(*args, **kwargs)

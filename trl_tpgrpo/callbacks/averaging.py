@@ -8,8 +8,6 @@ import torch
 from diffusers.training_utils import EMAModel
 from transformers import TrainerCallback, TrainerState
 
-from ..policies.sharding import gathered
-
 
 class AveragedWeights(TrainerCallback):
     """diffusers' `EMAModel` of what is trained, from the first update that it takes in; until then the weights themselves.
@@ -32,13 +30,11 @@ class AveragedWeights(TrainerCallback):
         if self.decay is None or state.global_step % self.every:
             return
         average = self.average or self.start()
-        with gathered(self._trained()):
-            average.step(self._trained())
+        average.step(self._trained())
 
     def start(self) -> EMAModel:
         """Take the weights that the model has now for the average."""
-        with gathered(self._trained()):
-            self.average = EMAModel(self._trained(), decay=self.decay)
+        self.average = EMAModel(self._trained(), decay=self.decay)
         return self.average
 
     @property
@@ -54,15 +50,13 @@ class AveragedWeights(TrainerCallback):
             yield
             return
         self._is_in_use = True
-        with gathered(self._trained(), modified=True):
-            average.store(self._trained())
-            average.copy_to(self._trained())
+        average.store(self._trained())
+        average.copy_to(self._trained())
         try:
             yield
         finally:
             self._is_in_use = False
-            with gathered(self._trained(), modified=True):
-                average.restore(self._trained())
+            average.restore(self._trained())
 
     def _trained(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]

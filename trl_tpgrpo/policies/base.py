@@ -70,6 +70,11 @@ class Conditioning:
         """The device of all tensors."""
         return next(iter(self.tensors.values())).device
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read also what version 0.1.0 has saved, whose tensors were attributes."""
+        negative = state.pop("negative")
+        vars(self).update(tensors=state.get("tensors", state), negative=negative)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
         negative = None if self.negative is None else self.negative._map(function)
         return Conditioning({name: function(value) for name, value in self.tensors.items()}, negative)
@@ -125,7 +130,9 @@ class FlowPolicy(ABC):
             )
         for option in ("stochastic_sampling", "invert_sigmas"):
             if scheduler.config.get(option, False):
-                raise ValueError(f"The scheduler's option {option} is not supported: its steps are not those of the ODE.")
+                raise ValueError(
+                    f"The scheduler's option {option} is not supported: its steps are not those of the ODE."
+                )
         if getattr(self.pipeline, "hf_device_map", None) is not None:
             raise ValueError("A pipeline with a device_map cannot be trained: load it without one.")
         if any(isinstance(module, BaseTunerLayer) for module in self.pipeline.transformer.modules()):

@@ -99,9 +99,7 @@ class FluxPolicy(FlowPolicy):
         negative = self._predict(model, latents, timestep, conditioning.negative.tensors)
         return negative + self.guidance.true_cfg_scale * (predicted - negative)
 
-    def _predict(
-        self, model: torch.nn.Module, latents: Tensor, timestep: Tensor, texts: dict[str, Tensor]
-    ) -> Tensor:
+    def _predict(self, model: torch.nn.Module, latents: Tensor, timestep: Tensor, texts: dict[str, Tensor]) -> Tensor:
         number, device, embeds = len(latents), latents.device, texts["prompt_embeds"]
         guidance = None
         if self.pipeline.transformer.config.guidance_embeds:

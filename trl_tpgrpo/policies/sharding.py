@@ -71,7 +71,11 @@ def check_accelerator(
             "wait for each other: set a number."
         )
     name = str(getattr(args.optim, "value", args.optim))
-    if fsdp is not None and "torch" not in name and any(part in name for part in ("bnb", "8bit", "paged", "lion", "mix")):
+    if (
+        fsdp is not None
+        and "torch" not in name
+        and any(part in name for part in ("bnb", "8bit", "paged", "lion", "mix"))
+    ):
         # Its kernels do not know sharded tensors (bitsandbytes#1633).
         raise ValueError(f"optim={name!r} is of bitsandbytes and fails under FSDP: use 'adamw_torch_8bit' (torchao).")
 
@@ -79,7 +83,10 @@ def check_accelerator(
 def _check_data_loading(accelerator: Accelerator) -> None:
     wrong = {
         "split_batches": (accelerator.split_batches, "a batch belongs to one process"),
-        "dispatch_batches": (accelerator.dispatch_batches, "rows hold strings, which processes cannot send each other"),
+        "dispatch_batches": (
+            accelerator.dispatch_batches,
+            "rows hold strings, which processes cannot send each other",
+        ),
         "even_batches=False": (not accelerator.even_batches, "processes would predict unequally often in evaluations"),
     }
     for name, (is_set, reason) in wrong.items():

@@ -67,9 +67,7 @@ def load_weights(model: ModelMixin | PeftModel, input_dir: str | Path) -> None:
         raise ValueError(f"The adapter in {input_dir} does not have the layers and ranks of the one that is trained.")
     alpha = model.peft_config["default"].lora_alpha
     if alpha != saved_alpha:
-        raise ValueError(
-            f"The adapter in {input_dir} has lora_alpha={saved_alpha}, the one that is trained {alpha}."
-        )
+        raise ValueError(f"The adapter in {input_dir} has lora_alpha={saved_alpha}, the one that is trained {alpha}.")
     _write(parameters, saved)
 
 
