@@ -11,6 +11,7 @@ from trl_tpgrpo import TPGRPOTrainer
 from trl_tpgrpo.algorithm.credit import CreditRule, shortest_window, step_reward_variances
 from trl_tpgrpo.algorithm.fidelity import compare
 from trl_tpgrpo.algorithm.rollout import EXACT
+from trl_tpgrpo.batches import Trajectories
 from trl_tpgrpo.rollouts import NOISE, _measure_batch_size
 
 
@@ -22,12 +23,15 @@ def coarse(images, **columns: object) -> list[float]:
 # What is left out
 
 
+def every_transition(trajectories: Trajectories, **options: bool) -> dict[int, torch.Tensor]:
+    """Leave none out, as if no advantage were 0."""
+    return dict.fromkeys(range(len(trajectories.window)), torch.arange(len(trajectories)))
+
+
 def run_all_transitions(trainer: TPGRPOTrainer) -> TPGRPOTrainer:
-    """Train as if no advantage were 0."""
-    trainer._contributing = lambda trajectories: dict.fromkeys(  # type: ignore[method-assign]
-        range(len(trajectories.window)), torch.arange(len(trajectories))
-    )
-    trainer.train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trajectories, "contributing", every_transition)
+        trainer.train()
     return trainer
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .algorithm.credit import CreditRule, RewardTable
 from .algorithm.rollout import Rollout, Window
+from .algorithm.sde import Transition, log_prob, transition
 from .policies.base import Conditioning, Schedule
 from .rewards.contract import RewardError
 
@@ -82,6 +83,15 @@ class Transitions:
     num_trajectories: int
     reference: dict[int, Tensor]
 
+    def transition(self, velocity: Tensor) -> Transition:
+        """Return the distribution of the next latents that a predicted velocity (B, ...) gives."""
+        window = self.window
+        return transition(window.sde_type, self.latents, velocity, self.sigma, self.sigma_next, window.noise_level)
+
+    def log_prob(self, step: Transition) -> Tensor:
+        """Return the log-probability (B,) of the next latents under `step`."""
+        return log_prob(step, self.next_latents, self.window.log_prob_type)
+
 
 @dataclass(frozen=True)
 class Trajectories:
@@ -133,6 +143,23 @@ class Trajectories:
             conditioning=self.conditioning.to(device),
             reference={position: velocity.to(states_device) for position, velocity in self.reference.items()},
         )
+
+    def contributing(self, skip_zeros: bool, keep_steps: bool) -> dict[int, Tensor]:
+        """Choose by SDE step the trajectories that add to the loss, as indices on the CPU.
+
+        Args:
+            skip_zeros: Whether those whose advantage is 0 are left out, as where there is no KL term.
+            keep_steps: Whether a step that has none left takes one all the same, as where other processes wait for it. The
+                last step does in any case, so that there is a gradient and an update.
+        """
+        num_steps = len(self.window)
+        if not skip_zeros:
+            return dict.fromkeys(range(num_steps), torch.arange(len(self)))
+        advantages = self.table.advantages[self.rows]
+        chosen = {step: advantages[:, step].nonzero().flatten() for step in range(num_steps)}
+        needed = range(num_steps) if keep_steps else [num_steps - 1]
+        chosen |= {step: torch.tensor([0]) for step in needed if not len(chosen[step])}
+        return {step: rows for step, rows in chosen.items() if len(rows)}
 
     def transitions(self, position: int, chosen: Tensor | None = None) -> Transitions:
         """Return the SDE step at `position` of the window, of all trajectories or of the indices `chosen` (on the CPU)."""

@@ -263,7 +263,20 @@ class Rollouts:
         completion: CompletionRule | None,
         reward_funcs: list[RewardFunc] | None,
     ) -> Sampled:
-        """Sample and score B rows, see [`~trl_tpgrpo.TPGRPOTrainer.sample_and_score`]."""
+        """Sample one trajectory for each of B rows, decode its images and score them.
+
+        Args:
+            rows: Rows of a dataset: a prompt and the columns that the reward functions read.
+            generators: B generators, each the only source of its trajectory's randomness (but that under
+                `share_initial_noise` the first of a group gives the group its first noise).
+            window: SDE steps of `num_inference_steps`; `None` takes `num_inference_steps_eval` ODE steps.
+            completion: Rule by which states in the window are completed; `None`: none is.
+            reward_funcs: F functions to score with; `None`: those that are trained on.
+
+        Raises:
+            RewardError: If a reward function fails.
+            FloatingPointError: If a prediction is not finite.
+        """
         functions = reward_funcs or self.reward_funcs
         sampled = self._scored(self._sample(rows, generators, window, completion, functions), self._mode)
         if sampled.error is not None:

@@ -29,7 +29,7 @@ from trl.trainer.utils import RepeatSampler
 from .algorithm.completion import CompletionRule
 from .algorithm.losses import clipped_surrogate, relative_difference
 from .algorithm.rollout import Window
-from .algorithm.sde import Transition, kl_divergence, log_prob, transition
+from .algorithm.sde import kl_divergence
 from .batches import SAVED_CLASSES, Sampled, Trajectories, Transitions
 from .callbacks.averaging import AveragedWeights
 from .callbacks.checkpoints import (
@@ -51,9 +51,9 @@ from .data import EpochSampler, SetEpoch, all_prompts, check_datasets
 from .hub import Contents, HubRepository, without_tokens
 from .metrics import Metrics, rollout_metrics
 from .model_card import sample_prompts, summarize
-from .policies.base import on_device
 from .policies.embeddings import PromptEmbeddings
 from .policies.loading import load_policy, prepare_transformer
+from .policies.reference import Reference
 from .policies.sharding import check_accelerator, check_before_loading, prepare_for_sharding, prepare_to_evaluate
 from .policies.weights import load_weights, save_weights
 from .rewards.contract import RewardFunc, reward_names
@@ -136,7 +136,7 @@ class TPGRPOTrainer(_BaseTrainer):
         check_before_loading()
         set_seed(args.seed)  # before the adapter's random weights
         self.policy = load_policy(model, args, use_lora=peft_config is not None)
-        transformer, self.reference = prepare_transformer(self.policy, peft_config, args)
+        transformer, frozen_copy = prepare_transformer(self.policy, peft_config, args)
         embeddings = PromptEmbeddings(self.policy, args.prompt_embeds_dir)
         self._place_frozen_models(embeddings, transformer, args, all_prompts(train_dataset, eval_dataset))
         self._step = self._num_evaluated = 0
@@ -159,7 +159,7 @@ class TPGRPOTrainer(_BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._check_and_shard()
+        self._check_and_shard(frozen_copy)
         self._add_parts(embeddings)
 
     def _place_frozen_models(
@@ -177,7 +177,7 @@ class TPGRPOTrainer(_BaseTrainer):
         if args.offload_between_phases:
             self.policy.pipeline.vae.to("cpu")
 
-    def _check_and_shard(self) -> None:
+    def _check_and_shard(self, frozen_copy: torch.nn.Module | None) -> None:
         """Refuse what cannot work on this accelerator, and put the reference where it belongs."""
         args = self.args
         if args.n_gpu > 1:
@@ -188,10 +188,18 @@ class TPGRPOTrainer(_BaseTrainer):
                 "optimizers: none of the optimizer's parameters is trained. The weights of an adapter exist only since "
                 "peft_config was applied: choose the optimizer by args.optim."
             )
-        check_accelerator(self.accelerator, self.model, self.reference, args)
-        self.reference = prepare_for_sharding(self.accelerator, self.model, self.reference, self.policy.dtype)
-        if self.reference is not None and not args.offload_reference:
-            self.reference.to(args.device)
+        check_accelerator(self.accelerator, self.model, frozen_copy, args)
+        frozen_copy = prepare_for_sharding(self.accelerator, self.model, frozen_copy, self.policy.dtype)
+        if frozen_copy is not None and not args.offload_reference:
+            frozen_copy.to(args.device)
+        self.reference = Reference(
+            self.policy,
+            self.accelerator,
+            self.model,
+            frozen_copy,
+            keep=args.num_iterations > 1,
+            on_evaluation=lambda number: self._metrics["train"].record("num_train_evaluations", number, "sum"),
+        )
 
     def _add_parts(self, embeddings: PromptEmbeddings) -> None:
         """Create the trainer's own parts and callbacks, in the order in which the callbacks are called."""
@@ -298,10 +306,7 @@ class TPGRPOTrainer(_BaseTrainer):
     def _prepared_for_training(self, chunks: list[Trajectories]) -> list[Trajectories]:
         """Add to micro-batches what is computed once, before the first update on their rollout."""
         if self.args.offload_reference:
-            assert self.reference is not None
-            with on_device([self.reference], self.args.device):
-                for chunk in chunks:
-                    self._keep_reference(chunk)
+            self.reference.precompute(chunks, self.args.offload_trajectories)
         if self.args.recompute_old_log_probs:
             first_update = self.args.gradient_accumulation_steps if self.args.num_iterations == 1 else 0
             chunks = [
@@ -310,20 +315,14 @@ class TPGRPOTrainer(_BaseTrainer):
             ]
         return chunks
 
-    def _keep_reference(self, trajectories: Trajectories) -> None:
-        """Compute the reference's velocities at all SDE steps."""
-        for position in range(len(trajectories.window)):
-            velocity = self._reference_velocity(trajectories.transitions(position))
-            trajectories.reference[position] = velocity.cpu() if self.args.offload_trajectories else velocity
-
     def _training_log_probs(self, trajectories: Trajectories) -> Tensor:
         """Compute log-probabilities (B, K) as training does, gradients and all."""
         log_probs = []
         for position in range(len(trajectories.window)):
             with torch.enable_grad(), self.compute_loss_context_manager():
                 inputs = trajectories.transitions(position)
-                step = self._transition(self._velocity(self._policy_model, inputs), inputs)
-                log_probs.append(log_prob(step, inputs.next_latents, inputs.window.log_prob_type).detach())
+                velocity = self._velocity(self._policy_model, inputs)
+                log_probs.append(inputs.log_prob(inputs.transition(velocity)).detach())
         self._metrics["train"].record("num_train_evaluations", len(trajectories) * len(log_probs), "sum")
         return torch.stack(log_probs, 1)
 
@@ -335,20 +334,7 @@ class TPGRPOTrainer(_BaseTrainer):
         completion: CompletionRule | None = None,
         reward_funcs: list[RewardFunc] | None = None,
     ) -> Sampled:
-        """Sample one trajectory for each of B rows, decode its images and score them.
-
-        Args:
-            rows: Rows of a dataset: a prompt and the columns that the reward functions read.
-            generators: B generators, each the only source of its trajectory's randomness (but that under
-                `share_initial_noise` the first of a group gives the group its first noise).
-            window: SDE steps of `num_inference_steps`; `None` takes `num_inference_steps_eval` ODE steps.
-            completion: Rule by which states in the window are completed; `None`: none is.
-            reward_funcs: F functions to score with; `None`: those that are trained on.
-
-        Raises:
-            RewardError: If a reward function fails.
-            FloatingPointError: If a prediction is not finite.
-        """
+        """Sample and score B rows of a dataset, see [`~trl_tpgrpo.rollouts.Rollouts.sample_and_score`]."""
         return self.rollouts.sample_and_score(rows, generators, window, completion, reward_funcs)
 
     # ------------------------------------------------------------------------------------------------- the training
@@ -383,7 +369,8 @@ class TPGRPOTrainer(_BaseTrainer):
         model.train()
         getattr(self.optimizer, "train", lambda: None)()  # schedule-free optimizers have modes too
         trajectories = self._prepare_inputs(inputs)
-        chosen = self._contributing(trajectories)
+        together = self.accelerator.num_processes > 1
+        chosen = trajectories.contributing(skip_zeros=self.args.beta == 0, keep_steps=together)
         losses, self._loss_terms = [], []
         with self.rollouts.phase("train", len(chosen)) as advance:
             for position, rows in chosen.items():
@@ -396,21 +383,6 @@ class TPGRPOTrainer(_BaseTrainer):
             self._check_loss(total)
         self._step += 1
         return total
-
-    def _contributing(self, trajectories: Trajectories) -> dict[int, Tensor]:
-        """Choose by SDE step the trajectories that add to the loss: without a KL term, those whose advantage is not 0.
-
-        A step that has none is left out, unless it is the last, so that there is a gradient to exchange and an update, or
-        there are other processes, with which this one must keep in step.
-        """
-        num_steps, together = len(trajectories.window), self.accelerator.num_processes > 1
-        if self.args.beta > 0:
-            return dict.fromkeys(range(num_steps), torch.arange(len(trajectories)))
-        advantages = trajectories.table.advantages[trajectories.rows]
-        chosen = {step: advantages[:, step].nonzero().flatten() for step in range(num_steps)}
-        needed = range(num_steps) if together else [num_steps - 1]
-        chosen |= {step: torch.tensor([0]) for step in needed if not len(chosen[step])}
-        return {step: rows for step, rows in chosen.items() if len(rows)}
 
     def _backward_of_one_step(self, model: torch.nn.Module, transitions: Transitions, is_last: bool) -> Tensor:
         with self._gradient_sync(model, is_last):
@@ -451,15 +423,15 @@ class TPGRPOTrainer(_BaseTrainer):
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
         advantages = inputs.table.advantages[inputs.rows, inputs.position].to(inputs.latents.device)  # (B,)
         velocity = self._velocity(model, inputs)
-        step = self._transition(velocity, inputs)
-        log_probs = log_prob(step, inputs.next_latents, inputs.window.log_prob_type)
+        step = inputs.transition(velocity)
+        log_probs = inputs.log_prob(step)
         old_log_probs = log_probs.detach() if inputs.old_log_probs is None else inputs.old_log_probs
         surrogate = clipped_surrogate(log_probs, old_log_probs, advantages, self.args.epsilon, self.args.epsilon_high)
-        loss, kl, metrics = surrogate.loss.sum() / inputs.num_trajectories, torch.zeros(()), self._metrics["train"]
+        loss, metrics = surrogate.loss.sum() / inputs.num_trajectories, self._metrics["train"]
         terms = [loss.detach(), surrogate.ratio.max()]
         if self.args.beta > 0:
-            reference = self._reference_velocity(inputs)
-            kl = kl_divergence(step, self._transition(reference, inputs)).mean()
+            reference = self.reference.velocity(inputs)
+            kl = kl_divergence(step, inputs.transition(reference)).mean()
             loss = loss + self.args.beta * kl
             terms.append(kl.detach())
             metrics.record("kl", kl)
@@ -474,30 +446,6 @@ class TPGRPOTrainer(_BaseTrainer):
 
     def _velocity(self, model: torch.nn.Module, inputs: Transitions) -> Tensor:
         return self.policy.velocity(model, inputs.latents, inputs.timestep, inputs.conditioning)
-
-    @staticmethod
-    def _transition(velocity: Tensor, inputs: Transitions) -> Transition:
-        sde_type, noise_level = inputs.window.sde_type, inputs.window.noise_level
-        return transition(sde_type, inputs.latents, velocity, inputs.sigma, inputs.sigma_next, noise_level)
-
-    def _reference_velocity(self, inputs: Transitions) -> Tensor:
-        """Return the velocity of the model before training; keep it if the rollout is trained on again."""
-        velocity = inputs.reference.get(inputs.position)
-        if velocity is None:
-            velocity = self._evaluate_reference(inputs)
-            if self.args.num_iterations > 1:
-                inputs.reference[inputs.position] = velocity
-        return velocity.to(inputs.latents.device)
-
-    @torch.no_grad()
-    def _evaluate_reference(self, inputs: Transitions) -> Tensor:
-        self._metrics["train"].record("num_train_evaluations", len(inputs.latents), "sum")
-        if self.reference is not None:
-            with self.accelerator.autocast():
-                return self._velocity(self.reference, inputs)
-        adapter = self.accelerator.unwrap_model(self.model)
-        with adapter.disable_adapter():
-            return self._velocity(adapter, inputs)
 
     def _check_loss(self, total: Tensor) -> None:
         """Stop where the loss is not finite, and say in which term it began."""

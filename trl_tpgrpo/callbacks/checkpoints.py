@@ -4,8 +4,7 @@ import logging
 import re
 import signal
 import threading
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,7 @@ def load_progress(
             f"{path} is missing: the rollout in use when the checkpoint was saved. (A run is resumed on the number of "
             "processes that it was saved on.)"
         )
-    with torch.serialization.safe_globals([*classes, deque]):
+    with torch.serialization.safe_globals([*classes, (_as_list, "collections.deque")]):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     for name, value in layout.items():
         if saved["layout"][name] != value:
@@ -100,6 +99,11 @@ def load_progress(
                 "resumed with the batches, processes and seed that it was begun with."
             )
     return saved
+
+
+def _as_list(values: Iterable = (), maxlen: int | None = None) -> list:
+    """Stand in for the deque that the guard rails of version 0.1.0 have saved, which torch does not read."""
+    return list(values)
 
 
 def _progress_file(checkpoint: Path, process: int) -> Path:
