@@ -3,8 +3,8 @@
     python benchmarks/pretrain.py --output_dir trl_tpgrpo/testbed/weights
 
 Every class is diffusers' or transformers' own, so the result is an ordinary `StableDiffusion3Pipeline` folder. What
-deviates from a textbook run, each because it was needed to get there in CPU-minutes: small batches and zero-initialised
-residual branches for the VAE, zero-initialised modulation and Muon for the transformer.
+deviates from a textbook run, each to get there in CPU-minutes: small batches and zero-initialised residual branches
+for the VAE, zero-initialised modulation and Muon for the transformer.
 """
 
 import argparse

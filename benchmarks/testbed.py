@@ -1,4 +1,4 @@
-"""What the testbed's pretrained pipeline can do, and what its judge says of true pictures: the figures of docs/testbed.md.
+"""What the testbed's pretrained pipeline can do, and what the checker says of true pictures, for docs/testbed.md.
 
 python benchmarks/testbed.py
 """

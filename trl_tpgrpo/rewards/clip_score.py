@@ -11,9 +11,9 @@ from .base import ModelReward, normalize, resize_and_crop
 class CLIPScore(ModelReward):
     """100 times the cosine between CLIP's embeddings of image and prompt (arXiv 2103.00020, 2104.08718).
 
-    In [-100, 100]; real pairs of image and caption lie around 20 to 35. The score is neither clamped at 0 nor multiplied
-    by 2.5 as in the paper of CLIPScore, which changes nothing that training sees but the scale. Prompts are cut after 77
-    tokens. Weights of the default: MIT (openai/CLIP).
+    In [-100, 100]; real pairs of image and caption lie around 20 to 35. The score is neither clamped at 0 nor
+    multiplied by 2.5 as in the paper of CLIPScore, which changes nothing that training sees but the scale. Prompts are
+    cut after 77 tokens. Weights of the default: MIT (openai/CLIP).
 
     Known ways to hack it: the words of the prompt written into the image; the subject repeated over the whole image;
     saturated pictures of poor quality; wrong counts and positions cost next to nothing, as CLIP hardly sees them.

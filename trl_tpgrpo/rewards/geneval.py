@@ -29,9 +29,9 @@ CLASSES = (
     "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
     "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
     "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli", "carrot",
-    "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet", "tv",
-    "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
     "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )  # fmt: skip
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -49,17 +49,17 @@ class GenEval:
     """GenEval's six kinds of prompts (arXiv 2310.11513), graded as Flow-GRPO does, or right or wrong as GenEval does.
 
     Reads the columns of GenEval's metadata: `tag`, `include` and `exclude`, the latter two as lists or as JSON; rows
-    without a tag are not scored. Graded: at most 1, which is all right, and below 0 only where there are more than twice
-    as many objects as asked for (`geneval_rules.graded_score`). Not graded: 1.0 if GenEval calls the image right, else
-    0.0. The share that GenEval calls right is logged as `geneval_right` either way.
+    without a tag are not scored. Graded: at most 1, which is all right, and below 0 only where there are more than
+    twice as many objects as asked for (`geneval_rules.graded_score`). Not graded: 1.0 if GenEval calls the image
+    right, else 0.0. The share that GenEval calls right is logged as `geneval_right` either way.
 
-    The detector is transformers' Mask2Former (Swin-S, COCO instances), GenEval's architecture, with the weights that the
-    authors of Mask2Former published where GenEval has mmdetection's: scores agree in what they mean, not to the digit.
-    Boxes are those of the masks. Colours are CLIP's choice among ten for the masked object on grey. Weights: Mask2Former
-    CC BY-NC 4.0, which forbids commercial use (the code is MIT); CLIP MIT.
+    The detector is transformers' Mask2Former (Swin-S, COCO instances), GenEval's architecture, with the weights that
+    the authors of Mask2Former published where GenEval has mmdetection's: scores agree in what they mean, not to the
+    digit. Boxes are those of the masks. Colours are CLIP's choice among ten for the masked object on grey. Weights:
+    Mask2Former CC BY-NC 4.0, which forbids commercial use (the code is MIT); CLIP MIT.
 
-    Known ways to hack it: cut-out objects side by side on an empty ground, one style for all prompts; objects that only
-    the detector takes for such. Quality plays no part, so add a reward that sees quality.
+    Known ways to hack it: cut-out objects side by side on an empty ground, one style for all prompts; objects that
+    only the detector takes for such. Quality plays no part, so add a reward that sees quality.
 
     Args:
         detector: Mask2Former for COCO's 80 classes in transformers' format, on the Hub or on disk.

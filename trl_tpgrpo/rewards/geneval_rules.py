@@ -109,7 +109,8 @@ def _area(box: Box) -> float:
 def relative_position(box: Box, other: Box) -> set[str]:
     """Return the relations of `box` to `other`: none if they are too close, two on a diagonal.
 
-    A relation holds where the centres' offset along its axis, less a tenth of both sizes, is over half the whole offset.
+    A relation holds where the centres' offset along its axis, less a tenth of both sizes, is over half the whole
+    offset.
     """
     offsets = [(box[axis] + box[axis + 2] - other[axis] - other[axis + 2]) / 2 for axis in (0, 1)]
     sizes = [abs(box[axis + 2] - box[axis]) + abs(other[axis + 2] - other[axis]) for axis in (0, 1)]
@@ -127,8 +128,8 @@ def relative_position(box: Box, other: Box) -> set[str]:
 def is_right(objects: Objects, include: list[dict], exclude: list[dict], colours_of: ColoursOf) -> bool:
     """Return GenEval's verdict.
 
-    Right are at least `count` objects of each class of `include`, of which the `count` most confident have the colour and
-    the position, and fewer than `count` of each class of `exclude`.
+    Right are at least `count` objects of each class of `include`, of which the `count` most confident have the colour
+    and the position, and fewer than `count` of each class of `exclude`.
     """
     matched: list[list[Detection] | None] = []
     for clause in include:
@@ -146,10 +147,10 @@ def is_right(objects: Objects, include: list[dict], exclude: list[dict], colours
 def graded_score(objects: Objects, include: list[dict], colours_of: ColoursOf) -> float:
     """Return Flow-GRPO's graded reward (arXiv 2505.05470), the mean over all parts of all clauses; 1 if all are right.
 
-    The parts of a clause are the count, `1 - |count - found| / count`, which is negative for more than twice as many, and
-    where it is asked for the colour, `1 - |count - found of the colour| / count`, or the position, 1 or 0; these two are 0
-    where the count is wrong. Counts must be exact here, unlike in `is_right`. Flow-GRPO's reward server adds a 1 to a
-    wrong position's 0, so that a wrong position costs half as much; that is not done here.
+    The parts of a clause are the count, `1 - |count - found| / count`, which is negative for more than twice as many,
+    and where it is asked for the colour, `1 - |count - found of the colour| / count`, or the position, 1 or 0; these
+    two are 0 where the count is wrong. Counts must be exact here, unlike in `is_right`. Flow-GRPO's reward server adds
+    a 1 to a wrong position's 0, so that a wrong position costs half as much; that is not done here.
     """
     scores: list[float] = []
     matched: list[list[Detection] | None] = []

@@ -76,8 +76,8 @@ RENAMED = (
 def from_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of open_clip's CLIP for transformers' CLIPModel.
 
-    Two differences are more than names: projections are transposed, and attention has one input matrix in open_clip where
-    transformers has three.
+    Two differences are more than names: projections are transposed, and attention has one input matrix in open_clip
+    where transformers has three.
     """
     renamed = {}
     for name, weight in weights.items():

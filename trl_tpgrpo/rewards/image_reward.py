@@ -17,9 +17,9 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072  # published, for the raw sc
 class ImageReward(ModelReward):
     """ImageReward v1.0: BLIP, whose text encoder attends to the image, and five linear layers (arXiv 2304.05977).
 
-    Standardised scores, mostly in [-2.3, 2]; 0 is a middling image. The published checkpoint is loaded into transformers'
-    own BLIP classes, since the package image-reward of 2023 asks for old versions of timm, fairscale and transformers.
-    Prompts are cut after 35 tokens. Weights: Apache-2.0.
+    Standardised scores, mostly in [-2.3, 2]; 0 is a middling image. The published checkpoint is loaded into
+    transformers' own BLIP classes, since the package image-reward of 2023 asks for old versions of timm, fairscale and
+    transformers. Prompts are cut after 35 tokens. Weights: Apache-2.0.
 
     Known ways to hack it: close-up subjects, bright and over-saturated; details that the prompt does not mention are
     free.

@@ -12,16 +12,16 @@ QUOTED = re.compile(r"[\"\u201c\u201d]([^\"\u201c\u201d]*[^\"\u201c\u201d\s][^\"
 
 
 class OCRReward:
-    """Similarity of the text that is read in the image to the text asked for, from 0 to 1 (Flow-GRPO, arXiv 2505.05470).
+    """Similarity of the text read in the image to the text asked for, from 0 to 1 (Flow-GRPO, arXiv 2505.05470).
 
-    The text asked for is the dataset's column `text` where it is given, else the first part of the prompt between double
-    quotes; where there is neither, the reward does not apply (`None`). All lines that are read are joined; case and
-    spaces are ignored. The score is 1 if the text asked for occurs in the lines, else `1 - min(distance, length) /
+    The text asked for is the dataset's column `text` where it is given, else the first part of the prompt between
+    double quotes; where there is neither, the reward does not apply (`None`). All lines that are read are joined; case
+    and spaces are ignored. The score is 1 if the text asked for occurs in the lines, else `1 - min(distance, length) /
     length` with Levenshtein's distance to all lines and the length of the text asked for. The lines that were read are
     shown beside the samples.
 
-    RapidOCR reads on the CPU (PP-OCRv6 small, Apache-2.0, models in the wheel) and drops lines of a confidence below 0.5.
-    To read with something else, override `read`.
+    RapidOCR reads on the CPU (PP-OCRv6 small, Apache-2.0, models in the wheel) and drops lines of a confidence below
+    0.5. To read with something else, override `read`.
 
     Known ways to hack it: letters in capitals, large, on a plain ground; the text once more elsewhere, with whatever
     else is written around it, since what surrounds a match costs nothing; no image to speak of beside the text.

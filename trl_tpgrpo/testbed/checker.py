@@ -27,7 +27,7 @@ _NAMES = tuple(COLOURS)
 
 @dataclass(frozen=True)
 class Detection:
-    """Connected patch of one colour: the most likely shape, how well that fits (IoU, 0 to 1), and the centre (x, y)."""
+    """Connected patch of one colour: most likely shape, how well that fits (IoU, 0 to 1), and centre (x, y)."""
 
     colour: str
     shape: str
