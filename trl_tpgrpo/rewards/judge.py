@@ -62,7 +62,7 @@ class JudgeUnavailable(VLMJudgeError, RewardUnavailable):
 
 
 class UnusableAnswer(Exception):
-    """An answer that does not answer its question."""
+    """An answer that does not answer the question."""
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Question:
-    """Question about one image, its name in messages, and the answer that scores 1 unless the model says the score."""
+    """Question about one image, with a name for messages and, unless the model says a score, the expected answer."""
 
     image: Image.Image
     text: str
@@ -126,7 +126,7 @@ class VLMJudge:
         usage: Cost of all calls so far.
 
     Raises:
-        ValueError: If an argument is out of its range, or the environment has no key.
+        ValueError: If an argument is out of range, or the environment has no key.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class VLMJudge:
         ]
 
     def _client(self, usage: Usage) -> openai.AsyncOpenAI:
-        """Return a client for one call (the next may have another event loop) that counts its attempts."""
+        """Return a client that counts attempts, for one call only: the next may have another event loop."""
 
         async def count(request: Any) -> None:
             usage.num_requests += 1
@@ -288,9 +288,10 @@ class VLMJudge:
             what = f"status {error.status_code}: {self._shown(said or error.response.text)}"
             if error.status_code < 500 and error.status_code not in (408, 409, 429):  # not retried
                 return VLMJudgeError(f"The judge at {self.url} answered for {name} with {what}")
-        num_attempts = int(error.request.headers[RETRY_COUNT]) + 1
+        num_retries = int(error.request.headers[RETRY_COUNT])
+        attempts = f" ({num_retries + 1} attempts)" if num_retries else ""
         return JudgeUnavailable(
-            f"The judge at {self.url} has not answered for {name}: {what} ({num_attempts} attempts). "
+            f"The judge at {self.url} has not answered for {name}: {what}{attempts}. "
             f"Is it running, and fast enough for concurrency={self.concurrency} and timeout={self.timeout:g}?"
         )
 
