@@ -10,11 +10,11 @@ from diffusers import DiffusionPipeline
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
 from test_trainer import PROMPTS, assert_same, brightness, build, config, logged, lora, prompts, trained
 from tiny import tiny_flux, tiny_sd3
-from trl_tpgrpo.checks import check_sharded_optimizer
 
 from trl_tpgrpo import TPGRPOTrainer, generation
 from trl_tpgrpo.policies.base import FlowPolicy, on_device
 from trl_tpgrpo.policies.loading import load_policy
+from trl_tpgrpo.policies.sharding import check_sharded_optimizer
 from trl_tpgrpo.rollouts import sweeps
 from trl_tpgrpo.testbed import TESTBED
 

@@ -108,6 +108,8 @@ class Rollouts:
         kept_on_cpu = self._offloaded if args.offload_between_phases else []
         for model in (one for one in functions if hasattr(one, "to") and one not in kept_on_cpu):
             model.to(args.device)
+        if args.offload_between_phases:
+            policy.pipeline.vae.to("cpu")
         fixed = args.rollout_batch_size
         self.batch_sizes = {} if fixed is None else {"model": fixed, "vae": fixed}
         self.measured_window: Window | None = None

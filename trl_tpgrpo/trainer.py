@@ -4,9 +4,7 @@ It reads in that order, under the names of TRL's GRPOTrainer: every method that 
 here. Mathematics is in `algorithm/`, model families in `policies/`, sampling and scoring in `rollouts.py`.
 """
 
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,11 +50,18 @@ from .hub import Contents, HubRepository, without_tokens
 from .metrics import Metrics, rollout_metrics
 from .model_card import sample_prompts, summarize
 from .policies.embeddings import PromptEmbeddings
-from .policies.loading import load_policy, prepare_transformer
+from .policies.loading import check_optimizer, load_policy, prepare_transformer
 from .policies.reference import Reference
-from .policies.sharding import check_accelerator, check_before_loading, prepare_for_sharding, prepare_to_evaluate
+from .policies.sharding import (
+    check_accelerator,
+    check_before_loading,
+    gradient_sync,
+    prepare_for_sharding,
+    prepare_to_evaluate,
+    prepare_to_train,
+)
 from .policies.weights import load_weights, save_weights
-from .rewards.contract import RewardFunc, reward_names
+from .rewards.contract import RewardFunc, reward_name, reward_names
 from .rollouts import Rollouts
 
 
@@ -138,7 +143,10 @@ class TPGRPOTrainer(_BaseTrainer):
         self.policy = load_policy(model, args, use_lora=peft_config is not None)
         transformer, frozen_copy = prepare_transformer(self.policy, peft_config, args)
         embeddings = PromptEmbeddings(self.policy, args.prompt_embeds_dir)
-        self._place_frozen_models(embeddings, transformer, args, all_prompts(train_dataset, eval_dataset))
+        self.policy.to(args.device)
+        if args.precompute_prompt_embeds:
+            shows_bar = None if args.process_index == 0 and not args.disable_tqdm else False
+            embeddings.precompute(all_prompts(train_dataset, eval_dataset), transformer, ProgressDisplay(shows_bar))
         self._step = self._num_evaluated = 0
         self._buffered_inputs: list[Trajectories] | None = None
         self._is_new_rollout = False
@@ -162,32 +170,12 @@ class TPGRPOTrainer(_BaseTrainer):
         self._check_and_shard(frozen_copy)
         self._add_parts(embeddings)
 
-    def _place_frozen_models(
-        self, embeddings: PromptEmbeddings, transformer: torch.nn.Module, args: TPGRPOConfig, prompts: list[str]
-    ) -> None:
-        """Encode prompts if that comes first, while the transformer is not on the device; then move what stays there."""
-        self.policy.to(args.device)
-        if args.precompute_prompt_embeds:
-            loaded_onto = next(transformer.parameters()).device  # for a quantised one the GPU
-            transformer.to("cpu")
-            display = ProgressDisplay(shows_bar=None if args.process_index == 0 and not args.disable_tqdm else False)
-            with display.phase("encode prompts", len(dict.fromkeys(prompts)), alone=True) as advance:
-                embeddings.precompute(prompts, advance)
-            transformer.to(loaded_onto)
-        if args.offload_between_phases:
-            self.policy.pipeline.vae.to("cpu")
-
     def _check_and_shard(self, frozen_copy: torch.nn.Module | None) -> None:
         """Refuse what cannot work on this accelerator, and put the reference where it belongs."""
         args = self.args
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: launch one process per GPU with `accelerate launch`.")
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        if groups and not any(parameter.requires_grad for group in groups for parameter in group["params"]):
-            raise ValueError(
-                "optimizers: none of the optimizer's parameters is trained. The weights of an adapter exist only since "
-                "peft_config was applied: choose the optimizer by args.optim."
-            )
+        check_optimizer(self.optimizer)
         check_accelerator(self.accelerator, self.model, frozen_copy, args)
         frozen_copy = prepare_for_sharding(self.accelerator, self.model, frozen_copy, self.policy.dtype)
         if frozen_copy is not None and not args.offload_reference:
@@ -238,13 +226,14 @@ class TPGRPOTrainer(_BaseTrainer):
         if not given and self.args.guard_rails != "off":
             given = [GuardRails(self.args.guard_rails)]
             self.add_callback(given[0])
-        if not given:
-            return None
-        if given[0].action == "skip" and self.is_deepspeed_enabled:
-            raise ValueError("guard_rails='skip' cannot hold back an update of DeepSpeed: use 'warn' or 'stop'.")
-        held_out = reward_names([*self.reward_funcs, *self.eval_reward_funcs])[len(self.reward_funcs) :]
-        given[0].watch(self._metrics_of_update, self._metrics["train"].record, held_out)
-        return given[0]
+        held_out = [reward_name(function) for function in self.eval_reward_funcs]
+        for guard_rails in given[:1]:
+            if guard_rails.action == "skip" and self.is_deepspeed_enabled:
+                raise ValueError("guard_rails='skip' cannot hold back an update of DeepSpeed: use 'warn' or 'stop'.")
+            guard_rails.watch(
+                self._metrics_of_update, self._metrics["train"].record, reward_names(self.eval_reward_funcs)
+            )
+        return next(iter(given), None)
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL's reads `model.config.model_type`, which diffusers models do not have."""
@@ -354,11 +343,7 @@ class TPGRPOTrainer(_BaseTrainer):
             resume_from_checkpoint = str(last_complete(self.args.output_dir))
         elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
             raise FileNotFoundError(f"{resume_from_checkpoint} is no checkpoint, or was not written to its end.")
-        if getattr(self.model, "_is_accelerate_prepared", False) and not self.is_in_train:
-            # An evaluate() before train() has prepared the model for inference; left so, DDP would never wrap it.
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.model.__dict__.pop("_is_accelerate_prepared", None)
-            self.model_wrapped = self.model
+        prepare_to_train(self)
         with self.stop_on_signal.listening():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -385,27 +370,12 @@ class TPGRPOTrainer(_BaseTrainer):
         return total
 
     def _backward_of_one_step(self, model: torch.nn.Module, transitions: Transitions, is_last: bool) -> Tensor:
-        with self._gradient_sync(model, is_last):
+        with gradient_sync(self.accelerator, model, is_last):
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, transitions)
             loss = loss / (len(transitions.window) * self.current_gradient_accumulation_steps)
             self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
         return loss.detach()
-
-    @contextmanager
-    def _gradient_sync(self, model: torch.nn.Module, last: bool) -> Iterator[None]:
-        """Let gradients be exchanged only in the last backward of the last micro-batch of an update.
-
-        DeepSpeed steps after every backward that sees `sync_gradients`, so for it the flag itself is held back.
-        """
-        sync = self.accelerator.sync_gradients
-        if self.is_deepspeed_enabled:
-            self.accelerator.gradient_state._set_sync_gradients(sync and last)
-        try:
-            with nullcontext() if self.is_deepspeed_enabled or (sync and last) else self.accelerator.no_sync(model):
-                yield
-        finally:
-            self.accelerator.gradient_state._set_sync_gradients(sync)
 
     def compute_loss(
         self,

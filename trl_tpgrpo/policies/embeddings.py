@@ -9,6 +9,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -54,8 +55,13 @@ class PromptEmbeddings:
         negative = self._negative and self._negative.expand(len(prompts))
         return Conditioning(tensors, negative).to(self.policy.device)
 
-    def precompute(self, prompts: list[str], on_prompt: Callable[[int], object] | None = None) -> None:
-        """Encode all of them now, and drop the encoders; for the arguments see `__call__`.
+    def precompute(self, prompts: list[str], transformer: torch.nn.Module, display: Any) -> None:
+        """Encode all of them now, while the transformer is not on the device, and drop the encoders.
+
+        Args:
+            prompts: Prompts of all datasets.
+            transformer: Model that makes room.
+            display: Display of the phase, with a method `phase`.
 
         Raises:
             ValueError: If they are too many to be kept in memory and there is no folder.
@@ -66,7 +72,11 @@ class PromptEmbeddings:
                 f"precompute_prompt_embeds: {len(distinct)} prompts are more than the {KEPT_IN_MEMORY} that are kept in "
                 "memory: set prompt_embeds_dir, a folder to keep them in."
             )
-        self._encode_missing(distinct, on_prompt)
+        loaded_onto = next(transformer.parameters()).device  # for a quantised one the GPU
+        transformer.to("cpu")
+        with display.phase("encode prompts", len(distinct), alone=True) as advance:
+            self._encode_missing(distinct, advance)
+        transformer.to(loaded_onto)
         self.policy.drop_text_encoders()
         self._has_encoders = False
 

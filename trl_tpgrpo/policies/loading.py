@@ -221,6 +221,20 @@ def checked_peft_config(peft_config: LoraConfig, default_targets: list[str]) -> 
     return peft_config
 
 
+def check_optimizer(optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse a user's optimizer that would train nothing.
+
+    Raises:
+        ValueError: If none of its parameters is trained.
+    """
+    groups = [] if optimizer is None else optimizer.param_groups
+    if groups and not any(parameter.requires_grad for group in groups for parameter in group["params"]):
+        raise ValueError(
+            "optimizers: none of the optimizer's parameters is trained. The weights of an adapter exist only since "
+            "peft_config was applied: choose the optimizer by args.optim."
+        )
+
+
 def compile_blocks(model: ModelMixin, names: tuple[str, ...], backend: str) -> None:
     """Compile the blocks of `model`, for batches of any size and with and without gradients and adapter.
 

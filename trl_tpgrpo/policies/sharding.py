@@ -6,6 +6,8 @@ is called by all processes at once.
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -70,14 +72,18 @@ def check_accelerator(
             "per_device_rollout_batch_size='auto' tries batches until memory runs out, and under FSDP the processes "
             "wait for each other: set a number."
         )
-    name = str(getattr(args.optim, "value", args.optim))
-    if (
-        fsdp is not None
-        and "torch" not in name
-        and any(part in name for part in ("bnb", "8bit", "paged", "lion", "mix"))
-    ):
-        # Its kernels do not know sharded tensors (bitsandbytes#1633).
-        raise ValueError(f"optim={name!r} is of bitsandbytes and fails under FSDP: use 'adamw_torch_8bit' (torchao).")
+    check_sharded_optimizer(str(getattr(args.optim, "value", args.optim)), fsdp is not None)
+
+
+def check_sharded_optimizer(optim: str, is_fsdp_enabled: bool) -> None:
+    """Refuse optimizers of bitsandbytes under FSDP, whose kernels do not know sharded tensors (bitsandbytes#1633).
+
+    Raises:
+        ValueError: If `optim` is one of them.
+    """
+    parts = ("bnb", "8bit", "paged", "lion", "ademamix")
+    if is_fsdp_enabled and "torch" not in optim and any(part in optim for part in parts):
+        raise ValueError(f"optim={optim!r} is of bitsandbytes and fails under FSDP: use 'adamw_torch_8bit' (torchao).")
 
 
 def _check_data_loading(accelerator: Accelerator) -> None:
@@ -151,3 +157,27 @@ def prepare_to_evaluate(trainer: Trainer) -> None:
         raise ValueError(
             "evaluate() before train() is not possible under DeepSpeed: set eval_on_start=True, or evaluate without it."
         )
+
+
+def prepare_to_train(trainer: Trainer) -> None:
+    """Undo that an evaluate() before train() has prepared the model for inference; left so, DDP would never wrap it."""
+    if getattr(trainer.model, "_is_accelerate_prepared", False) and not trainer.is_in_train:
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        trainer.model.__dict__.pop("_is_accelerate_prepared", None)
+        trainer.model_wrapped = trainer.model
+
+
+@contextmanager
+def gradient_sync(accelerator: Accelerator, model: torch.nn.Module, is_last: bool) -> Iterator[None]:
+    """Let gradients be exchanged only in the last backward of the last micro-batch of an update.
+
+    DeepSpeed steps after every backward that sees `sync_gradients`, so for it the flag itself is held back.
+    """
+    sync, uses_zero = accelerator.sync_gradients, _plugin(accelerator, "deepspeed") is not None
+    if uses_zero:
+        accelerator.gradient_state._set_sync_gradients(sync and is_last)
+    try:
+        with nullcontext() if uses_zero or (sync and is_last) else accelerator.no_sync(model):
+            yield
+    finally:
+        accelerator.gradient_state._set_sync_gradients(sync)
