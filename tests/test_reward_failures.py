@@ -46,8 +46,8 @@ class Failing:
             raise OSError("no disk")
         if self.how == "hangs":
             threading.Event().wait(5)
-        place = topic.index(self.topic)
-        values[place] = {"returns NaN": float("nan"), "returns text": "good"}.get(self.how, values[place])
+        index = topic.index(self.topic)
+        values[index] = {"returns NaN": float("nan"), "returns text": "good"}.get(self.how, values[index])
         return {"returns too few": values[1:], "returns nothing": None}.get(self.how, values)
 
 
@@ -107,7 +107,7 @@ def test_a_call_that_fails_costs_no_image_that_alone_does_not_fail(tmp_path: Pat
     def sometimes(images: list[Image.Image], **columns: object) -> list[float]:
         calls.append(len(images))
         values = brightness(images)
-        return [float("nan") if len(images) > 1 and place == 0 else value for place, value in enumerate(values)]
+        return [float("nan") if len(images) > 1 and index == 0 else value for index, value in enumerate(values)]
 
     trainer = build(
         tmp_path, reward_funcs=sometimes, reward_failures="skip", num_generations=3, per_device_train_batch_size=6,
@@ -178,7 +178,7 @@ def test_two_processes_stop_together_in_every_case(tmp_path: Path) -> None:
     assert said[0]["topic_0"] == said[1]["topic_0"] != []  # which one of them alone has recorded
     for how, what in FAILURES.items():
         for phase in ("train", "evaluate"):
-            messages = [of_process[f"{how}, {phase}"] for of_process in said]
+            messages = [rank[f"{how}, {phase}"] for rank in said]
             assert all(re.search(f"'failing' {what}", message) for message in messages), messages
             assert sum(bool(re.search(r"on process \d", message)) for message in messages) == 1, messages
             assert len(list((tmp_path / how / phase / "reward_failures").glob("*.json"))) == 1
