@@ -1,4 +1,4 @@
-"""What failing reward functions do to a run: they stop it on all processes, with evidence, or cost the trajectories they fail on."""
+"""What failing reward functions do to a run: stop all processes, with evidence, or cost trajectories they fail on."""
 
 import json
 import os
@@ -137,7 +137,8 @@ out, rank, said = Path(sys.argv[1]), os.environ["RANK"], {}
 for how in FAILURES:
     for phase in ("train", "evaluate"):
         trainer = build(
-            out / how / phase, reward_funcs=Failing(how), per_device_train_batch_size=4, eval_dataset=prompts(4), shuffle_dataset=False
+            out / how / phase, reward_funcs=Failing(how), per_device_train_batch_size=4, eval_dataset=prompts(4),
+            shuffle_dataset=False,
         )
         try:
             trainer.train() if phase == "train" else trainer.evaluate()
@@ -156,8 +157,8 @@ said["topic_0"] = [entry["topic_0"] for entry in trainer.state.log_history if "t
 
 
 def test_two_processes_stop_together_in_every_case(tmp_path: Path) -> None:
-    """The topic that fails is sampled by one of them alone; the other neither hangs nor says nothing. Nor does it where one records
-    a metric that the other does not."""
+    """The topic that fails is sampled by one of them alone; the other neither hangs nor says nothing. Nor does it
+    where one records a metric that the other does not."""
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = {
         **os.environ,
@@ -185,7 +186,7 @@ def test_two_processes_stop_together_in_every_case(tmp_path: Path) -> None:
 
 
 def test_scoring_goes_on_while_the_next_sweep_is_sampled(tmp_path: Path, monkeypatch) -> None:
-    """Rewards of the first sweep are held back until the second is sampled: one after the other this would never end."""
+    """Rewards of the first sweep wait until the second is sampled: one after the other this would never end."""
     monkeypatch.setattr(generation, "SWEEP", 4)
     sampled, seen = threading.Event(), []
 

@@ -233,7 +233,7 @@ def test_a_wrong_number_of_rewards_is_the_whole_calls_failure() -> None:
 
 
 def test_time_in_the_queue_is_no_hang() -> None:
-    """Each call takes a third of the timeout, all of them twice as long as it, and the one that fails waits behind them."""
+    """Each call takes a third of the timeout, all twice as long as it, and the one that fails waits behind them."""
 
     def slow(images, prompts: list[str], bonus: list[int], **columns: object) -> list[float]:
         time.sleep(0.1)

@@ -44,7 +44,11 @@ class Worker:
 def _returns_in_time(
     future: Future, call: Callable[[], Any], timeout: float | None, successor: threading.Thread
 ) -> bool:
-    timer = threading.Timer(timeout or threading.TIMEOUT_MAX, lambda: future.cancel() and successor.start())
+    def give_up() -> None:
+        if future.cancel():
+            successor.start()
+
+    timer = threading.Timer(timeout or threading.TIMEOUT_MAX, give_up)
     timer.start()
     try:
         _settle(future, call)

@@ -136,7 +136,7 @@ class Scoring:
 
     def _call(self, index: int, rows: slice) -> _Call:
         function, batch = self.reward_funcs[index], self.batch
-        columns = {"images": batch.images, "prompts": batch.prompts, **batch.columns}
+        columns: dict[str, list] = {"images": batch.images, "prompts": batch.prompts, **batch.columns}
         arguments: dict[str, Any] = {name: values[rows] for name, values in columns.items()}
         if declared(function).image_type == "pt":
             assert batch.pixels is not None
