@@ -186,7 +186,7 @@ class Rollouts:
         sampled, prompts = self._scored(pending, "train"), pending.scoring.batch.prompts
         final = sampled.rollout.image_of[:, -1].tolist()
         variety = image_variety([sampled.images[index] for index in final], [prompts[index] for index in final])
-        self.metrics["train"].record("image_variety", variety)
+        self.metrics["train"].record("image_variety", variety, "nanmean")
         self.samples.keep(sampled)
         return sampled.without_images()
 
@@ -231,7 +231,7 @@ class Rollouts:
         both = ~(sampled.failed | cheap.isnan().any(1))
         fidelity = compare(exact[both], cheap[both], table.every, table.rule)
         for name, value in fidelity.overall().items():
-            self.metrics["train"].record(f"completion_check/{name}", value)
+            self.metrics["train"].record(f"completion_check/{name}", value, "nanmean")
 
     # ------------------------------------------------------------------------------- evaluation and single samples
 
@@ -251,10 +251,10 @@ class Rollouts:
         final = self.accelerator.gather_for_metrics(rewards[:, :, -1].to(self.args.device)).cpu()  # (N, F)
         metrics = self.metrics["eval"]
         for name, values in zip(self._names, final.unbind(1), strict=True):
-            metrics.record(f"rewards/{name}/mean", values)
+            metrics.record(f"rewards/{name}/mean", values, "nanmean")
             metrics.record(f"rewards/{name}/std", values, "std")
         reward = self._weighted(final[:, :trained])
-        metrics.record("reward", reward)
+        metrics.record("reward", reward, "nanmean")
         metrics.record("reward_std", reward, "std")
 
     def sample_and_score(

@@ -434,7 +434,7 @@ class TPGRPOTrainer(_BaseTrainer):
         """Log a rollout and hand its sample to callbacks, once its credit has been computed in the loss."""
         self._is_new_rollout, table = False, trajectories.table
         for name, value in rollout_metrics(table, self.reward_func_names).items():
-            self._metrics["train"].record(name, value)
+            self._metrics["train"].record(name, value, "nanmean" if "reward" in name else "mean")
         self.samples.rollout_ends([row["prompt"] for row in rows], table, self.state, self.control)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
@@ -451,7 +451,7 @@ class TPGRPOTrainer(_BaseTrainer):
     def _metrics_of_update(self) -> dict[str, float]:
         """Return what the update in progress has recorded, on all processes, for the guard rails."""
         first = self._step - self.args.gradient_accumulation_steps
-        metrics = self._metrics["train"].latest(self.accelerator)
+        metrics = self._metrics["train"].latest()
         if self._grad_norm is not None:
             metrics["grad_norm"] = self._grad_norm
         return {**metrics, "is_on_policy": float(first % self._generate_every == 0)}
@@ -493,7 +493,7 @@ class TPGRPOTrainer(_BaseTrainer):
         """Add the metrics recorded since the last log, with the evaluation's prefix if they belong to one."""
         mode = "train" if self.model.training else "eval"
         prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
-        recorded = self._metrics[mode].flush(self.accelerator)
+        recorded = self._metrics[mode].flush()
         logs.update({f"{prefix}{name}": value for name, value in recorded.items()})
         super().log(logs, start_time)
 
