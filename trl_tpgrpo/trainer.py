@@ -230,9 +230,7 @@ class TPGRPOTrainer(_BaseTrainer):
         for guard_rails in given[:1]:
             if guard_rails.action == "skip" and self.is_deepspeed_enabled:
                 raise ValueError("guard_rails='skip' cannot hold back an update of DeepSpeed: use 'warn' or 'stop'.")
-            guard_rails.watch(
-                self._metrics_of_update, self._metrics["train"].record, reward_names(self.eval_reward_funcs)
-            )
+            guard_rails.watch(self._metrics_of_update, self._metrics["train"].record, held_out)
         return next(iter(given), None)
 
     def _send_telemetry(self) -> None:
