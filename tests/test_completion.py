@@ -1,4 +1,4 @@
-"""Completion rules: their names, the steps before which they evaluate the model, their costs and results in a sweep."""
+"""Completion rules: their names, the steps before which the model is evaluated, costs and results in a sweep."""
 
 import pytest
 import torch

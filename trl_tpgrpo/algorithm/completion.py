@@ -1,8 +1,7 @@
 """How the ODE completes a state to an image: over all the sigmas that are left, or more cheaply over some of them.
 
-A cheap completion uses a subset of the sampler's own sigmas, so that the model evaluates it together with the
-trajectories. Its first evaluation is free, being that of the trajectory at the same state. It approximates the exact
-completion, which is the image of the sampler's own Euler steps, not the true end of the ODE.
+A cheap completion stops at some of the sampler's own sigmas, so that the model evaluates it with the trajectories. It
+approximates the exact completion, the image of the sampler's own Euler steps, not the true end of the ODE.
 """
 
 import re
@@ -46,8 +45,8 @@ class CompletionRule:
         match = FORM.fullmatch(name)
         if match is None:
             raise ValueError(
-                "completion must be 'exact', 'at_P_Q_...' (evaluate at steps P, Q, ... alone), 'ab2_N' or 'euler_N' (evaluate "
-                f"N times) or 'one_step', each also with '_every_M' (complete every M-th state), got {name!r}."
+                "completion must be 'exact', 'at_P_Q_...' (evaluate at steps P, Q, ... alone), 'ab2_N' or 'euler_N' "
+                f"(N evaluations) or 'one_step', each also with '_every_M' (complete every M-th state), got {name!r}."
             )
         whole, kind, number, steps, every = match.groups()
         num_steps = 1 if whole == "one_step" else int(number) if number else None
@@ -55,7 +54,7 @@ class CompletionRule:
         return cls(num_steps, at, extrapolate=kind == "ab2" or at is not None, every=int(every or 1))
 
     def stops(self, start: int, num_inference_steps: int) -> list[int]:
-        """Return the steps before which a completion that starts before step `start` is evaluated, and last the end."""
+        """Return the steps before which a completion that starts at step `start` is evaluated, and last the end."""
         left = num_inference_steps - start
         if self.at is not None:
             return [start, *(step for step in self.at if start < step < num_inference_steps), num_inference_steps]
@@ -65,21 +64,13 @@ class CompletionRule:
 
 @dataclass
 class Branch:
-    """Latents on their way to images: the trajectories, or the completions of their states before one step.
+    """Latents on their way to images: the trajectories, or the completions of their states before one step."""
 
-    Attributes:
-        latents: float32, (N, ...).
-        rows: (N,), indices of the trajectories.
-        stops: Steps before which the model is still to be evaluated, the present one first, and last the end.
-        extrapolate: Whether the velocity is extrapolated, see `CompletionRule`.
-        previous: Velocity (N, ...) and sigma of the last evaluation, if they are needed to extrapolate.
-    """
-
-    latents: Tensor
-    rows: Tensor
-    stops: list[int]
+    latents: Tensor  # float32, (N, ...)
+    rows: Tensor  # (N,), indices of the trajectories
+    stops: list[int]  # steps before which the model is still to be evaluated, the present one first, and last the end
     extrapolate: bool = False
-    previous: tuple[Tensor, Tensor] | None = None
+    previous: tuple[Tensor, Tensor] | None = None  # velocity and sigma of the last evaluation, where extrapolated
 
     def advance(self, velocity: Tensor, sigmas: Tensor) -> None:
         """Integrate the ODE to the next stop with the velocity (N, ...) at this one."""

@@ -29,15 +29,14 @@ class CreditRule:
         credit: `"outcome"` (the final reward on every step: Flow-GRPO), `"incremental"` (`r_j`), `"turning_point"` or
             `"consistent"` (`A_j` at turning points, `r_j` elsewhere) or `"lambda"` (the lambda-return of the `r_j`).
         lambda_: Decay of `"lambda"`: 0 is `"incremental"`, 1 is `A_j` everywhere.
-        trend: Gain that a turning point agrees with: `"remaining"`, from the step to the end (the paper's text), or
-            `"global"`, of the whole trajectory (the paper's demo code).
+        trend: Gain with whose sign turning points agree: `"remaining"`, from the step on, or `"global"`, of all steps.
         first_step: Whether the first step, which has none before it, may be a turning point (Remark 5.2).
         deadzone: Largest step reward that counts as 0 in the search for turning points.
         balanced: Whether to apply `balance`.
-        baseline: `"group"` subtracts the group's mean, `"completion"` nothing: `R_j` already is the state's value.
-        scale: Divide by the spread within the `"group"`, within the `"batch"`, or not at all (`"none"`).
-        scope: Mean and spread of each `"step"` on its own, or `"joint"` over all steps.
-        aggregation: Of several reward functions: `"sum_then_normalize"` or `"normalize_then_sum"` (GDPO).
+        baseline: Mean to subtract: that of the `"group"`, or none (`"completion"`), as `R_j` is the state's value.
+        scale: Spread to divide by: within the `"group"`, within the `"batch"`, or none (`"none"`).
+        scope: Steps over which mean and spread are taken: each `"step"` on its own, or all of them (`"joint"`).
+        aggregation: Order for several reward functions: `"sum_then_normalize"` or `"normalize_then_sum"` (GDPO).
     """
 
     credit: str = "consistent"
@@ -52,9 +51,6 @@ class CreditRule:
     aggregation: str = "sum_then_normalize"
 
 
-PAPER = CreditRule()
-
-
 def step_rewards(rewards: Tensor) -> Tensor:
     """Return the gain of each step, `r_j = R_{j+1} - R_j`: (B, K) from (B, K + 1)."""
     return rewards.diff(dim=1)
@@ -65,11 +61,11 @@ def aggregated_rewards(rewards: Tensor) -> Tensor:
     return rewards[:, -1:] - rewards[:, :-1]
 
 
-def turning_points(rewards: Tensor, rule: CreditRule = PAPER) -> Tensor:
+def turning_points(rewards: Tensor, rule: CreditRule) -> Tensor:
     """Find the steps that turn their trajectory around, before they are balanced: bool, (B, K) from (B, K + 1).
 
-    Unless the credit is `"turning_point"`, the gain after the step must agree too, so `|A_j| > |r_j|` (Definition 5.1).
-    A zero neither flips nor agrees.
+    Unless the credit is `"turning_point"`, the gain after the step must agree: `|A_j| > |r_j|` (Definition 5.1).
+    The sign of 0 is 0: a zero neither flips nor agrees.
     """
     gained, remaining = step_rewards(rewards), aggregated_rewards(rewards)
     direction = torch.where(gained.abs() <= rule.deadzone, 0.0, gained).sign()
@@ -84,10 +80,7 @@ def turning_points(rewards: Tensor, rule: CreditRule = PAPER) -> Tensor:
 
 
 def balance(turning: Tensor, aggregated: Tensor) -> Tensor:
-    """Keep as many turning points of positive as of negative aggregated reward, those with the largest: bool, (B, K).
-
-    Needs the whole generation batch of all processes, or the result would depend on the number of processes.
-    """
+    """Keep as many turning points of positive as of negative aggregated reward, the largest of all B: bool, (B, K)."""
     signed = torch.where(turning, aggregated, 0.0).flatten()
     number = min(int((signed > 0).sum()), int((signed < 0).sum()))
     kept = torch.zeros_like(signed, dtype=torch.bool)
@@ -124,23 +117,21 @@ def normalize(credits: Tensor, num_generations: int, rule: CreditRule) -> Tensor
     """Standardise credit (B, K) within the prompts' groups of `num_generations` adjacent rows: (B, K).
 
     The spread is the standard deviation of the population, or without a baseline the root mean square. A group without
-    spread gets 0. A row that is NaN (the function does not apply) stays so and is left out of every mean. In float32 the
-    rounding of a mean would not be small against the `EPSILON` that is added to a spread of 0, hence float64.
+    spread gets 0. A row that is NaN (the function does not apply) stays so and is left out of every mean. In float64,
+    as the rounding of a mean in float32 would not be small against the `EPSILON` that is added to a spread of 0.
     """
     grouped = credits.double().unflatten(0, (-1, num_generations))  # (B / G, G, K)
     dims = (1,) if rule.scope == "step" else (1, 2)
     spread_dims = dims if rule.scale == "group" else (0, *dims)
-    mean, spread_mean = (
-        grouped.nanmean(over, keepdim=True) if rule.baseline == "group" else 0.0 for over in (dims, spread_dims)
-    )
+    has_mean = rule.baseline == "group"
+    mean, spread_mean = (grouped.nanmean(over, keepdim=True) if has_mean else 0.0 for over in (dims, spread_dims))
     spread = (grouped - spread_mean).square().nanmean(spread_dims, keepdim=True).sqrt() + EPSILON
-    centred = grouped - mean
-    return (centred if rule.scale == "none" else centred / spread).flatten(0, 1).to(credits.dtype)
+    return ((grouped - mean) / (1 if rule.scale == "none" else spread)).flatten(0, 1).to(credits.dtype)
 
 
 @dataclass(frozen=True)
 class CreditedSteps:
-    """Advantages and, as the share of the functions that see one, turning points of all steps: float32, (B, K)."""
+    """Advantages and turning points (the share of the functions that see one) of all steps: float32, (B, K)."""
 
     advantages: Tensor
     turning_points: Tensor
@@ -150,13 +141,13 @@ class CreditedSteps:
 class RewardTable:
     """The rewards of one generation batch of all processes, and the advantages that follow from them.
 
-    For example, with `rewards_per_func = [[[0.0, 2.0, 3.0]], [[0.0, -2.0, 1.0]]]` (B = 2 images of one prompt, F = 1,
-    K = 2), `step_rewards` is `[[2, 1], [-2, 3]]`. Under `CreditRule("incremental", scale="none")`, which subtracts each
-    column's mean, `advantages` is `[[2, -1], [-2, 1]]`.
+    For example, two images of one prompt (F = 1, K = 2) with `rewards_per_func = [[[0, 2, 3]], [[0, -2, 1]]]` have
+    `step_rewards = [[2, 1], [-2, 3]]`. `CreditRule("incremental", scale="none")` subtracts the mean of each column:
+    `advantages = [[2, -1], [-2, 1]]`.
 
     Attributes:
-        rewards_per_func: float32, (B, F, K + 1), or (B, F, 1) if only the trajectories' own images are scored; NaN where
-            a function does not apply. A trajectory that is NaN throughout is left out: of means, with advantages of 0.
+        rewards_per_func: float32, (B, F, K + 1), or (B, F, 1) of the trajectories' own images alone; NaN where a
+            function does not apply. A trajectory that is NaN throughout is left out of means and has advantages of 0.
         reward_weights: (F,).
         num_generations: Group size G.
         num_steps: Number K of SDE steps.
@@ -207,7 +198,7 @@ class RewardTable:
 
 
 def compute_advantages(table: RewardTable) -> CreditedSteps:
-    """Compute the advantages of a generation batch: of the sum of the functions, or the sum over functions."""
+    """Compute credit and advantages of a generation batch, of the functions' weighted sum or function by function."""
     rule, num_blocks = table.rule, -(-table.num_steps // table.every)
     together = rule.aggregation == "sum_then_normalize"
     per_func = [table.rewards] if together else table.rewards_per_func.unbind(1)

@@ -1,7 +1,4 @@
-"""How faithful cheap completions are: their step rewards and turning points against those of exact ones.
-
-Shapes: `B` trajectories, `K` SDE steps, `C` completed states.
-"""
+"""How faithful cheap completions are: their step rewards and turning points against those of exact ones."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,19 +31,18 @@ class Fidelity:
 
 
 def compare(exact: Tensor, cheap: Tensor, every: int, rule: CreditRule) -> Fidelity:
-    """Compare rewards along the same trajectories, of exact completions and of cheap ones.
+    """Compare rewards along the same B trajectories of K SDE steps.
 
-    The rewards are (B, K + 1) with exact completions of every state, and (B, C + 1) with cheap ones of the states before
-    every n-th step (`every`). Under credits without turning points the paper's consistent ones are compared.
+    With exact completions of all states they are (B, K + 1), with cheap ones of the C states before every n-th step
+    (`every`) they are (B, C + 1). Under credits without turning points the paper's consistent ones are compared.
     """
     block = torch.arange(exact.shape[1] - 1) // every
     gains, cheap_gains = step_rewards(exact).double(), step_rewards(cheap).double()[:, block]
     turning, cheap_turning = turning_points(exact, rule), turning_points(cheap, rule)[:, block]
+    same_sign = (gains.sign() == cheap_gains.sign()).double()
     return Fidelity(
         correlation=_each_and_all(_correlation, gains, cheap_gains),
-        sign_agreement=_each_and_all(
-            lambda one, other: (one == other).double().mean(), gains.sign(), cheap_gains.sign()
-        ),
+        sign_agreement=torch.cat([same_sign.mean(0), same_sign.mean()[None]]).float(),
         f1=_each_and_all(_f1, turning, cheap_turning),
     )
 

@@ -8,17 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Surrogate:
-    """The loss of each transition and what became of its ratio.
+    """The loss of each transition and what became of its ratio, each (B,)."""
 
-    Attributes:
-        loss: (B,), with gradient.
-        ratio: (B,), new over old probability.
-        clipped: (B,) bool, whether the clip took the gradient away.
-    """
-
-    loss: Tensor
-    ratio: Tensor
-    clipped: Tensor
+    loss: Tensor  # with gradient
+    ratio: Tensor  # new over old probability
+    clipped: Tensor  # bool, whether the clip took the gradient away
 
 
 def clipped_surrogate(

@@ -9,10 +9,9 @@ With T = 4 steps and an SDE window of K = 3, where x_j is a trajectory after j S
                              `--------- c_2 ------- image of R_2
     1           2           3           4           function evaluations a trajectory, in one model call a column
 
-Every pending completion is at the sigma of its trajectory, so the model is called T times in all, and begins with the
-velocity of the trajectory's own step, so its first evaluation is free. Each distinct pair of state and sigma is evaluated
-once, the least that an exact scheme can take: 55 evaluations a trajectory for T = 10, K = 9. Trajectories with the same
-initial noise are one until their first SDE step.
+Pending completions are at the trajectory's sigma, so T model calls are enough, and their first evaluation is that of
+the trajectory. Each distinct pair of state and sigma is evaluated once, the least that an exact scheme can take: 55
+times a trajectory for T = 10, K = 9. Trajectories with the same initial noise are one until their first SDE step.
 
 Shapes: `B` trajectories, `K` SDE steps in the window, `C` completed states (K unless the rule says fewer), `M` images,
 `...` the dimensions of a latent. States are kept in float32, in which every dtype of a model fits without loss.
@@ -30,8 +29,7 @@ from .sde import log_prob, sample, transition
 
 
 Velocity = Callable[[Tensor, int, Tensor], Tensor]
-"""`velocity(latents, step, rows)`: prediction at `latents` (N, ...) before `step`; row n takes the prompt of trajectory
-`rows[n]`."""
+"""`velocity(latents, step, rows)`: prediction at `latents` (N, ...) before `step`, with the prompts of `rows` (N,)."""
 
 Generators = list[torch.Generator]
 EXACT = CompletionRule()
@@ -58,8 +56,8 @@ class Window:
 class Rollout:
     """The result of a sweep.
 
-    Two trajectories with the same initial noise and C = 2 have M = 5 images: one completion of x_0 for both, two of x_1
-    and two of their own. Then `image_of` is `[[0, 1, 3], [0, 2, 4]]` and `rows` is `[0, 0, 1, 0, 1]`.
+    Two trajectories with the same initial noise and C = 2 have M = 5 images: one completion of x_0 for both, one of
+    x_1 for each, and two of their own. So `image_of` is `[[0, 1, 3], [0, 2, 4]]` and `rows` is `[0, 0, 1, 0, 1]`.
 
     Attributes:
         states: float32, (B, K + 1, ...): the trajectory before each SDE step and after the last.
@@ -126,9 +124,7 @@ def roll_out(
 def _check(window: Window, num_steps: int, generators: Generators | None, num_noises: int) -> None:
     if not 0 <= window.start < window.stop < num_steps:
         bounds = f"[{window.start}, {window.stop})"
-        raise ValueError(
-            f"The window {bounds} must hold one or more of the first {num_steps - 1} steps of {num_steps}."
-        )
+        raise ValueError(f"Window {bounds} must hold one or more of the first {num_steps - 1} steps of {num_steps}.")
     if window.noise_level <= 0:
         raise ValueError(f"An SDE step needs noise: noise_level must be above 0, got {window.noise_level}.")
     if not generators or len(generators) % num_noises:
@@ -156,8 +152,7 @@ class _Sweep:
 
     def evaluate(self, velocity: Velocity, step: int, batch_size: int | None) -> Tensor:
         """Evaluate all that is at `step`, advance the completions, return the trajectories' velocity."""
-        completions = [completion for completion in self.completions if completion.stops[0] == step]
-        branches = [self.trajectories, *completions]
+        branches = [self.trajectories, *(branch for branch in self.completions if branch.stops[0] == step)]
         latents, rows = torch.cat([one.latents for one in branches]), torch.cat([one.rows for one in branches])
         num_chunks = -(-len(latents) // (batch_size or len(latents)))
         chunks = zip(latents.chunk(num_chunks), rows.chunk(num_chunks), strict=True)
@@ -167,7 +162,7 @@ class _Sweep:
         predicted = torch.cat(predictions)
         self.finite.append(torch.isfinite(predicted).all())
         by_branch = predicted.split([len(branch.rows) for branch in branches])
-        for completion, completion_velocity in zip(completions, by_branch[1:], strict=True):
+        for completion, completion_velocity in zip(branches[1:], by_branch[1:], strict=True):
             completion.advance(completion_velocity, self.sigmas)
         return by_branch[0]
 
@@ -179,7 +174,7 @@ class _Sweep:
             completion = Branch(trajectories.latents, trajectories.rows, stops, rule.extrapolate)
             completion.advance(velocity, self.sigmas)
             self.completions.append(completion)
-        if position == 0:  # those that share their initial noise part
+        if position == 0:  # trajectories with the same initial noise part ways
             shared = len(self.generators) // len(velocity)
             velocity = velocity.repeat_interleave(shared, 0)
             trajectories.latents = trajectories.latents.repeat_interleave(shared, 0)
@@ -194,7 +189,7 @@ class _Sweep:
 
     def result(self) -> Rollout:
         """Return the rollout, once all branches are at their end, or raise if a prediction was not finite."""
-        finite = torch.stack(self.finite)  # read only here, so that no step waits for the device
+        finite = torch.stack(self.finite)  # the one wait for the device, also for the copies of the states
         if not finite.all():
             raise FloatingPointError(
                 f"The model's prediction at sampling step {int((~finite).nonzero()[0])} is not finite. Usual causes: "
@@ -203,15 +198,11 @@ class _Sweep:
         branches, last = [*self.completions, self.trajectories], self.trajectories.latents
         rows = torch.cat([branch.rows for branch in branches]).cpu()
         images = torch.arange(len(rows)).split([len(branch.rows) for branch in branches])
-        return Rollout(
-            states=self.states.transpose(0, 1),
-            log_probs=torch.stack(self.log_probs, 1) if self.log_probs else last.new_empty(len(last), 0),
-            final_latents=torch.cat([branch.latents for branch in branches]),
-            image_of=torch.stack([image.repeat_interleave(len(last) // len(image)) for image in images], 1),
-            rows=rows,
-            num_evaluations=self.num_evaluations,
-            num_calls=self.num_calls,
-        )
+        image_of = torch.stack([image.repeat_interleave(len(last) // len(image)) for image in images], 1)
+        log_probs = torch.stack(self.log_probs, 1) if self.log_probs else last.new_empty(len(last), 0)
+        ends = torch.cat([branch.latents for branch in branches])
+        states = self.states.transpose(0, 1)
+        return Rollout(states, log_probs, ends, image_of, rows, self.num_evaluations, self.num_calls)
 
 
 def fastest_batch_size(seconds: Callable[[int], float], largest: int) -> int:

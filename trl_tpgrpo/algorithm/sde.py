@@ -1,9 +1,8 @@
 """One step of a sampler: the distribution of the next state, a draw from it, and the log-probability of a given one.
 
-Shapes: `B` samples, `...` the dimensions of a latent. `sigma` and `sigma_next` are 0-dimensional float32 tensors on the
-CPU (the noise level before and after the step, 1 is pure noise), so that no step waits for the device. Densities are
-computed in float32, by the same functions in the rollout and in the loss, so that a policy that has not moved has a
-probability ratio of 1.
+Shapes: `B` samples, `...` the dimensions of a latent. `sigma` and `sigma_next`, the noise levels before and after the
+step (1 is pure noise), are 0-dimensional float32 tensors on the CPU, so that no step waits for the device. Densities
+are computed in float32, by one function for rollout and loss: a policy that has not moved has a ratio of exactly 1.
 """
 
 from dataclasses import dataclass
@@ -15,28 +14,22 @@ from torch import Tensor
 
 SDE_TYPES = ("flow_sde", "cps", "dance_sde")
 LOG_PROB_TYPES = ("gaussian", "squared_error")
-PURE_NOISE = 1 - 1e-6
-"""From here on `sigma` counts as 1: schedulers that shift their sigmas round the first one up or down."""
+PURE_NOISE = 1 - 1e-6  # from here on sigma counts as 1: schedulers that shift their sigmas round the first one
 
 
 @dataclass(frozen=True)
 class Transition:
-    """The Gaussian from which an SDE step draws the next state.
+    """The Gaussian from which an SDE step draws the next state, in float32."""
 
-    Attributes:
-        mean: float32, (B, ...).
-        std: float32, 0-dimensional; 0 where the step is deterministic and has no density.
-    """
-
-    mean: Tensor
-    std: Tensor
+    mean: Tensor  # (B, ...)
+    std: Tensor  # 0-dimensional; 0 where the step is deterministic and has no density
 
 
 def ode_step(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
     """Return latents (B, ...) after an Euler step, to the bit as diffusers' `FlowMatchEulerDiscreteScheduler.step`.
 
-    The product with the 0-dimensional float32 `sigma` keeps the dtype of the velocity (B, ...), and so does the result:
-    a bfloat16 model is rounded wherever its pipeline rounds.
+    The product with the 0-dimensional float32 `sigma` keeps the dtype of the velocity (B, ...), and so does the
+    result: a bfloat16 model is rounded wherever its pipeline rounds.
     """
     return (latents.float() + (sigma_next - sigma) * velocity).to(velocity.dtype)
 
@@ -46,9 +39,9 @@ def extrapolated_steps(
 ) -> Tensor:
     """Return latents (B, ...) after Euler steps over several sigmas, the velocity extrapolated from two evaluations.
 
-    This is the two-step rule of Adams and Bashforth as an approximation to the sampler's own Euler steps rather than to
-    the ODE: over a single step it equals `ode_step`. Latents and velocity (B, ...) are at `sigmas[0]`, the result is at
-    `sigmas[-1]` in the velocity's dtype, and `velocity_before` was evaluated at `sigma_before`, above `sigmas[0]`.
+    This is the two-step rule of Adams and Bashforth for the sampler's own Euler steps rather than the ODE: over one
+    step it equals `ode_step`. Latents and velocity (B, ...) are at `sigmas[0]`, the result is at `sigmas[-1]` in the
+    velocity's dtype, and `velocity_before` was evaluated at `sigma_before`, above `sigmas[0]`.
     """
     lever = ((sigmas[:-1] - sigmas[0]) * sigmas.diff()).sum() / (sigmas[0] - sigma_before)
     step = (sigmas[-1] - sigmas[0]) * velocity.float() + lever * (velocity.float() - velocity_before.float())
@@ -65,9 +58,8 @@ def transition(
             2509.05952) or `"dance_sde"` (DanceGRPO, arXiv 2505.07818).
         latents: (B, ...).
         velocity: (B, ...), the model's prediction at `latents` and `sigma`.
-        sigma: Noise level before the step. At 1, `flow_sde` divides by `1 - sigma_next` instead of 0.
-        sigma_next: Noise level after it, below `sigma`.
-        noise_level: Amount of noise that a step adds; 0 gives the ODE step.
+        sigma: Noise level at `latents`. At 1, `flow_sde` divides by `1 - sigma_next` instead of 0.
+        noise_level: Strength of the noise; 0 gives the ODE step.
 
     Raises:
         ValueError: If `sde_type` is not one of the three.
@@ -96,8 +88,8 @@ def sample(step: Transition, noise: Tensor) -> Tensor:
 def log_prob(step: Transition, latents: Tensor, log_prob_type: str = "gaussian") -> Tensor:
     """Return the log-probability of arriving at `latents`, averaged over all but the batch dimension: (B,).
 
-    `"gaussian"` is the log-density. `"squared_error"` is `-(latents - mean)**2`, without variance and constants, as the
-    published code computes it under `cps`; it weighs the steps differently.
+    `"gaussian"` is the log-density. `"squared_error"` is `-(latents - mean)**2`, without variance and constants, as
+    the published code computes it under `cps`; it weighs the steps differently.
 
     Raises:
         ValueError: If `log_prob_type` is neither.
