@@ -168,7 +168,7 @@ class _Sweep:
 
     def take_sde_step(self, step: int, velocity: Tensor, window: Window, rule: CompletionRule | None) -> None:
         """Start the completion of the state and advance the trajectories with noise."""
-        trajectories, position, sigmas = self.trajectories, step - window.start, self.sigmas[step : step + 2]
+        trajectories, position = self.trajectories, step - window.start
         if rule is not None and position % rule.every == 0:
             stops = rule.stops(step, len(self.sigmas) - 1)
             completion = Branch(trajectories.latents, trajectories.rows, stops, rule.extrapolate)
@@ -180,8 +180,8 @@ class _Sweep:
             trajectories.latents = trajectories.latents.repeat_interleave(shared, 0)
             trajectories.rows = torch.arange(len(self.generators), device=velocity.device)
             self.states[0].copy_(trajectories.latents, non_blocking=True)
-        latents = trajectories.latents
-        drawn = transition(window.sde_type, latents, velocity, *sigmas, window.noise_level)
+        latents, (sigma, sigma_next) = trajectories.latents, self.sigmas[step : step + 2]
+        drawn = transition(window.sde_type, latents, velocity, sigma, sigma_next, window.noise_level)
         noise = randn_tensor(latents.shape, self.generators, latents.device, torch.float32)
         trajectories.latents, trajectories.stops = sample(drawn, noise), trajectories.stops[1:]
         self.log_probs.append(log_prob(drawn, trajectories.latents, window.log_prob_type))
