@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .algorithm.credit import CreditRule, RewardTable
+from .algorithm.credit import CreditedSteps, CreditRule, RewardTable
 from .algorithm.rollout import Rollout, Window
 from .algorithm.sde import Transition, log_prob, transition
 from .policies.base import Conditioning, Schedule
@@ -182,7 +182,7 @@ class Trajectories:
         )
 
 
-SAVED_CLASSES: list[Any] = [Conditioning, CreditRule, RewardTable, Schedule, Trajectories, Window]
+SAVED_CLASSES: list[Any] = [Conditioning, CreditedSteps, CreditRule, RewardTable, Schedule, Trajectories, Window]
 """Classes in the file of a rollout that is in use when a checkpoint is saved."""
 
 SAVED_CLASSES += [

@@ -389,7 +389,7 @@ class TPGRPOTrainer(_BaseTrainer):
         """
         if return_outputs:
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
-        advantages = inputs.table.advantages[inputs.rows, inputs.position].to(inputs.latents.device)  # (B,)
+        advantages = inputs.table.credited.advantages[inputs.rows, inputs.position].to(inputs.latents.device)  # (B,)
         velocity = self._velocity(model, inputs)
         step = inputs.transition(velocity)
         log_probs = inputs.log_prob(step)
