@@ -34,3 +34,16 @@ def relative_difference(velocity: Tensor, reference: Tensor) -> Tensor:
     """Return `|v - v_ref|^2 / |v_ref|^2`, (B,), of velocities (B, ...): a distance that no SDE or schedule scales."""
     distance = (velocity.float() - reference.float()).flatten(1).square().sum(1)
     return distance / reference.float().flatten(1).square().sum(1)
+
+
+def first_wrong_term(terms: list[tuple[int, dict[str, Tensor], Tensor]]) -> str:
+    """Name the first SDE step and term of a loss that is not finite, and the largest ratio there.
+
+    Args:
+        terms: By step its position in the window, the terms of its loss by name, and the largest probability ratio.
+    """
+    for position, named, ratio in terms:
+        wrong = [name for name, value in named.items() if not torch.isfinite(value)]
+        if wrong:
+            return f"the {wrong[0]} of SDE step {position}, where the largest probability ratio is {ratio.item():.3g}"
+    return "the sum of finite terms"
