@@ -62,11 +62,11 @@ Config = TypeVar("Config", bound=type)
 
 def described(config: Config) -> Config:
     """Give the fields of a dataclass what `--help` shows: their descriptions in its docstring and their choices."""
-    described_fields = {item.name: item for item in fields(config)}
+    items = {item.name: item for item in fields(config)}
     for name, text in PARAMETER.findall(inspect.cleandoc(config.__doc__ or "")):
         plain = re.sub(r"\[`~?(.+?)`\]", r"\1", " ".join(text.split())).replace("%", "%%")
         choices = {"choices": CHOICES[name]} if name in CHOICES else {}
-        described_fields[name].metadata = MappingProxyType({"help": plain, **choices})
+        items[name].metadata = MappingProxyType({**items[name].metadata, **choices, "help": plain})
     return config
 
 
