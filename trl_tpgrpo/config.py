@@ -147,8 +147,8 @@ class TPGRPOConfig(_BaseConfig):
         noise_level (`float`, *optional*, defaults to `0.7`): Noise that an SDE step adds: above 0, since a step
             without noise has no probability to train, and at most 1 under `"cps"`.
         sde_window_size (`int`, *optional*): Number K of SDE steps, all trained on. `None`: all of `sde_window_range`.
-        sde_window_range (`list[int]`, *optional*): Steps `[start, stop)` for the window. If they are more than K, its
-            start is drawn once per rollout, for all processes. `None`: all but the last step, and a start at 0.
+        sde_window_range (`list[int]`, *optional*): Steps `[start, stop)` for the window, whose start is drawn once per
+            rollout, for all processes, if they are more than K. `None`: all but the last step, with the start at 0.
         sde_window_share (`float`, *optional*): Share of the step rewards' variance within groups. Instead of
             `sde_window_size`, the shortest window in `sde_window_range` with this share is measured before the first
             rollout, on the first prompts. `None`: no measurement.
@@ -239,7 +239,7 @@ class TPGRPOConfig(_BaseConfig):
         num_completions_to_print (`int`, *optional*): Samples shown, from the first. `None`: the first prompt's group.
         log_images_steps (`int`, *optional*, defaults to `20`): Updates between reports to TensorBoard, W&B or trackio
             (`report_to`): the samples' images, a trajectory with turning points, histograms of rewards, step rewards
-            and advantages. First images of each evaluation are sent, and saved in `output_dir/images`. `None`: never.
+            and advantages. Each evaluation's first images are sent, and saved in `output_dir/images`. `None`: never.
 
         > Parameters whose defaults differ from [`~transformers.TrainingArguments`]
         bf16 (`bool`, *optional*): Whether to use mixed precision. `None`: yes if the device can and `fp16` is not set.

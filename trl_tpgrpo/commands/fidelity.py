@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -94,19 +95,15 @@ def measure(trainer: TPGRPOTrainer, prompts: list[dict[str, Any]], names: list[s
     trainer.model.eval()
     rewards: dict[str, list[torch.Tensor]] = {name: [] for name in ["exact", *names]}
     evaluations, images = dict.fromkeys(rewards, 0), dict.fromkeys(rewards, 0)
-    progress = tqdm(total=len(prompts) * len(rewards), desc="Prompts x rules")
-    for index, prompt in enumerate(prompts):
+    for (index, prompt), name in tqdm(list(product(enumerate(prompts), rewards)), desc="Prompts x rules"):
         window = trainer.rollouts.draw_window(index)
-        for name in rewards:
-            generators = trainer.rollouts.generators(NOISE, index, number)
-            with trainer.accelerator.autocast():
-                sampled = trainer.sample_and_score([prompt] * number, generators, window, CompletionRule.parse(name))
-            weighted = (sampled.rewards * trainer.rollouts.reward_weights[:, None]).nansum(1)
-            rewards[name].append(weighted.masked_fill(sampled.failed[:, None], torch.nan))
-            evaluations[name] += sampled.rollout.num_evaluations
-            images[name] += len(sampled.images)
-            progress.update()
-    progress.close()
+        generators = trainer.rollouts.generators(NOISE, index, number)
+        with trainer.accelerator.autocast():
+            sampled = trainer.sample_and_score([prompt] * number, generators, window, CompletionRule.parse(name))
+        weighted = (sampled.rewards * trainer.rollouts.reward_weights[:, None]).nansum(1)
+        rewards[name].append(weighted.masked_fill(sampled.failed[:, None], torch.nan))
+        evaluations[name] += sampled.rollout.num_evaluations
+        images[name] += len(sampled.images)
     total, rule = len(prompts) * number, trainer.args.credit_rule
     exact = torch.cat(rewards["exact"])
     return [

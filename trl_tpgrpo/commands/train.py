@@ -14,7 +14,7 @@ from datasets import Dataset, load_dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset, get_peft_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from ..config import TPGRPOConfig, described, non_defaults
+from ..config import PARAMETER, TPGRPOConfig, described, non_defaults
 from ..hub import HubError
 from ..rewards import RewardFunc
 from ..rewards.remote import remote_reward_from_url
@@ -40,9 +40,8 @@ BUILT_IN_REWARDS = {
     "strict_reward": "trl_tpgrpo.testbed.checker.strict_reward",
 }
 
-# A line of a docstring with the heading of a group, or with the beginning of a parameter
+# The heading of a group of parameters in a docstring
 HEADING = re.compile(r" {4}> Parameters (?:that control (?:the )?(.+))?")
-PARAMETER = re.compile(r" {4}(\w+) \(")
 
 
 @dataclass
@@ -125,13 +124,12 @@ def split_options(parser: TrlParser, argv: list[str]) -> tuple[list[str], list[s
     arguments, unknown = parser.parse_known_args(argv)
     recipe = yaml.safe_load(Path(arguments.config).read_text()) if arguments.config else {}
     names = {action.dest for action in parser._actions} | {"env"}
-    foreign_items = [item for name, value in recipe.items() if name not in names for item in (f"--{name}", str(value))]
-    launch_options = resolve_accelerate_config_argument(foreign_items + unknown)
-    _, foreign = launch_command_parser().parse_known_args([*launch_options, "script"])
-    if foreign:
-        raise ValueError(
-            f"Unknown options: {' '.join(foreign)}. See trl-tpgrpo train --help and accelerate launch --help."
-        )
+    others = [item for name, value in recipe.items() if name not in names for item in (f"--{name}", str(value))]
+    launch_options = resolve_accelerate_config_argument(others + unknown)
+    _, refused = launch_command_parser().parse_known_args([*launch_options, "script"])
+    if refused:
+        options = " ".join(refused)
+        raise ValueError(f"Unknown options: {options}. See trl-tpgrpo train --help and accelerate launch --help.")
     return launch_options, _without(argv, unknown)
 
 
@@ -261,9 +259,8 @@ def load_reward(name: str) -> RewardFunc:
             f"No reward function {name!r}: use one of {list(BUILT_IN_REWARDS)}, a dotted import path such as "
             "my_rewards.mine, or a URL."
         )
-    found: Any = find_function(path)
-    reward_func: Any = found() if inspect.isclass(found) else found
-    return reward_func
+    function: Any = find_function(path)
+    return function() if inspect.isclass(function) else function
 
 
 def load_prompts(
