@@ -259,8 +259,9 @@ def load_reward(name: str) -> RewardFunc:
             f"No reward function {name!r}: use one of {list(BUILT_IN_REWARDS)}, a dotted import path such as "
             "my_rewards.mine, or a URL."
         )
-    function: Any = find_function(path)
-    return function() if inspect.isclass(function) else function
+    found: Any = find_function(path)
+    reward_func: Any = found() if inspect.isclass(found) else found
+    return reward_func
 
 
 def load_prompts(
