@@ -75,6 +75,7 @@ class _ScriptedHandler(BaseHTTPRequestHandler):
 
 @contextmanager
 def scripted(reply: Callable[[dict[str, Any], int], Reply]) -> Iterator[Scripted]:
+    """Start a server that answers as `reply` says."""
     server = Scripted(reply)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:

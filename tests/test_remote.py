@@ -1,4 +1,4 @@
-"""Remote rewards against real servers on the loopback interface: under load, through faults, with a message for each."""
+"""Remote rewards against real servers on the loopback interface: under load, through faults, each with a message."""
 
 import asyncio
 import math

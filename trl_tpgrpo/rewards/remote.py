@@ -14,16 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
+import tenacity
 from PIL import Image
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    RetryError,
-    retry_if_exception_type,
-    retry_if_result,
-    stop_after_attempt,
-    wait_exponential,
-)
 
 from .contract import RewardUnavailable
 from .serving.protocol import is_loopback
@@ -32,7 +24,9 @@ from .serving.protocol import is_loopback
 TOKEN_VARIABLE = "TRL_TPGRPO_REWARD_TOKEN"
 RETRIED_STATUSES = (502, 503, 504)
 RETRIED_ERRORS = (TimeoutError, httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
-RETRIED = retry_if_exception_type(RETRIED_ERRORS) | retry_if_result(lambda it: it.status_code in RETRIED_STATUSES)
+RETRIED = tenacity.retry_if_exception_type(RETRIED_ERRORS) | tenacity.retry_if_result(
+    lambda response: response.status_code in RETRIED_STATUSES
+)
 FIRST_PAUSE = 0.5
 MAX_PAUSE = 30.0
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
@@ -126,21 +120,10 @@ class RemoteReward:
             RemoteRewardError: If the server gives no rewards.
             ValueError: If an image or a column cannot be sent.
         """
-        columns, size = self._sendable(columns), self.num_images_per_request
-        async with httpx2.AsyncClient(**self._client_options) as client:
-            try:
-                async with asyncio.TaskGroup() as requests:
-                    tasks = []
-                    for start in range(0, len(images), size):
-                        rows = slice(start, start + size)
-                        part = {name: values[rows] for name, values in columns.items()}
-                        tasks.append(requests.create_task(self._ask(client, start, images[rows], prompts[rows], part)))
-            except ExceptionGroup as group:  # the first error has ended the other requests
-                raise group.exceptions[0] from group.exceptions[0].__cause__
-        answers = [task.result() for task in tasks]
+        answers = await self._answers(images, prompts, self._sendable(columns))
         if log_metric is not None:
-            for name, value in [logged for answer in answers for logged in answer["metrics"]]:
-                log_metric(name, value)
+            for logged in [logged for answer in answers for logged in answer["metrics"]]:
+                log_metric(*logged)
         if log_extra is not None:
             for name in dict.fromkeys(name for answer in answers for name in answer["extra"]):
                 parts = [answer["extra"].get(name, [None] * len(answer["rewards"])) for answer in answers]
@@ -165,17 +148,29 @@ class RemoteReward:
                     )
         return {name: columns[name] for name in names}
 
+    async def _answers(self, images: list, prompts: list[str], columns: dict[str, list]) -> list[dict[str, Any]]:
+        tasks, size = [], self.num_images_per_request
+        try:
+            async with httpx2.AsyncClient(**self._client_options) as client, asyncio.TaskGroup() as requests:
+                for start in range(0, len(images), size):
+                    rows = slice(start, start + size)
+                    part = {name: values[rows] for name, values in columns.items()}
+                    tasks.append(requests.create_task(self._ask(client, start, images[rows], prompts[rows], part)))
+        except ExceptionGroup as group:  # the first error has ended the other requests
+            raise group.exceptions[0] from group.exceptions[0].__cause__
+        return [task.result() for task in tasks]
+
     async def _ask(
         self, client: httpx2.AsyncClient, first_row: int, images: list, prompts: list[str], columns: dict[str, list]
     ) -> dict[str, Any]:
         # A request is made within its slot, so that no more of them are in memory than are under way.
         async with self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.concurrency)):
             body = await asyncio.to_thread(_encoded, first_row, images, prompts, columns)
-            stop = stop_after_attempt(self.num_retries + 1)
-            retrying = AsyncRetrying(retry=RETRIED, wait=self._pause, stop=stop)
+            stop = tenacity.stop_after_attempt(self.num_retries + 1)
+            retrying = tenacity.AsyncRetrying(retry=RETRIED, wait=self._pause, stop=stop)
             try:
                 response = await retrying(self._post, client, body)
-            except RetryError as error:
+            except tenacity.RetryError as error:
                 raise ServerUnavailable(
                     f"The reward server {self.url} has not scored rows {first_row} to {first_row + len(images) - 1}: "
                     f"{self._last_failure(error)}. Is it running, and is its queue long enough for all its clients? "
@@ -189,19 +184,19 @@ class RemoteReward:
         async with asyncio.timeout(self.seconds_per_attempt):
             return await client.post(self.url, content=body)
 
-    def _pause(self, state: RetryCallState) -> float:
+    def _pause(self, state: tenacity.RetryCallState) -> float:
         """Return the seconds until the next attempt, which the server may have asked for."""
-        pause, outcome = wait_exponential(FIRST_PAUSE, MAX_PAUSE)(state), state.outcome
+        pause, outcome = tenacity.wait_exponential(FIRST_PAUSE, MAX_PAUSE)(state), state.outcome
         if outcome is not None and not outcome.failed:
             asked = outcome.result().headers.get("Retry-After", "")
             pause = min(MAX_PAUSE, float(asked)) if asked.isascii() and asked.isdigit() else pause
         return pause * self._random.uniform(1, 1.25)
 
-    def _last_failure(self, retry: RetryError) -> str:
+    def _last_failure(self, retry: tenacity.RetryError) -> str:
         attempt = retry.last_attempt
         error = attempt.exception()
         if error is None:
-            what = f"status {attempt.result().status_code}: {_message(attempt.result())}"
+            what = f"status {attempt.result().status_code}: {_error(attempt.result())[1]}"
         elif isinstance(error, TimeoutError):
             what = f"no answer within {self.seconds_per_attempt:g} seconds"
         else:
@@ -210,16 +205,13 @@ class RemoteReward:
 
     def _refused(self, response: httpx2.Response, first_row: int, prompts: list[str]) -> RemoteRewardError:
         """Return the server's error, with the row of the call and its prompt."""
-        try:
-            row = response.json()["error"]["row"]
-        except (ValueError, KeyError, TypeError):  # a proxy's, for example
-            row = None
+        row, message = _error(response)
         known = isinstance(row, int) and 0 <= row < len(prompts)
         where = f" (row {first_row + row}, prompt {prompts[row]!r})" if known else ""
         remedy = REMEDIES.get(response.status_code, "See docs/remote_rewards.md for what the server's answers mean")
         remedy = remedy.format(server=self.server, batch_size=self.num_images_per_request)
         answered = f"The reward server {self.url} answered with status {response.status_code}{where}"
-        return RemoteRewardError(f"{answered}: {_message(response)} {remedy}.")
+        return RemoteRewardError(f"{answered}: {message} {remedy}.")
 
     def _parsed(self, response: httpx2.Response, number: int) -> dict[str, Any]:
         """Return the rewards, metrics and extra columns of an answer.
@@ -276,12 +268,13 @@ def _encoded(first_row: int, images: list[Image.Image], prompts: list[str], colu
     return json.dumps(body, allow_nan=False).encode()
 
 
-def _message(response: httpx2.Response) -> str:
-    """Return what an answer says is wrong, or its beginning."""
+def _error(response: httpx2.Response) -> tuple[Any, str]:
+    """Return the row and the message of an error, or the beginning of an answer that is a proxy's, for example."""
     try:
-        return str(response.json()["error"]["message"])[:500]
-    except (ValueError, KeyError, TypeError):
-        return f"it said {response.text[:200]!r}."
+        error = response.json()["error"]
+        return error.get("row"), str(error["message"])[:500]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None, f"it said {response.text[:200]!r}."
 
 
 def _headers(token: str | None) -> httpx2.Headers:  # a dictionary would show the token where it is printed

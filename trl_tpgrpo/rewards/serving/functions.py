@@ -82,7 +82,7 @@ class ServedReward:
         given: Any = self._tensor(images) if self.image_type == "pt" else images
         values = self.function(images=given, prompts=prompts, **columns, **log)
         if inspect.isawaitable(values):
-            values = asyncio.run(_awaited(values))
+            values = asyncio.run(asyncio.wait_for(values, timeout=None))  # which takes what `run` does not
         return Outcome(self._checked(values, len(images)), metrics, extra)
 
     def _tensor(self, images: list[Image.Image]) -> Any:
@@ -116,14 +116,10 @@ class ServedReward:
 
     def raised(self, error: BaseException, where: str = "") -> Refusal:
         """Return the answer to requests on which the function has raised; the log has the traceback."""
-        kind = type(error).__name__
         logger.error("The reward function %r raised%s.", self.name, where, exc_info=error)
+        kind = type(error).__name__
         message = f"The reward function {self.name!r} raised {kind}: {error}{where}."
         return Refusal(500 if where else 422, "reward_raised", message, exception=kind)
-
-
-async def _awaited(values: Any) -> Any:
-    return await values
 
 
 def find_function(path: str) -> Callable[..., Any]:

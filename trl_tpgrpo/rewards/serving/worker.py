@@ -103,7 +103,7 @@ class Worker:
         return items
 
     def _score(self, items: list[Item]) -> list[tuple[list[Item], Outcome | Refusal]]:
-        """Score a batch, or one by one where the function raises on it, to serve the requests that are not the cause."""
+        """Score a batch, or one by one if the function raises on it, to serve the requests that are not the cause."""
         columns = {name: [item.columns[name] for item in items] for name in items[0].columns}
         try:
             return [(items, self.reward.call([i.image for i in items], [i.prompt for i in items], columns))]
