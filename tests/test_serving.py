@@ -428,8 +428,11 @@ def test_names_must_be_urls() -> None:
 
 
 def test_functions_are_found_by_path_and_built_in_name(tmp_path: Path, monkeypatch) -> None:
+    from trl_tpgrpo import rewards
     from trl_tpgrpo.rewards import jpeg_compressibility
 
+    assert all(callable(getattr(rewards, name)) for name in rewards.__all__)
+    assert sorted(rewards.MODULES) == sorted(rewards.__all__)
     (tmp_path / "own_rewards.py").write_text(REWARDS)
     monkeypatch.chdir(tmp_path)
     assert find_function("own_rewards.slow").__name__ == "slow"

@@ -169,7 +169,7 @@ class RemoteReward:
             stop = tenacity.stop_after_attempt(self.num_retries + 1)
             retrying = tenacity.AsyncRetrying(retry=RETRIED, wait=self._pause, stop=stop)
             try:
-                response = await retrying(self._post, client, body)
+                response: httpx2.Response = await retrying(self._post, client, body)
             except tenacity.RetryError as error:
                 raise ServerUnavailable(
                     f"The reward server {self.url} has not scored rows {first_row} to {first_row + len(images) - 1}: "

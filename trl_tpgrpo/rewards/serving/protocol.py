@@ -58,12 +58,12 @@ def parse_request(body: bytes, max_image_pixels: int) -> ScoreRequest:
         raise _malformed(f"the body is no JSON: {error}") from error
     if not isinstance(fields, dict):
         raise _malformed("the body must be an object")
-    request_id, images, prompts = (fields.get(name) for name in ("id", "images", "prompts"))
+    request_id, images = fields.get("id"), fields.get("images")
     if not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_ID_LENGTH:
         raise _malformed(f"`id` must be a string of 1 to {MAX_ID_LENGTH} characters")
     if not isinstance(images, list) or not images:
         raise _malformed("`images` must be a list of at least one image")
-    number, columns = len(images), fields.get("columns", {})
+    number, prompts, columns = len(images), fields.get("prompts", []), fields.get("columns", {})
     if not _is_list(prompts, number) or not all(isinstance(prompt, str) for prompt in prompts):
         raise _malformed(f"`prompts` must be a list of as many strings as there are images, {number}")
     if not isinstance(columns, dict) or not all(_is_list(values, number) for values in columns.values()):
