@@ -303,7 +303,7 @@ def test_a_full_queue_is_waited_for_and_then_named(monkeypatch) -> None:
         url = f"http://127.0.0.1:{server.port}"
         patient = RemoteReward(url, "slow", batch_size=1, concurrency=6, num_retries=1000)
         asked = pool.submit(score, patient, range(12))
-        assert started.wait(10)  # one that is taken out of the queue later would leave a place in it
+        assert started.wait(10)  # taken out of the queue later, it would leave room there
         while request(server, "GET", "/health")[1]["rewards"]["slow"]["num_waiting"] < 2:
             time.sleep(0.01)
         try:
