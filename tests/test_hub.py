@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,11 +17,11 @@ from huggingface_hub import HfApi, ModelCard, snapshot_download
 from PIL import Image
 from safetensors.torch import load_file
 from test_model_card import parsed
-from test_trainer import SIZE, assert_same, build, trained
+from test_trainer import SIZE, assert_same, build, config, trained
 from tiny import tiny_sd3
 
 from trl_tpgrpo.commands import train
-from trl_tpgrpo.hub import HubError
+from trl_tpgrpo.hub import HubError, HubRepository
 
 
 ROOT = Path(__file__).parents[1]
@@ -37,8 +38,9 @@ RESUMABLE = {
 def environment(server: HubServer, tmp_path: Path, token: str = WRITE) -> dict[str, str]:
     """The same for another process."""
     return {
-        **os.environ, "HF_ENDPOINT": server.endpoint, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1",
-        "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "ACCELERATE_USE_CPU": "true",
+        **os.environ, "HF_ENDPOINT": server.endpoint, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home"),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
 
 
@@ -332,6 +334,23 @@ def test_a_failure_in_mid_run_is_warned_of_with_the_command_that_makes_up_for_it
     subprocess.run([f"{sys.prefix}/bin/hf", *later(warnings[1])[1:]], env=environment(hub, tmp_path), check=True)
     checkpoints = {f"checkpoint-{step}/{name}" for step in (1, 2) for name in RESUMABLE}
     assert set(hub.files("me/run")) == CARD | ADAPTER | IMAGES | checkpoints
+
+
+def test_a_skipped_checkpoint_that_has_been_deleted_is_warned_of(hub: HubServer, tmp_path: Path, caplog) -> None:
+    go_on = threading.Event()
+    hub.before_commit = lambda: go_on.wait(30)
+    repository = HubRepository(config(tmp_path / "run"), is_lora=True)
+    repository.create()
+    for step in (1, 2):
+        checkpoint = tmp_path / f"run/checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+        repository.push_checkpoint(checkpoint, step)
+    shutil.rmtree(tmp_path / "run/checkpoint-2")
+    go_on.set()
+    repository.finish()
+    assert hub.repositories["me/run"].messages == ["Training in progress, step 1"]
+    assert "checkpoint-2' is not a directory" in caplog.text and not (tmp_path / "run/checkpoint-2").exists()
 
 
 def test_a_push_that_does_not_block_tells_of_its_failure(hub: HubServer, tmp_path: Path, caplog) -> None:

@@ -71,9 +71,9 @@ class RunCard:
             (folder / _sample_file(number)).parent.mkdir(parents=True, exist_ok=True)
             image.save(folder / _sample_file(number))
         self._card(state, name, repo_id or name, dataset, tags).save(folder / CARD_FILE)
+        options = self._options(dataset) | self.args.given if options is None else options
         settings = self.args.to_dict()  # enums as their values
-        given = {name: settings[name] for name in settings if name in self.args.given}
-        recipe = to_yaml((self._options(dataset) if options is None else options) | given)
+        recipe = to_yaml({option: settings.get(option, value) for option, value in options.items()})
         (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
 
     def _card(self, state: TrainerState, name: str, repo: str, dataset: str | None, tags: list[str]) -> ModelCard:

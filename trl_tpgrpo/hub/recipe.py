@@ -10,7 +10,7 @@ import yaml
 
 
 PERSONAL = {"push_to_hub", "report_to", "run_name", "project", "disable_tqdm", "resume_from_checkpoint",
-            "ddp_find_unused_parameters", "local_rank"}  # fmt: skip
+            "ddp_find_unused_parameters", "local_rank", "debug"}  # fmt: skip
 """Settings not of the method but of who ran it, like all `hub_*` and `trackio_*`."""
 
 LOCAL = object()

@@ -1,8 +1,8 @@
 """The repository of a run on the Hub: what is pushed there, when, and which command repeats a push that failed.
 
 transformers' own push is not used. It takes all of `output_dir`, with `training_args.bin` (unpickling it runs code,
-and it names folders of this machine), but of a checkpoint only files with a language model's names; it reads checkpoints
-that are still being written; and what fails in the background goes unnoticed.
+and it names folders of this machine), but of a checkpoint only files with a language model's names. It reads what is
+still being written, and what fails in the background goes unnoticed.
 """
 
 import copy
@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers import TrainingArguments
 
 from ..policies.weights import LORA_FILE, TRANSFORMER_FOLDER
-from .card import CARD_FILES, SAMPLE_FILES
+from .card import CARD_FILES
 
 
 logger = logging.getLogger(__name__)
@@ -132,18 +132,21 @@ class HubRepository:
 
         While an earlier push is under way a checkpoint is skipped, and pushed by `finish` if no later one has been.
         """
-        strategy, self._skipped = self.args.hub_strategy, None
-        if self.is_busy and strategy != "all_checkpoints" and not self.args.hub_always_push:
-            self._skipped = (checkpoint, step)
-            return
-        message, output_dir = f"Training in progress, step {step}", Path(self.args.output_dir)
+        output_dir = Path(self.args.output_dir)
         for path in [path for pattern in CARD_FILES for path in output_dir.glob(pattern)]:
             target = checkpoint / path.relative_to(output_dir)
             target.parent.mkdir(exist_ok=True)
-            shutil.copy(path, target)  # the one in output_dir may change before its turn comes
+            shutil.copy(path, target)  # what is in output_dir may change before its turn comes
+        if self.is_busy and self.args.hub_strategy != "all_checkpoints" and not self.args.hub_always_push:
+            self._skipped = (checkpoint, step)
+        else:
+            self._push_checkpoint(checkpoint, step)
+
+    def _push_checkpoint(self, checkpoint: Path, step: int) -> None:
+        self._skipped, message = None, f"Training in progress, step {step}"
         self._push_in_background(self._usable(checkpoint), message)
-        if strategy in ("checkpoint", "all_checkpoints"):
-            name = "last-checkpoint" if strategy == "checkpoint" else checkpoint.name
+        if self.args.hub_strategy in ("checkpoint", "all_checkpoints"):
+            name = "last-checkpoint" if self.args.hub_strategy == "checkpoint" else checkpoint.name
             whole = Upload(checkpoint, name, self.args.hub_revision, None, ["training_args.bin"], ["*"])
             self._push_in_background(whole, f"{message}, checkpoint")
 
@@ -153,18 +156,14 @@ class HubRepository:
             self._api.run_as_future(bool).result()  # its turn comes after that of all pushes and their warnings
             self._last_push = None
             if self._skipped is not None:
-                self.push_checkpoint(*self._skipped)
+                self._push_checkpoint(*self._skipped)
 
     def _usable(self, folder: Path, revision: str | None = None) -> Upload:
         """Return what anyone needs who uses the model."""
-        weights = LORA_FILE if self.is_lora else f"{TRANSFORMER_FOLDER}/*"
-        return Upload(
-            folder,
-            path_in_repo=".",
-            revision=revision or self.args.hub_revision,
-            allow_patterns=[*CARD_FILES, weights],
-            delete_patterns=[SAMPLE_FILES, weights],
-        )
+        files = [*CARD_FILES, LORA_FILE if self.is_lora else f"{TRANSFORMER_FOLDER}/*"]
+        stale = [pattern for pattern in files if "*" in pattern]  # an earlier push may have had more of these
+        revision = revision or self.args.hub_revision
+        return Upload(folder, ".", revision, allow_patterns=files, delete_patterns=stale)
 
     def _push_in_background(self, upload: Upload, message: str, token: str | None = None) -> Future:
         self._last_push = self._api.run_as_future(self._push, upload, message, token)
