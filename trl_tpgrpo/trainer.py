@@ -16,7 +16,6 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo
 from peft import LoraConfig, PeftModel
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
@@ -36,9 +35,8 @@ from .callbacks.progress import LogLines, ProgressDisplay
 from .callbacks.samples import Samples
 from .config import TPGRPOConfig
 from .data import EpochSampler, SetEpoch, all_prompts, check_datasets
-from .hub import Contents, HubRepository, without_tokens
+from .hub import HubRepository, RunCard, sample_prompts, without_tokens
 from .metrics import Metrics, rollout_metrics
-from .model_card import sample_prompts, summarize
 from .policies import sharding
 from .policies.embeddings import PromptEmbeddings
 from .policies.loading import check_optimizer, load_policy, prepare_transformer
@@ -136,9 +134,15 @@ class TPGRPOTrainer(_BaseTrainer):
         self._grad_norm: float | None = None
         self._metrics = {"train": Metrics(), "eval": Metrics()}
         self._eval_prefix = "eval"
-        self.hub = HubRepository(args)
-        self.recipe_settings: dict[str, Any] | None = None
-        self._card_samples: dict[str, Image.Image] = {}
+        self.hub = HubRepository(args, is_lora=peft_config is not None)
+        self.card = RunCard(
+            args=args,
+            pipeline=self.policy.pipeline,
+            adapter=transformer.peft_config["default"] if isinstance(transformer, PeftModel) else None,
+            reward_funcs={"reward_funcs": self.reward_funcs, "eval_reward_funcs": self.eval_reward_funcs},
+            prompts=sample_prompts([eval_dataset, train_dataset]),
+        )
+        self.recipe_settings: dict[str, Any] | None = None  # the command line sets its options for the recipe
         args.ddp_find_unused_parameters = args.ddp_find_unused_parameters or False
         super().__init__(
             model=transformer,
@@ -539,6 +543,14 @@ class TPGRPOTrainer(_BaseTrainer):
         if self.is_world_process_zero():
             self.hub_model_id = self.hub.create(token, private)
 
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write `README.md`, with the images of the last push if there was one, and `recipe.yaml`."""
+        if self.is_world_process_zero():
+            tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
+            self.card.write(self.state, self.hub_model_id, model_name, dataset_name, tags, self.recipe_settings)
+
     def push_to_hub(
         self,
         commit_message: str = "End of training",
@@ -548,7 +560,7 @@ class TPGRPOTrainer(_BaseTrainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo | Future | None:
-        """Save the trained weights with a card, sample images and the recipe, and push them; to be called on all processes.
+        """Save the trained weights with a card, sample images and the recipe, and push them: call it on all processes.
 
         The arguments are those of [`~transformers.Trainer.push_to_hub`]; `kwargs` go to `create_model_card`.
 
@@ -556,76 +568,35 @@ class TPGRPOTrainer(_BaseTrainer):
             On the main process what was committed, or without `blocking` its future.
 
         Raises:
-            HubError: On the main process, if the Hub does not take it, or lacks a checkpoint that it should have. All is on
-                disk then, and the message has the command that pushes it later.
+            HubError: On the main process, if the push fails. All is on disk then, and the message has the command that
+                pushes it later.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
-        images = self._card_images()
-        self._card_samples = dict(zip(self._card_prompts, images, strict=True))
+        with self.averaged.in_use():
+            self.card.images = self.rollouts.sample(self.card.prompts)
         if not self.is_world_process_zero():
             return None
         try:
             if self.hub.repo_id is None:
-                self.hub_model_id = self.hub.create(token, private, self._pushed)
+                self.hub_model_id = self.hub.create(token, private, is_trained=True)
         finally:  # whatever the Hub says, the card is on disk
             self.create_model_card(**kwargs)
-        return self.hub.push(self._pushed, commit_message, blocking, token, revision)
+        return self.hub.push(commit_message, blocking, token, revision)
 
     def push_checkpoint(self, checkpoint: Path) -> None:
         """Write the card, and begin to push what `hub_strategy` asks for at a checkpoint, which must be whole."""
-        if self.is_world_process_zero():
-            self.create_model_card()
-            if self.hub.pushes_checkpoints:
-                self.callback_handler.on_push_begin(self.args, self.state, self.control)
-            self.hub.push_checkpoint(checkpoint, self._is_lora, self.state.global_step)
+        self.create_model_card()
+        if self.is_world_process_zero() and self.args.push_to_hub and self.args.hub_strategy != "end":
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self.hub.push_checkpoint(checkpoint, self.state.global_step)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Called in the middle of writing a checkpoint, which `push_checkpoint` pushes when it is whole."""
+        """Do nothing in the middle of writing a checkpoint: `push_checkpoint` pushes it when it is whole."""
 
     def _finish_current_push(self) -> None:
-        """At the end of training: wait for pushes, then delete the checkpoints that had to stay for them."""
+        """Wait for pushes at the end of training, then delete the checkpoints that had to stay for them."""
         self.hub.finish()
         if self.args.should_save:
             run, best = self._get_output_dir(trial=None), self.state.best_model_checkpoint
             rotate_checkpoints(run, self.args.save_total_limit, best, use_mtime=True)
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write `README.md`, with the images of the last push if there was one, and `recipe.yaml`."""
-        if not self.is_world_process_zero():
-            return
-        summary = summarize(
-            args=self.args,
-            state=self.state,
-            pipeline=self.policy.pipeline,
-            adapter=self.model.peft_config["default"] if self._is_lora else None,
-            reward_funcs={"reward_funcs": self.reward_funcs, "eval_reward_funcs": self.eval_reward_funcs},
-            recipe_settings=self.recipe_settings,
-            repo_id=self.hub_model_id,
-            model_name=model_name,
-            dataset_name=dataset_name,
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            prompts=self._card_prompts,
-            samples=self._card_samples,
-        )
-        summary.write(Path(self.args.output_dir))
-
-    @property
-    def _is_lora(self) -> bool:
-        return isinstance(self.model, PeftModel)
-
-    @property
-    def _card_prompts(self) -> list[str]:
-        return sample_prompts([self.eval_dataset, self.train_dataset])
-
-    @property
-    def _pushed(self) -> Contents:
-        """What is on disk for the repository of a run that has ended."""
-        output_dir = Path(self.args.output_dir)
-        return Contents.of_run(output_dir, output_dir, self._is_lora)
-
-    def _card_images(self) -> list[Image.Image]:
-        with self.averaged.in_use():
-            return self.rollouts.sample(self._card_prompts)
