@@ -277,6 +277,17 @@ class Rollouts:
         rollout = self.roll_out(self.embeddings(prompts), indices, generators, None, None)
         return to_images(self.decode(rollout.final_latents))
 
+    def training_log_probs(self, trajectories: Trajectories, autocast: Callable[[], Any]) -> Tensor:
+        """Compute log-probabilities (B, K) as training does, gradients and all, in the context that `autocast` gives."""
+        log_probs = []
+        for position in range(len(trajectories.window)):
+            with torch.enable_grad(), autocast():
+                inputs = trajectories.transitions(position)
+                velocity = self.policy.velocity(self._model(), inputs.latents, inputs.timestep, inputs.conditioning)
+                log_probs.append(inputs.log_prob(inputs.transition(velocity)).detach())
+        self.metrics["train"].record("num_train_evaluations", len(trajectories) * len(log_probs), "sum")
+        return torch.stack(log_probs, 1)
+
     # The phases
 
     def _sample(

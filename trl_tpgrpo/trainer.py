@@ -25,10 +25,10 @@ from trl.trainer.utils import RepeatSampler
 
 from .algorithm.losses import clipped_surrogate, first_wrong_term, relative_difference
 from .algorithm.sde import kl_divergence
-from .batches import SAVED_CLASSES, Sampled, Trajectories, Transitions
+from .batches import Sampled, Trajectories, Transitions
 from .callbacks import checkpoints
 from .callbacks.averaging import AveragedWeights
-from .callbacks.guard_rails import GuardRails
+from .callbacks.guard_rails import watch_over
 from .callbacks.pictures import PictureCallback
 from .callbacks.printing import CompletionPrinter
 from .callbacks.progress import LogLines, ProgressDisplay
@@ -166,13 +166,9 @@ class TPGRPOTrainer(_BaseTrainer):
         frozen_copy = sharding.prepare_for_sharding(self.accelerator, self.model, frozen_copy, self.policy.dtype)
         if frozen_copy is not None and not args.offload_reference:
             frozen_copy.to(args.device)
+        record = self._metrics["train"].record
         self.reference = Reference(
-            self.policy,
-            self.accelerator,
-            self.model,
-            frozen_copy,
-            keep=args.num_iterations > 1,
-            on_evaluation=lambda number: self._metrics["train"].record("num_train_evaluations", number, "sum"),
+            self.policy, self.accelerator, self.model, frozen_copy, args.num_iterations > 1, record
         )
 
     def _add_parts(self, embeddings: PromptEmbeddings) -> None:
@@ -194,20 +190,8 @@ class TPGRPOTrainer(_BaseTrainer):
         pictures = PictureCallback(self.callback_handler)
         for callback in (CompletionPrinter(), pictures, self._set_epoch, self.averaged, self.stop_on_signal):
             self.add_callback(callback)
-        self.guard_rails = self._add_guard_rails()
-
-    def _add_guard_rails(self) -> GuardRails | None:
-        """Take the guard rails among the user's callbacks, or those that `args.guard_rails` asks for."""
-        given = [callback for callback in self.callback_handler.callbacks if isinstance(callback, GuardRails)]
-        if not given and self.args.guard_rails != "off":
-            given = [GuardRails(self.args.guard_rails)]
-            self.add_callback(given[0])
         held_out = [reward_name(function) for function in self.eval_reward_funcs]
-        for guard_rails in given[:1]:
-            if guard_rails.action == "skip" and self.is_deepspeed_enabled:
-                raise ValueError("guard_rails='skip' cannot hold back an update of DeepSpeed: use 'warn' or 'stop'.")
-            guard_rails.watch(self._metrics_of_update, self._metrics["train"].record, held_out)
-        return next(iter(given), None)
+        self.guard_rails = watch_over(self, self._metrics_of_update, self._metrics["train"].record, held_out)
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL's reads `model.config.model_type`, which diffusers models do not have."""
@@ -271,23 +255,16 @@ class TPGRPOTrainer(_BaseTrainer):
         if self.args.offload_reference:
             self.reference.precompute(chunks, self.args.offload_trajectories)
         if self.args.recompute_old_log_probs:
+            autocast = self.compute_loss_context_manager
             first_update = self.args.gradient_accumulation_steps if self.args.num_iterations == 1 else 0
             chunks = [
-                replace(chunk, log_probs=None if number < first_update else self._training_log_probs(chunk))
+                replace(
+                    chunk,
+                    log_probs=None if number < first_update else self.rollouts.training_log_probs(chunk, autocast),
+                )
                 for number, chunk in enumerate(chunks)
             ]
         return chunks
-
-    def _training_log_probs(self, trajectories: Trajectories) -> Tensor:
-        """Compute log-probabilities (B, K) as training does, gradients and all."""
-        log_probs = []
-        for position in range(len(trajectories.window)):
-            with torch.enable_grad(), self.compute_loss_context_manager():
-                inputs = trajectories.transitions(position)
-                velocity = self._velocity(self._policy_model, inputs)
-                log_probs.append(inputs.log_prob(inputs.transition(velocity)).detach())
-        self._metrics["train"].record("num_train_evaluations", len(trajectories) * len(log_probs), "sum")
-        return torch.stack(log_probs, 1)
 
     def sample_and_score(self, *args: Any, **kwargs: Any) -> Sampled:
         """Sample and score rows of a dataset, see [`~trl_tpgrpo.rollouts.Rollouts.sample_and_score`]."""
@@ -482,7 +459,7 @@ class TPGRPOTrainer(_BaseTrainer):
         try:
             with checkpoints.being_written(folder, self.accelerator):
                 if not self.args.save_only_model:
-                    checkpoints.save_progress(folder, self.accelerator.process_index, self._progress())
+                    checkpoints.save_progress(self, folder)
                     if self.averaged.num_moves:
                         self._save_weights(folder / checkpoints.LAST)
                 super()._save_checkpoint(model, trial)
@@ -491,17 +468,6 @@ class TPGRPOTrainer(_BaseTrainer):
         if self.args.should_save and not self.hub.is_busy:  # else one that is being pushed might be deleted
             rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
         self.push_checkpoint(folder)
-
-    def _progress(self) -> dict[str, Any]:
-        """Return what training goes on from, besides what transformers saves and the weights."""
-        return {
-            "step": self._step,
-            "layout": checkpoints.layout(self.args, self.accelerator.num_processes),
-            "buffered_inputs": self._buffered_inputs if self._step % self._generate_every else None,
-            "num_moves_of_average": self.averaged.num_moves,
-            "guard_rails": self.guard_rails and self.guard_rails.state_dict(),
-            **self.rollouts.state_dict(),
-        }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         trained, last = (
@@ -524,17 +490,7 @@ class TPGRPOTrainer(_BaseTrainer):
             return
         if self.is_deepspeed_enabled:  # its engine has loaded the weights, but knows nothing of their average
             self._load_from_checkpoint(checkpoint)
-        parts = [] if self.is_deepspeed_enabled else ["optimizer", "scheduler"]
-        saved = checkpoints.load_progress(Path(checkpoint), self.accelerator, self.args, parts, SAVED_CLASSES)
-        self._step, buffered = saved["step"], saved["buffered_inputs"]
-        if self.averaged.average is not None:
-            self.averaged.average.optimization_step = saved["num_moves_of_average"]
-        if self.guard_rails is not None and saved["guard_rails"] is not None:
-            self.guard_rails.load_state_dict(saved["guard_rails"])
-        self.rollouts.load_state_dict(saved)
-        self._buffered_inputs = buffered and [
-            trajectories.to(self.args.device, self.args.offload_trajectories) for trajectories in buffered
-        ]
+        checkpoints.load_progress(self, Path(checkpoint))
 
     # ------------------------------------------------------------------------------------------------------ the Hub
 
@@ -562,14 +518,11 @@ class TPGRPOTrainer(_BaseTrainer):
     ) -> CommitInfo | Future | None:
         """Save the trained weights with a card, sample images and the recipe, and push them: call it on all processes.
 
-        The arguments are those of [`~transformers.Trainer.push_to_hub`]; `kwargs` go to `create_model_card`.
-
-        Returns:
-            On the main process what was committed, or without `blocking` its future.
+        The arguments are those of [`~transformers.Trainer.push_to_hub`], which says what is returned; `kwargs` go to
+        `create_model_card`.
 
         Raises:
-            HubError: On the main process, if the push fails. All is on disk then, and the message has the command that
-                pushes it later.
+            HubError: On the main process, with the command that pushes what is on disk later.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)

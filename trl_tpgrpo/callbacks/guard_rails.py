@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 logger = logging.getLogger(__name__)
@@ -309,3 +309,26 @@ class GuardRails(TrainerCallback):
 
     def _tolerance(self, metrics: dict[str, float], spread: str, images: float) -> float:
         return self.max_evaluation_errors * metrics[spread] / math.sqrt(images)
+
+
+def watch_over(
+    trainer: Trainer,
+    metrics_of_update: Callable[[], dict[str, float]],
+    record: Callable[[str, float], None],
+    held_out: list[str],
+) -> GuardRails | None:
+    """Connect the guard rails among a trainer's callbacks, or those that `args.guard_rails` asks for; see `watch`.
+
+    Raises:
+        ValueError: If they are to hold back updates of DeepSpeed.
+    """
+    given = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, GuardRails)]
+    if not given and trainer.args.guard_rails != "off":
+        given = [GuardRails(trainer.args.guard_rails)]
+        trainer.add_callback(given[0])
+    if not given:
+        return None
+    if given[0].action == "skip" and trainer.is_deepspeed_enabled:
+        raise ValueError("guard_rails='skip' cannot hold back an update of DeepSpeed: use 'warn' or 'stop'.")
+    given[0].watch(metrics_of_update, record, held_out)
+    return given[0]
