@@ -1,4 +1,4 @@
-"""Guard rails: planted collapses are caught within three updates, healthy runs raise no warning, actions do as they say."""
+"""Guard rails: planted collapses are caught within three updates, healthy runs raise no warning, actions act."""
 
 import logging
 import math
@@ -23,8 +23,8 @@ def on_testbed(output_dir: Path, adapter: bool, **changes: object) -> TPGRPOTrai
     settings = {
         "use_cpu": True, **PIPELINE_KWARGS, "guidance_scale": 1.0, "num_inference_steps": 8, "sde_window_size": 3,
         "num_generations": 4, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1,
-        "sde_type": "flow_sde", "epsilon": 1e-3, "beta": 0.0, "learning_rate": 1e-4, "ema_decay": None, "activation_checkpointing": False,
-        "save_strategy": "no", "disable_tqdm": True, "seed": 0, **changes,
+        "sde_type": "flow_sde", "epsilon": 1e-3, "beta": 0.0, "learning_rate": 1e-4, "ema_decay": None,
+        "activation_checkpointing": False, "save_strategy": "no", "disable_tqdm": True, "seed": 0, **changes,
     }  # fmt: skip
     return TPGRPOTrainer(
         model=TESTBED,
@@ -78,7 +78,7 @@ def test_a_healthy_run_raises_no_warning(case: str, tmp_path: Path, caplog) -> N
 
 
 def run_into(action: str, output_dir: Path, **changes: object) -> tuple[TPGRPOTrainer, dict[str, torch.Tensor]]:
-    """Build a trainer whose every update is a problem (no distance from the reference is allowed); return its weights."""
+    """Build a trainer whose every update is a problem (no distance from the reference will do); give its weights."""
     trainer = TPGRPOTrainer(
         model=tiny_sd3(),
         reward_funcs=brightness,

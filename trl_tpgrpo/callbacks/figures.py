@@ -34,7 +34,7 @@ def trajectory_figure(
     grid = figure.add_gridspec(2, number, height_ratios=[2.4, 1], hspace=0.35, wspace=0.08)
     axis = figure.add_subplot(grid[0, :], xlim=(-0.5, number - 0.5))
     axis.plot(range(number), rewards, "o-", color=GREY, zorder=2)
-    for step in np.flatnonzero(turning):
+    for step in np.flatnonzero(turning).tolist():
         _mark_turning_point(axis, step, rewards)
     axis.margins(y=0.35)
     axis.set_xticks(range(number), list(map(str, states)))

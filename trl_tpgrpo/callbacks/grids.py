@@ -11,12 +11,13 @@ GAP, CAPTION, TITLE, TITLE_WIDTH = 6, 18, 24, 360
 INK, GREY, PAPER = "#22262b", "#6b7280", "#ffffff"
 
 
-def grid(prompts: list[str], images: list[list[Image.Image]], rewards: list[list[float]]) -> Image.Image:
-    """Return P prompts, each above rows of at most 4 of its images, with each image's reward below it."""
-    cells, titles = [], []
-    columns = max(min(4, max(map(len, images))), -(-TITLE_WIDTH // resized(images[0][0]).width))
-    for prompt, shown, values in zip(prompts, images, rewards, strict=True):
-        row = [_cell(image, f"{value:.3f}") for image, value in zip(shown, values, strict=True)]
+def grid(shown: dict[str, list[tuple[Image.Image, float]]]) -> Image.Image:
+    """Draw each prompt above its images, with rewards below these, in rows of 4 (more if images are narrow)."""
+    rows = [[_cell(image, f"{reward:.3f}") for image, reward in images] for images in shown.values()]
+    columns = max(min(4, max(map(len, rows))), -(-TITLE_WIDTH // rows[0][0].width))
+    cells: list[Image.Image] = []
+    titles: list[str] = []
+    for prompt, row in zip(shown, rows, strict=True):
         cells += row + [Image.new("RGB", row[0].size, PAPER)] * (-len(row) % columns)
         titles += [prompt] + [""] * ((len(row) - 1) // columns)
     picture = make_image_grid(cells, len(titles), columns)

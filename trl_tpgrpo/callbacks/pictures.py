@@ -72,7 +72,8 @@ class PictureCallback(SampleCallback):
             return
         folder = Path(args.output_dir) / "images" / sample.prefix
         folder.mkdir(parents=True, exist_ok=True)
-        shown = grid(sample.prompts, sample.images, sample.rewards)
+        images = (list(zip(*pair, strict=True)) for pair in zip(sample.images, sample.rewards, strict=True))
+        shown = grid(dict(zip(sample.prompts, images, strict=True)))
         shown.save(folder / f"step_{state.global_step:06d}.png")
         name = sample.prefix.replace("_", "/", 1)  # as transformers names the metrics of evaluations
         self._send(Pictures({f"{name}{'_' if '/' in name else '/'}images": shown}), state)
@@ -100,13 +101,12 @@ def rollout_pictures(sample: RolloutSample) -> Pictures:
     by_prompt: dict[str, list[tuple[Image.Image, float]]] = {}
     for prompt, image, reward in zip(sample.prompts, own, rewards, strict=True):
         by_prompt.setdefault(prompt, []).append((image, reward))
-    images, values = ([[pair[side] for pair in pairs] for pairs in by_prompt.values()] for side in (0, 1))
     captions = [f"{prompt}: {reward:.3f}" for prompt, reward in zip(sample.prompts, rewards, strict=True)]
     spread = {"rewards": sample.table.rewards[:, -1], "advantages": sample.table.advantages}
     if sample.rewards.shape[1] > 1:
         spread["step_rewards"] = sample.table.step_rewards
     return Pictures(
-        captioned={"rollout/samples": (list(zip(own, captions, strict=True)), grid(list(by_prompt), images, values))},
+        captioned={"rollout/samples": (list(zip(own, captions, strict=True)), grid(by_prompt))},
         histograms={f"rollout/{name}": tensor[tensor.isfinite()].numpy() for name, tensor in spread.items()},
     )
 

@@ -165,7 +165,8 @@ class Samples:
         """Hand the sample out; a dictionary of datasets ends after the last of them, with nothing of its own."""
         evaluated, self._evaluated = self._evaluated, {}
         if evaluated:
-            images, rewards = ([[pair[side] for pair in kept] for kept in evaluated.values()] for side in (0, 1))
+            images = [[image for image, _ in kept] for kept in evaluated.values()]
+            rewards = [[reward for _, reward in kept] for kept in evaluated.values()]
             sample = EvaluationSample(prefix, list(evaluated), images, rewards)
             for callback in self._callbacks():
                 callback.on_evaluation_end(self._args, state, control, sample=sample)
