@@ -1,7 +1,7 @@
-"""What a slow reward costs that is scored beside the model: an iteration against sampling alone, as ratios within one run.
+"""What a slow reward costs that is scored beside the model: an iteration, as a ratio to one with an instant reward.
 
-On the testbed, with rollouts of several sweeps. The reward waits as a server's client does, altogether as long as a rollout takes to be
-sampled and decoded; once beside the model (`runs_in = "thread"`) and once not (`"main"`).
+On the testbed, with rollouts of several sweeps. The reward waits as a server's client does, altogether as long as a
+rollout takes to be sampled and decoded; once beside the model (`runs_in = "thread"`) and once not (`"main"`).
 
     python benchmarks/reward_overlap.py
 """
@@ -38,12 +38,13 @@ class Waiting:
 
 
 def iterations(reward: object, num_sweeps: int, number: int, folder: str) -> list[dict[str, float]]:
-    """The logs of `number` iterations, with their wall-clock seconds as `iteration`; the first warms up and is left out."""
+    """Return the logs of `number` iterations after the first, with their wall-clock seconds as `iteration`."""
     config = TPGRPOConfig(
         folder, use_cpu=True, **PIPELINE_KWARGS, guidance_scale=1.0, num_inference_steps=8, sde_window_size=3,
-        num_generations=8, per_device_train_batch_size=64, steps_per_generation=num_sweeps, gradient_accumulation_steps=num_sweeps,
-        sde_type="flow_sde", epsilon=1e-3, beta=0.0, learning_rate=1e-5, ema_decay=None, activation_checkpointing=False,
-        max_steps=number + 1, save_strategy="no", disable_tqdm=True, guard_rails="off",
+        num_generations=8, per_device_train_batch_size=64, steps_per_generation=num_sweeps,
+        gradient_accumulation_steps=num_sweeps, sde_type="flow_sde", epsilon=1e-3, beta=0.0, learning_rate=1e-5,
+        ema_decay=None, activation_checkpointing=False, max_steps=number + 1, save_strategy="no", disable_tqdm=True,
+        guard_rails="off",
     )  # fmt: skip
     trainer = TPGRPOTrainer(TESTBED, reward, config, prompt_dataset("train"))
     ends: list[float] = []
@@ -64,9 +65,9 @@ def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--num_sweeps", type=int, default=8, help="of a rollout, 64 images each (default: %(default)s)"
+        "--num_sweeps", type=int, default=8, help="sweeps of a rollout, 64 images each (default: %(default)s)"
     )
-    parser.add_argument("--number", type=int, default=3, help="of iterations (default: %(default)s)")
+    parser.add_argument("--number", type=int, default=3, help="iterations that are measured (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

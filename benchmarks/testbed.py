@@ -1,4 +1,4 @@
-"""What the testbed's pretrained pipeline can do, and what its judge says of true pictures: the figures of docs/testbed.md.
+"""What the testbed's pretrained pipeline can do, and what the checker says of true pictures, for docs/testbed.md.
 
 python benchmarks/testbed.py
 """
@@ -9,11 +9,11 @@ import time
 import numpy as np
 import torch
 from PIL import Image
+from pretrain import decode_latents, draw_captioned_pictures, encode_pictures
 
 from trl_tpgrpo.policies.loading import load_pipeline
 from trl_tpgrpo.testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
 from trl_tpgrpo.testbed.checker import score_images
-from trl_tpgrpo.testbed.pretrain import decode_latents, draw_captioned_pictures, encode_pictures
 from trl_tpgrpo.testbed.world import KINDS, parse_caption
 
 

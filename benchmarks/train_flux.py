@@ -1,4 +1,4 @@
-"""Train the benchmarks' tiny FLUX.1 on the shapes world, as `trl_tpgrpo.testbed.pretrain` trains the testbed's SD3.
+"""Train the benchmarks' tiny FLUX.1 on the shapes world, as `pretrain.py` trains the testbed's SD3.
 
 The VAE is the testbed's; transformer and text encoders are trained from nothing. About 25 minutes of one CPU core.
 
@@ -13,12 +13,7 @@ import torch
 from diffusers import FluxPipeline
 from diffusers.training_utils import EMAModel
 from models import NUM_TOKENS, load_policy, tiny_flux
-from torch.nn.functional import mse_loss
-from tqdm import tqdm
-
-from trl_tpgrpo.testbed import prompt_dataset
-from trl_tpgrpo.testbed.checker import strict_reward
-from trl_tpgrpo.testbed.pretrain import (
+from pretrain import (
     BATCH_SIZE,
     CAPTION_DROPOUT,
     COOL_DOWN,
@@ -28,6 +23,11 @@ from trl_tpgrpo.testbed.pretrain import (
     draw_captioned_pictures,
     encode_pictures,
 )
+from torch.nn.functional import mse_loss
+from tqdm import tqdm
+
+from trl_tpgrpo.testbed import prompt_dataset
+from trl_tpgrpo.testbed.checker import strict_reward
 
 
 def main() -> None:

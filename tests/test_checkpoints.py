@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_trainer import assert_same, build, lora, trained
 
-from trl_tpgrpo import resuming
+from trl_tpgrpo import trainer as trainer_module
 from trl_tpgrpo.callbacks import checkpoints
 from trl_tpgrpo.callbacks.checkpoints import INCOMPLETE, is_complete, last_complete
 
@@ -138,13 +138,13 @@ class Crash(BaseException):
 
 POINTS = {
     "before anything": (checkpoints.Path, "mkdir"),
-    "the rollout": (resuming.torch, "save"),
-    "the weights": ("policy", "save_weights"),
+    "the rollout": (checkpoints.torch, "save"),
+    "the weights": (trainer_module, "save_weights"),
     "the optimizer": ("trainer", "_save_optimizer_and_scheduler"),
     "the random states": ("trainer", "_save_rng_state"),
     "the trainer's state": ("state", "save_to_json"),
     "the end of writing": (checkpoints.Path, "unlink"),
-    "old checkpoints deleted": (resuming, "rotate_checkpoints"),
+    "old checkpoints deleted": (trainer_module, "rotate_checkpoints"),
 }
 
 
@@ -183,9 +183,7 @@ def crash_at_step(step: int, trainer, patch, holder, name: str, after: bool) -> 
         saving.append(trainer.state.global_step)
         if trainer.state.global_step == step:
             target = (
-                {"policy": trainer.policy, "trainer": trainer, "state": trainer.state}.get(holder, holder)
-                if isinstance(holder, str)
-                else holder
+                {"trainer": trainer, "state": trainer.state}.get(holder, holder) if isinstance(holder, str) else holder
             )
             original = getattr(target, name)
 

@@ -31,8 +31,8 @@ def counted(of: FlowPolicy) -> list[str]:
 
 
 def assert_equal(one: Conditioning, other: Conditioning) -> None:
-    assert torch.equal(one.prompt_embeds, other.prompt_embeds)
-    assert torch.equal(one.pooled_prompt_embeds, other.pooled_prompt_embeds)
+    assert one.tensors.keys() == other.tensors.keys()
+    assert all(torch.equal(value, other.tensors[name]) for name, value in one.tensors.items())
     assert (one.negative is None) == (other.negative is None)
     if one.negative is not None:
         assert_equal(one.negative, other.negative)
@@ -126,7 +126,7 @@ def test_the_oldest_leave_the_memory_first(monkeypatch) -> None:
     for chosen in (PROMPTS[:1], PROMPTS[1:2], PROMPTS[:1], PROMPTS[2:3], PROMPTS[:1], PROMPTS[1:2]):
         kept(chosen)
     assert encoded == [PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[1]]
-    assert len(kept(PROMPTS).prompt_embeds) == 6  # more than fit, at once
+    assert len(kept(PROMPTS).tensors["prompt_embeds"]) == 6  # more than fit, at once
 
 
 def test_encoders_are_on_the_device_only_while_they_encode() -> None:
@@ -159,8 +159,8 @@ def test_kept_prompts_change_no_rollout(tmp_path: Path) -> None:
     weights, states = [], []
     for changes in options:
         trainer = build(tmp_path, **changes)
-        rows, window = [{"prompt": prompt, "topic": 0} for prompt in PROMPTS], trainer._draw_window(0)
-        states.append(trainer.sample_and_score(rows, trainer._generators(0, 0, 6), window).rollout.states)
+        rows, window = [{"prompt": prompt, "topic": 0} for prompt in PROMPTS], trainer.rollouts.draw_window(0)
+        states.append(trainer.sample_and_score(rows, trainer.rollouts.generators(0, 0, 6), window).rollout.states)
         trainer.train()
         weights.append(trained(trainer))
     for other, of_other in zip(weights[1:], states[1:], strict=True):

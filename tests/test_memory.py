@@ -12,10 +12,10 @@ from test_trainer import PROMPTS, assert_same, brightness, build, config, logged
 from tiny import tiny_flux, tiny_sd3
 
 from trl_tpgrpo import TPGRPOTrainer, generation
-from trl_tpgrpo.checks import check_sharded_optimizer
-from trl_tpgrpo.generation import on_device, sweeps
-from trl_tpgrpo.policies.base import FlowPolicy
+from trl_tpgrpo.policies.base import FlowPolicy, on_device
 from trl_tpgrpo.policies.loading import load_policy
+from trl_tpgrpo.policies.sharding import check_sharded_optimizer
+from trl_tpgrpo.rollouts import sweeps
 from trl_tpgrpo.testbed import TESTBED
 
 
@@ -200,8 +200,8 @@ def test_offloaded_states_are_those_of_the_rollout(tmp_path: Path) -> None:
     rollouts = []
     for offload in (False, True):
         trainer = build(tmp_path, offload_trajectories=offload)
-        rows, window = [{"prompt": PROMPTS[0], "topic": 0}] * 2, trainer._draw_window(0)
-        rollouts.append(trainer.sample_and_score(rows, trainer._generators(0, 0, 2), window).rollout)
+        rows, window = [{"prompt": PROMPTS[0], "topic": 0}] * 2, trainer.rollouts.draw_window(0)
+        rollouts.append(trainer.sample_and_score(rows, trainer.rollouts.generators(0, 0, 2), window).rollout)
     assert torch.equal(rollouts[0].states, rollouts[1].states)
 
 
@@ -256,7 +256,9 @@ def test_compiled_blocks_train_alike_and_compile_once_for_all_batch_sizes(family
     assert compiled > 0
     rows = [{"prompt": prompt, "topic": 0} for prompt in PROMPTS]
     for number in (2, 3, 5, 6):
-        trainer.sample_and_score(rows[:number], trainer._generators(0, 0, number), trainer._draw_window(0), None)
+        trainer.sample_and_score(
+            rows[:number], trainer.rollouts.generators(0, 0, number), trainer.rollouts.draw_window(0), None
+        )
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 
 

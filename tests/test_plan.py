@@ -84,7 +84,7 @@ def test_counts_of_a_random_window_are_a_mean_and_a_range(tmp_path: Path) -> Non
     trainer = build(tmp_path, num_inference_steps=6, sde_window_size=2, sde_window_range=[0, 5], max_steps=8)
     trainer.train()
     counts, args = count(trainer.args).sampling, trainer.args
-    drawn = [trainer._draw_window(generation) for generation in range(8)]
+    drawn = [trainer.rollouts.draw_window(generation) for generation in range(8)]
     assert logged(trainer, "num_evaluations") == [
         sampling_of(args, [rows_of(args)], [window], args.completion_rule).evaluations.mean for window in drawn
     ]

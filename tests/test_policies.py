@@ -27,10 +27,11 @@ from torch import Tensor
 
 from trl_tpgrpo.algorithm.rollout import Velocity, Window, roll_out
 from trl_tpgrpo.algorithm.sde import log_prob, transition
-from trl_tpgrpo.policies.base import LORA_FILE, Conditioning, FlowPolicy, Guidance, Schedule, to_images
+from trl_tpgrpo.policies.base import Conditioning, FlowPolicy, Guidance, Schedule, to_images
 from trl_tpgrpo.policies.flux import FluxPolicy
 from trl_tpgrpo.policies.loading import build_policy, load_pipeline
 from trl_tpgrpo.policies.sd3 import SD3Policy
+from trl_tpgrpo.policies.weights import LORA_FILE, load_weights, save_weights
 
 
 NUM_STEPS = 4
@@ -200,21 +201,21 @@ def test_shapes_of_sd3() -> None:
     policy = CASES["sd3-oblong"].policy()
     latents = policy.initial_noise(seeded())
     assert latents.shape == (BATCH, 4, 4, 8)
-    assert policy.unpack(latents).shape == (BATCH, 4, 4, 8)
+    assert policy.vae_latents(latents).shape == (BATCH, 4, 4, 8)
     conditioning = policy.encode(list(PROMPTS))
     for encoded in (conditioning, conditioning.negative):
-        assert encoded.prompt_embeds.shape == (BATCH, 12 + 8, 32)
-        assert encoded.pooled_prompt_embeds.shape == (BATCH, 32)
+        assert encoded.tensors["prompt_embeds"].shape == (BATCH, 12 + 8, 32)
+        assert encoded.tensors["pooled_prompt_embeds"].shape == (BATCH, 32)
 
 
 def test_shapes_of_flux() -> None:
     policy = CASES["flux-oblong"].policy()
     latents = policy.initial_noise(seeded())
     assert latents.shape == (BATCH, 4 * 2, 16)
-    assert policy.unpack(latents).shape == (BATCH, 4, 8, 4)
+    assert policy.vae_latents(latents).shape == (BATCH, 4, 8, 4)
     conditioning = policy.encode(list(PROMPTS))
-    assert conditioning.prompt_embeds.shape == (BATCH, 8, 32)
-    assert conditioning.pooled_prompt_embeds.shape == (BATCH, 32)
+    assert conditioning.tensors["prompt_embeds"].shape == (BATCH, 8, 32)
+    assert conditioning.tensors["pooled_prompt_embeds"].shape == (BATCH, 32)
 
 
 @pytest.mark.parametrize(
@@ -234,19 +235,19 @@ def test_negative_prompts_are_encoded_only_under_classifier_free_guidance(name: 
 def test_conditioning_is_indexed_by_row_and_carries_no_gradient(case: Case) -> None:
     conditioning = case.policy().encode(list(PROMPTS))
     chosen = conditioning[torch.tensor([2, 0, 2])]
-    assert torch.equal(chosen.prompt_embeds, conditioning.prompt_embeds[[2, 0, 2]])
-    assert torch.equal(chosen.pooled_prompt_embeds, conditioning.pooled_prompt_embeds[[2, 0, 2]])
-    assert not conditioning.prompt_embeds.requires_grad
-    assert conditioning.to(torch.bfloat16).prompt_embeds.dtype == torch.bfloat16
+    assert torch.equal(chosen.tensors["prompt_embeds"], conditioning.tensors["prompt_embeds"][[2, 0, 2]])
+    assert torch.equal(chosen.tensors["pooled_prompt_embeds"], conditioning.tensors["pooled_prompt_embeds"][[2, 0, 2]])
+    assert not conditioning.tensors["prompt_embeds"].requires_grad
+    assert conditioning.to(torch.bfloat16).tensors["prompt_embeds"].dtype == torch.bfloat16
 
 
 @guided_of_each_family
 def test_negative_prompts_follow_the_rows(name: str) -> None:
     conditioning = CASES[name].policy().encode(list(PROMPTS))
     negative = conditioning[torch.tensor([1, 1])].to(torch.bfloat16).negative
-    assert negative.prompt_embeds.shape == (2, *conditioning.prompt_embeds.shape[1:])
-    assert negative.pooled_prompt_embeds.dtype == torch.bfloat16
-    assert not torch.equal(conditioning.negative.prompt_embeds[0], conditioning.prompt_embeds[0])
+    assert negative.tensors["prompt_embeds"].shape == (2, *conditioning.tensors["prompt_embeds"].shape[1:])
+    assert negative.tensors["pooled_prompt_embeds"].dtype == torch.bfloat16
+    assert not torch.equal(conditioning.negative.tensors["prompt_embeds"][0], conditioning.tensors["prompt_embeds"][0])
 
 
 @one_of_each_family
@@ -405,7 +406,7 @@ def test_velocity_stays_in_the_pipelines_dtype_under_a_float32_adapter(case: Cas
     timestep, conditioning = policy.schedule(NUM_STEPS).timesteps[0], policy.encode(list(PROMPTS))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert policy.velocity(model, latents, timestep, conditioning).dtype == policy.dtype == torch.bfloat16
-    assert latents.dtype == conditioning.prompt_embeds.dtype == torch.bfloat16
+    assert latents.dtype == conditioning.tensors["prompt_embeds"].dtype == torch.bfloat16
 
 
 class OutputsInFloat32(torch.nn.Module):
@@ -447,7 +448,7 @@ def test_lora_loads_into_a_fresh_pipeline_with_its_scale(case: Case, tmp_path: P
     pipeline, plain = fresh(case.family, **case.build), fresh(case.family, **case.build)
     policy = case.policy(pipeline)
     untrained = pixels(call_pipeline(pipeline, policy))
-    policy.save_weights(add_lora(policy), tmp_path)
+    save_weights(add_lora(policy), tmp_path, policy.pipeline_class)
     assert [path.name for path in tmp_path.iterdir()] == [LORA_FILE]
     plain.load_lora_weights(tmp_path)
     trained = pixels(call_pipeline(pipeline, policy))
@@ -459,9 +460,9 @@ def test_lora_loads_into_a_fresh_pipeline_with_its_scale(case: Case, tmp_path: P
 def test_load_weights_restores_an_adapter_to_the_bit(case: Case, tmp_path: Path) -> None:
     policy, other = (case.policy(fresh(case.family, **case.build)) for _ in range(2))
     saved, restored = add_lora(policy, seed=1), add_lora(other, seed=2)
-    policy.save_weights(saved, tmp_path)
+    save_weights(saved, tmp_path, policy.pipeline_class)
     assert differing(saved, restored)
-    other.load_weights(restored, tmp_path)
+    load_weights(restored, tmp_path)
     assert differing(saved, restored) == []
 
 
@@ -475,10 +476,10 @@ def differing(first: torch.nn.Module, second: torch.nn.Module) -> list[str]:
 def test_full_weights_make_a_round_trip(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
     pipelines = [fresh(case.family, **case.build, dtype=dtype, seed=seed) for seed in (0, 1)]
     policy, other = (case.policy(pipeline) for pipeline in pipelines)
-    policy.save_weights(pipelines[0].transformer, tmp_path)
+    save_weights(pipelines[0].transformer, tmp_path, policy.pipeline_class)
     assert [path.name for path in tmp_path.iterdir()] == ["transformer"]
     assert differing(*(pipeline.transformer for pipeline in pipelines))
-    other.load_weights(pipelines[1].transformer, tmp_path)
+    load_weights(pipelines[1].transformer, tmp_path)
     assert differing(*(pipeline.transformer for pipeline in pipelines)) == []
     assert pipelines[1].transformer.dtype == dtype
     loaded = type(pipelines[0].transformer).from_pretrained(tmp_path, subfolder="transformer", torch_dtype=dtype)
@@ -488,34 +489,34 @@ def test_full_weights_make_a_round_trip(case: Case, dtype: torch.dtype, tmp_path
 def test_weights_of_the_other_kind_are_not_found(tmp_path: Path) -> None:
     policy = CASES["sd3"].policy(tiny_sd3())
     with pytest.raises(FileNotFoundError, match="transformer"):
-        policy.load_weights(policy.pipeline.transformer, tmp_path)
+        load_weights(policy.pipeline.transformer, tmp_path)
     model = add_lora(policy)
     with pytest.raises(FileNotFoundError, match=LORA_FILE):
-        policy.load_weights(model, tmp_path)
+        load_weights(model, tmp_path)
 
 
 def test_an_adapter_of_other_layers_is_refused(tmp_path: Path) -> None:
     policy, other = CASES["sd3"].policy(tiny_sd3()), CASES["sd3"].policy(tiny_sd3())
-    policy.save_weights(add_lora(policy), tmp_path)
+    save_weights(add_lora(policy), tmp_path, policy.pipeline_class)
     fewer = get_peft_model(other.pipeline.transformer, LoraConfig(r=4, target_modules=["attn.to_q"]))
     with pytest.raises(ValueError, match="does not have the layers"):
-        other.load_weights(fewer, tmp_path)
+        load_weights(fewer, tmp_path)
 
 
 def test_an_adapter_of_another_rank_is_refused(tmp_path: Path) -> None:
     policy, other = CASES["sd3"].policy(tiny_sd3()), CASES["sd3"].policy(tiny_sd3())
-    policy.save_weights(add_lora(policy), tmp_path)
+    save_weights(add_lora(policy), tmp_path, policy.pipeline_class)
     config = LoraConfig(r=8, target_modules=other.lora_target_modules)
     with pytest.raises(ValueError):
-        other.load_weights(get_peft_model(other.pipeline.transformer, config), tmp_path)
+        load_weights(get_peft_model(other.pipeline.transformer, config), tmp_path)
 
 
 def test_an_adapter_of_another_strength_is_refused(tmp_path: Path) -> None:
     policy, other = CASES["sd3"].policy(tiny_sd3()), CASES["sd3"].policy(tiny_sd3())
-    policy.save_weights(add_lora(policy), tmp_path)
+    save_weights(add_lora(policy), tmp_path, policy.pipeline_class)
     config = LoraConfig(r=4, lora_alpha=5, target_modules=other.lora_target_modules)
     with pytest.raises(ValueError, match="lora_alpha=16, the one that is trained 5"):
-        other.load_weights(get_peft_model(other.pipeline.transformer, config), tmp_path)
+        load_weights(get_peft_model(other.pipeline.transformer, config), tmp_path)
 
 
 # Building

@@ -1,4 +1,4 @@
-"""What failing reward functions do to a run: they stop it on all processes, with evidence, or cost the trajectories they fail on."""
+"""What failing reward functions do to a run: stop all processes, with evidence, or cost trajectories they fail on."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from test_trainer import assert_same, brightness, build, logged, prompts, trained
 
-from trl_tpgrpo import generation
+from trl_tpgrpo import rollouts
 from trl_tpgrpo.rewards import RewardError
 
 
@@ -46,8 +46,8 @@ class Failing:
             raise OSError("no disk")
         if self.how == "hangs":
             threading.Event().wait(5)
-        place = topic.index(self.topic)
-        values[place] = {"returns NaN": float("nan"), "returns text": "good"}.get(self.how, values[place])
+        index = topic.index(self.topic)
+        values[index] = {"returns NaN": float("nan"), "returns text": "good"}.get(self.how, values[index])
         return {"returns too few": values[1:], "returns nothing": None}.get(self.how, values)
 
 
@@ -107,7 +107,7 @@ def test_a_call_that_fails_costs_no_image_that_alone_does_not_fail(tmp_path: Pat
     def sometimes(images: list[Image.Image], **columns: object) -> list[float]:
         calls.append(len(images))
         values = brightness(images)
-        return [float("nan") if len(images) > 1 and place == 0 else value for place, value in enumerate(values)]
+        return [float("nan") if len(images) > 1 and index == 0 else value for index, value in enumerate(values)]
 
     trainer = build(
         tmp_path, reward_funcs=sometimes, reward_failures="skip", num_generations=3, per_device_train_batch_size=6,
@@ -137,7 +137,8 @@ out, rank, said = Path(sys.argv[1]), os.environ["RANK"], {}
 for how in FAILURES:
     for phase in ("train", "evaluate"):
         trainer = build(
-            out / how / phase, reward_funcs=Failing(how), per_device_train_batch_size=4, eval_dataset=prompts(4), shuffle_dataset=False
+            out / how / phase, reward_funcs=Failing(how), per_device_train_batch_size=4, eval_dataset=prompts(4),
+            shuffle_dataset=False,
         )
         try:
             trainer.train() if phase == "train" else trainer.evaluate()
@@ -156,8 +157,8 @@ said["topic_0"] = [entry["topic_0"] for entry in trainer.state.log_history if "t
 
 
 def test_two_processes_stop_together_in_every_case(tmp_path: Path) -> None:
-    """The topic that fails is sampled by one of them alone; the other neither hangs nor says nothing. Nor does it where one records
-    a metric that the other does not."""
+    """The topic that fails is sampled by one of them alone; the other neither hangs nor says nothing. Nor does it
+    where one records a metric that the other does not."""
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = {
         **os.environ,
@@ -178,15 +179,15 @@ def test_two_processes_stop_together_in_every_case(tmp_path: Path) -> None:
     assert said[0]["topic_0"] == said[1]["topic_0"] != []  # which one of them alone has recorded
     for how, what in FAILURES.items():
         for phase in ("train", "evaluate"):
-            messages = [of_process[f"{how}, {phase}"] for of_process in said]
+            messages = [rank[f"{how}, {phase}"] for rank in said]
             assert all(re.search(f"'failing' {what}", message) for message in messages), messages
             assert sum(bool(re.search(r"on process \d", message)) for message in messages) == 1, messages
             assert len(list((tmp_path / how / phase / "reward_failures").glob("*.json"))) == 1
 
 
 def test_scoring_goes_on_while_the_next_sweep_is_sampled(tmp_path: Path, monkeypatch) -> None:
-    """Rewards of the first sweep are held back until the second is sampled: one after the other this would never end."""
-    monkeypatch.setattr(generation, "SWEEP", 4)
+    """Rewards of the first sweep wait until the second is sampled: one after the other this would never end."""
+    monkeypatch.setattr(rollouts, "SWEEP", 4)
     sampled, seen = threading.Event(), []
 
     def patient(images: list[Image.Image], **columns: object) -> list[float]:
@@ -196,7 +197,7 @@ def test_scoring_goes_on_while_the_next_sweep_is_sampled(tmp_path: Path, monkeyp
 
     patient.runs_in = "thread"
     trainer = build(tmp_path, reward_funcs=patient, steps_per_generation=3, per_device_train_batch_size=4, max_steps=1)
-    roll_out = trainer.images.roll_out
+    roll_out = trainer.rollouts.roll_out
 
     def counted(*args: object, **kwargs: object):
         rollout = roll_out(*args, **kwargs)

@@ -305,7 +305,7 @@ def test_colours_are_clip_s_choice_for_the_masked_object_on_grey(reward: GenEval
 
 
 def test_rows_columns_and_metrics(reward: GenEval, paths: tuple[str, str]) -> None:
-    """Rows without a tag are not scored; the share that is right is logged; graded and strict go by the same objects."""
+    """Rows without a tag are not scored; the share of right ones is logged; graded and strict see the same objects."""
     images = as_tensor(pictures(((96, 64),) * 4))
     found = [kept(objects, "single_object") for objects in reward.detect(eight_bits(images))]
     seen = [next(iter(objects)) for objects in found]

@@ -1,4 +1,4 @@
-"""Rewards on models, from tiny checkpoints of the real classes, against the library's own or the published packages' scores."""
+"""Rewards on models, from tiny checkpoints of the real classes, against scores of published packages or libraries."""
 
 import json
 from collections.abc import Callable

@@ -105,7 +105,9 @@ def test_several_batches_may_be_under_way_at_once() -> None:
 
     slow.runs_in = "thread"
     scorer = Scorer()
-    scorings = [scorer.start([slow], BATCH[slice(0, number)], {}) for number in (1, 2, 3)]
+    scorings = [
+        scorer.start([slow], ImageBatch(IMAGES[:number], None, PROMPTS[:number], {}), {}) for number in (1, 2, 3)
+    ]
     release.set()
     assert [scoring.result().rewards[0, 0].item() for scoring in scorings] == [1.0, 2.0, 3.0]
 
@@ -126,11 +128,11 @@ def failing_on(rows: tuple[int, ...], how: str = "raise"):
 
     def picky(images, prompts: list[str], bonus: list[int], **columns: object) -> list[object]:
         values: list[object] = list(first_value(images, bonus))
-        for place, prompt in enumerate(prompts):
+        for index, prompt in enumerate(prompts):
             if int(prompt.split()[1]) in rows:
                 if how == "raise":
                     raise KeyError("no such word")
-                values[place] = {"nan": float("nan"), "text": "good"}[how]
+                values[index] = {"nan": float("nan"), "text": "good"}[how]
         return values
 
     return picky
@@ -231,7 +233,7 @@ def test_a_wrong_number_of_rewards_is_the_whole_calls_failure() -> None:
 
 
 def test_time_in_the_queue_is_no_hang() -> None:
-    """Each call takes a third of the timeout, all of them twice as long as it, and the one that fails waits behind them."""
+    """Each call takes a third of the timeout, all twice as long as it, and the one that fails waits behind them."""
 
     def slow(images, prompts: list[str], bonus: list[int], **columns: object) -> list[float]:
         time.sleep(0.1)
@@ -245,6 +247,30 @@ def test_time_in_the_queue_is_no_hang() -> None:
     for scored in (scoring.result() for scoring in scorings):
         assert scored.failed.tolist() == [True, False, False, False, False]
         assert "raised KeyError" in str(scored.errors[0])
+
+
+def test_a_thread_makes_all_calls_of_a_function_until_one_hangs() -> None:
+    """Also one that nobody waits for; each thread computes without gradients, and none keeps the interpreter alive."""
+    seen, forever, done = [], threading.Event(), threading.Event()
+
+    def noting(images, prompts: list[str], **columns: object) -> list[float]:
+        seen.append((threading.current_thread(), torch.is_grad_enabled()))
+        if prompts == ["prompt 2"]:
+            forever.wait(60)
+        if prompts == ["prompt 4"]:
+            done.set()
+        return [0.0]
+
+    noting.runs_in, noting.batch_size, noting.timeout = "thread", 1, 0.2
+    scoring = Scorer("skip").start([noting], BATCH, {})
+    assert done.wait(10)
+    threads = [thread for thread, _ in seen]
+    assert threads[0] is threads[1] is threads[2] is not threads[3] and threads[3] is threads[4]
+    assert all(thread.daemon for thread in threads) and not any(with_gradients for _, with_gradients in seen)
+    forever.set()
+    threads[0].join(10)
+    assert not threads[0].is_alive()  # what it returns after all is nobody's
+    assert scoring.result().failed.tolist() == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize("runs_in", ["main", "thread"])

@@ -1,5 +1,8 @@
 """The shapes world, its judge, its prompts and the pretrained pipeline."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +11,11 @@ from PIL import Image
 from trl_tpgrpo.policies.loading import load_pipeline
 from trl_tpgrpo.testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
 from trl_tpgrpo.testbed.checker import detect, score_images, shapes_reward
-from trl_tpgrpo.testbed.pretrain import build_tokenizer, draw_captioned_pictures
 from trl_tpgrpo.testbed.world import KINDS, Caption, Thing, all_captions, draw, parse_caption, split_captions
+
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from pretrain import build_tokenizer, draw_captioned_pictures  # noqa: E402
 
 
 RED_CIRCLE, BLUE_SQUARE = Thing("red", "circle"), Thing("blue", "square")

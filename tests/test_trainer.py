@@ -248,9 +248,9 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 def test_random_window_moves_between_rollouts_and_is_reproducible(tmp_path: Path) -> None:
     trainer = build(tmp_path, sde_window_size=1, sde_window_range=[0, 3])
-    starts = [trainer._draw_window(generation).start for generation in range(12)]
+    starts = [trainer.rollouts.draw_window(generation).start for generation in range(12)]
     assert set(starts) == {0, 1, 2}
-    assert starts == [trainer._draw_window(generation).start for generation in range(12)]
+    assert starts == [trainer.rollouts.draw_window(generation).start for generation in range(12)]
     trainer.train()
 
 
@@ -629,7 +629,11 @@ def test_wrong_eval_datasets_are_refused(tmp_path: Path) -> None:
     ("peft_config", "error", "message"),
     [
         (lora(lora_dropout=0.1), ValueError, "lora_dropout must be 0, got 0.1"),
-        (lora(task_type="CAUSAL_LM"), ValueError, "task_type is for language models"),
+        (
+            lora(task_type="CAUSAL_LM"),
+            ValueError,
+            "task_type must be None, got .CAUSAL_LM.: it is for language models",
+        ),
         ("lora", TypeError, "peft_config must be a peft.LoraConfig, got str"),
         (lora(target_modules=["nothing_like_it"]), ValueError, "nothing_like_it"),
         (
@@ -638,7 +642,7 @@ def test_wrong_eval_datasets_are_refused(tmp_path: Path) -> None:
             "init_lora_weights must be True, False or 'gaussian', got 'pissa'",
         ),
         (lora(bias="lora_only"), ValueError, "bias must be 'none'"),
-        (lora(modules_to_save=["proj_out"]), ValueError, "modules_to_save None"),
+        (lora(modules_to_save=["proj_out"]), ValueError, "modules_to_save must be None"),
     ],
 )
 def test_wrong_adapters_are_refused(peft_config: object, error: type, message: str, tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ import torch
 from test_trainer import assert_same, brightness, build, logged, prompts, trained
 from tiny import tiny_sd3
 
+from trl_tpgrpo import TPGRPOTrainer
 from trl_tpgrpo.algorithm.credit import CreditRule, shortest_window, step_reward_variances
 from trl_tpgrpo.algorithm.fidelity import compare
 from trl_tpgrpo.algorithm.rollout import EXACT
-from trl_tpgrpo.generation import _measure_batch_size
-from trl_tpgrpo.trainer import NOISE, TPGRPOTrainer
+from trl_tpgrpo.batches import Trajectories
+from trl_tpgrpo.rollouts import NOISE, _measure_batch_size
 
 
 def coarse(images, **columns: object) -> list[float]:
@@ -22,12 +23,15 @@ def coarse(images, **columns: object) -> list[float]:
 # What is left out
 
 
+def every_transition(trajectories: Trajectories, **options: bool) -> dict[int, torch.Tensor]:
+    """Leave none out, as if no advantage were 0."""
+    return dict.fromkeys(range(len(trajectories.window)), torch.arange(len(trajectories)))
+
+
 def run_all_transitions(trainer: TPGRPOTrainer) -> TPGRPOTrainer:
-    """Train as if no advantage were 0."""
-    trainer._contributing = lambda trajectories: dict.fromkeys(  # type: ignore[method-assign]
-        range(len(trajectories.window)), torch.arange(len(trajectories))
-    )
-    trainer.train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trajectories, "contributing", every_transition)
+        trainer.train()
     return trainer
 
 
@@ -79,10 +83,10 @@ def test_encoded_prompts_are_kept_once_each(tmp_path: Path) -> None:
     trainer.model.train()
     rows = [{"prompt": prompt, "topic": 0} for prompt in prompts(2)["prompt"] for _ in range(4)]
     trajectories = trainer._prepare_inputs(rows)
-    assert len(trajectories.conditioning.prompt_embeds) == 2
+    assert len(trajectories.conditioning.tensors["prompt_embeds"]) == 2
     transitions = trajectories.transitions(0, torch.tensor([1, 6]))
     expected = trainer.policy.encode([rows[1]["prompt"], rows[6]["prompt"]])
-    torch.testing.assert_close(transitions.conditioning.prompt_embeds, expected.prompt_embeds)
+    torch.testing.assert_close(transitions.conditioning.tensors["prompt_embeds"], expected.tensors["prompt_embeds"])
 
 
 def test_a_group_that_shares_its_noise_shares_its_first_image(tmp_path: Path) -> None:
@@ -196,7 +200,7 @@ def test_a_measured_window_is_taken_for_all_rollouts_and_kept_in_checkpoints(tmp
     options = {"sde_window_share": 0.5, "num_inference_steps": 6, "save_strategy": "steps", "save_steps": 1}
     trainer = build(tmp_path, max_steps=2, **options)
     trainer.train()
-    window = trainer._measured_window
+    window = trainer.rollouts.measured_window
     assert 1 <= len(window) < 5
     first, second = logged(trainer, "num_evaluations")
     assert first == second + 4 * 21  # the first has the measurement too: 21 evaluations of 4 trajectories
@@ -205,9 +209,9 @@ def test_a_measured_window_is_taken_for_all_rollouts_and_kept_in_checkpoints(tmp
         raise AssertionError("measured again")
 
     resumed = build(tmp_path, max_steps=3, **options)
-    resumed._measure_window = not_again
+    resumed.rollouts._measure_window = not_again
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed._measured_window == window
+    assert resumed.rollouts.measured_window == window
 
 
 def test_a_measured_batch_size_is_taken_and_changes_only_rounding(tmp_path: Path) -> None:
@@ -223,9 +227,9 @@ def test_a_measured_batch_size_is_taken_and_changes_only_rounding(tmp_path: Path
 
 def test_same_generators_give_the_same_trajectories_for_every_rule(tmp_path: Path) -> None:
     trainer = build(tmp_path, pipeline=tiny_sd3())
-    rows, window = [{"prompt": "a red circle", "topic": 0}] * 2, trainer._draw_window(0)
-    exact = trainer.sample_and_score(rows, trainer._generators(NOISE, 0, 2), window, EXACT)
-    none = trainer.sample_and_score(rows, trainer._generators(NOISE, 0, 2), window, None)
+    rows, window = [{"prompt": "a red circle", "topic": 0}] * 2, trainer.rollouts.draw_window(0)
+    exact = trainer.sample_and_score(rows, trainer.rollouts.generators(NOISE, 0, 2), window, EXACT)
+    none = trainer.sample_and_score(rows, trainer.rollouts.generators(NOISE, 0, 2), window, None)
     assert torch.equal(exact.rollout.states, none.rollout.states)
     assert torch.equal(exact.rewards[..., -1], none.rewards[..., -1])
 
@@ -245,4 +249,4 @@ def test_a_resumed_run_takes_the_batch_size_it_is_given(given: int | str, taken:
     build(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     resumed = build(tmp_path, max_steps=2, per_device_rollout_batch_size=given)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert resumed.images.batch_sizes == taken
+    assert resumed.rollouts.batch_sizes == taken

@@ -1,35 +1,37 @@
 """What a rollout hands to the loss: trajectories, their prompts and the rewards of their generation batch.
 
-Shapes: `B` trajectories of this process, `N` of all processes, `K` SDE steps, `...` the dimensions of a latent.
+Shapes: `B` trajectories of this process, `N` of all processes, `K` SDE steps, `M` images, `F` reward functions, `C`
+completed states, `...` the dimensions of a latent.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .algorithm.credit import RewardTable
+from .algorithm.credit import CreditRule, RewardTable
 from .algorithm.rollout import Rollout, Window
+from .algorithm.sde import Transition, log_prob, transition
 from .policies.base import Conditioning, Schedule
-from .rewards import RewardError
-from .rewards.scorer import Scoring
+from .rewards.contract import RewardError
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What sampling and scoring B rows of a dataset gives.
+    """Trajectories of B rows of a dataset, their images and the rewards of these.
 
     Attributes:
-        rollout: The trajectories.
-        images: M, one for each of `rollout.final_latents`.
+        rollout: Trajectories and final latents.
+        images: M images, one for each of `rollout.final_latents`.
         rewards: float32, (B, F, C + 1), on the CPU, of the images that `rollout.image_of` names; NaN where a function does
             not apply, and throughout where one has failed.
         failed: bool, (B,), on the CPU: trajectories that a function has failed on.
         extra: Columns that functions have logged beside their rewards, M values each.
-        error: The failure that has to stop the run.
-        num_failed_images: Of the M, those that a function has failed on.
-        skipped: The failures that do not stop the run.
+        error: Failure that has to stop the run.
+        num_failed_images: Number of the M images that a function has failed on.
+        skipped: Failures that do not stop the run.
     """
 
     rollout: Rollout
@@ -42,38 +44,9 @@ class Sampled:
     skipped: list[RewardError] = field(default_factory=list)
 
     def without_images(self) -> "Sampled":
-        """What training goes on with, which is small."""
+        """Drop what training does not go on with."""
         rollout = replace(self.rollout, final_latents=self.rollout.final_latents[:0])
         return replace(self, rollout=rollout, images=[], extra={})
-
-
-@dataclass(frozen=True)
-class Unscored:
-    """Trajectories whose images are being scored.
-
-    Attributes:
-        rollout: The trajectories.
-        images: M, one for each of `rollout.final_latents`.
-        scoring: Of the images.
-    """
-
-    rollout: Rollout
-    images: list[Image.Image]
-    scoring: Scoring
-
-    def scored(self) -> Sampled:
-        """Wait for the rewards; a failure that has to stop the run is in the result, so that no process stops alone."""
-        try:
-            scores = self.scoring.result()
-        except RewardError as error:
-            shape = (len(self.rollout.image_of), len(self.scoring.reward_funcs), self.rollout.image_of.shape[1])
-            nothing = torch.full(shape, torch.nan)
-            return Sampled(self.rollout, self.images, nothing, torch.ones(len(nothing), dtype=torch.bool), error=error)
-        rewards = scores.rewards[:, self.rollout.image_of].transpose(0, 1)
-        failed = scores.failed[self.rollout.image_of].any(1)
-        left = torch.where(failed[:, None, None], torch.nan, rewards)
-        number = int(scores.failed.sum())
-        return Sampled(self.rollout, self.images, left, failed, scores.extra, None, number, scores.errors)
 
 
 @dataclass(frozen=True)
@@ -83,16 +56,16 @@ class Transitions:
     Attributes:
         latents: float32, (B, ...), before the step.
         next_latents: float32, (B, ...), after it.
-        old_log_probs: float32, (B,), when it was sampled; `None`: as the policy that is trained now has them.
+        old_log_probs: float32, (B,), when it was sampled; `None`: those of the policy that is trained now.
         sigma: 0-dimensional, on the CPU, before the step.
         sigma_next: 0-dimensional, on the CPU, after it.
         timestep: 0-dimensional, on the CPU, before the step.
-        position: Its number in the window, 0 to K - 1.
+        position: Index of the step in the window, 0 to K - 1.
         window: The SDE window.
         conditioning: The B prompts.
-        rows: (B,), on the CPU, the trajectories' places in the reward table.
-        table: The rewards of all N trajectories.
-        num_trajectories: How many the loss is the mean over: B and those left out because they add nothing to it.
+        rows: (B,), on the CPU, the trajectories' rows in the reward table.
+        table: Rewards of all N trajectories.
+        num_trajectories: Number that the loss is the mean over: B and those left out because they add nothing to it.
         reference: The reference's velocities by position, where they are kept.
     """
 
@@ -110,10 +83,14 @@ class Transitions:
     num_trajectories: int
     reference: dict[int, Tensor]
 
-    @property
-    def advantages(self) -> Tensor:
-        """float32, (B,): of this step, from the table, which computes all of them at the first look."""
-        return self.table.advantages[self.rows, self.position].to(self.latents.device)
+    def transition(self, velocity: Tensor) -> Transition:
+        """Return the distribution of the next latents that a predicted velocity (B, ...) gives."""
+        window = self.window
+        return transition(window.sde_type, self.latents, velocity, self.sigma, self.sigma_next, window.noise_level)
+
+    def log_prob(self, step: Transition) -> Tensor:
+        """Return the log-probability (B,) of the next latents under `step`."""
+        return log_prob(step, self.next_latents, self.window.log_prob_type)
 
 
 @dataclass(frozen=True)
@@ -122,13 +99,13 @@ class Trajectories:
 
     Attributes:
         states: float32, (B, K + 1, ...), on the CPU if they are offloaded.
-        log_probs: float32, (B, K); `None`: as the policy that is trained now has them.
+        log_probs: float32, (B, K); `None`: those of the policy that is trained now.
         window: The SDE window.
         schedule: The noise levels.
         conditioning: The distinct prompts of the generation batch.
-        prompts: (B,), on the CPU, the trajectories' places among them.
-        rows: (B,), on the CPU, the trajectories' places in the reward table.
-        table: The rewards of all N trajectories, on the CPU.
+        prompts: (B,), on the CPU, the trajectories' indices among the prompts.
+        rows: (B,), on the CPU, the trajectories' rows in the reward table.
+        table: Rewards of all N trajectories, on the CPU.
         reference: The reference's velocities by position, where they are kept.
     """
 
@@ -146,7 +123,7 @@ class Trajectories:
         return len(self.states)
 
     def __getitem__(self, chosen: Tensor) -> "Trajectories":
-        """The trajectories at the places `chosen` (an index on the CPU), of the same table."""
+        """Select the trajectories of the indices `chosen` (on the CPU), with the same table."""
         return replace(
             self,
             states=self.states[chosen],
@@ -157,24 +134,37 @@ class Trajectories:
         )
 
     def to(self, device: torch.device, offload: bool) -> "Trajectories":
-        """With log-probabilities and prompts on `device`, states and velocities too unless they are offloaded."""
-        of_states = torch.device("cpu") if offload else device
+        """Move log-probabilities and prompts to `device`, states and velocities too unless they are offloaded."""
+        states_device = torch.device("cpu") if offload else device
         return replace(
             self,
-            states=self.states.to(of_states),
+            states=self.states.to(states_device),
             log_probs=None if self.log_probs is None else self.log_probs.to(device),
             conditioning=self.conditioning.to(device),
-            reference={position: velocity.to(of_states) for position, velocity in self.reference.items()},
+            reference={position: velocity.to(states_device) for position, velocity in self.reference.items()},
         )
 
-    def advantages(self, position: int) -> Tensor:
-        """float32, (B,), on the CPU: of the SDE step at `position` of the window."""
-        return self.table.advantages[self.rows, position]
+    def contributing(self, skip_zeros: bool, keep_steps: bool) -> dict[int, Tensor]:
+        """Choose by SDE step the trajectories that add to the loss, as indices on the CPU.
+
+        Args:
+            skip_zeros: Whether those whose advantage is 0 are left out, as where there is no KL term.
+            keep_steps: Whether a step that has none left takes one all the same, as where other processes wait for it. The
+                last step does in any case, so that there is a gradient and an update.
+        """
+        num_steps = len(self.window)
+        if not skip_zeros:
+            return dict.fromkeys(range(num_steps), torch.arange(len(self)))
+        advantages = self.table.advantages[self.rows]
+        chosen = {step: advantages[:, step].nonzero().flatten() for step in range(num_steps)}
+        needed = range(num_steps) if keep_steps else [num_steps - 1]
+        chosen |= {step: torch.tensor([0]) for step in needed if not len(chosen[step])}
+        return {step: rows for step, rows in chosen.items() if len(rows)}
 
     def transitions(self, position: int, chosen: Tensor | None = None) -> Transitions:
-        """The SDE step at `position` of the window, of all or of the trajectories at places `chosen` (on the CPU)."""
+        """Return the SDE step at `position` of the window, of all trajectories or of the indices `chosen` (on the CPU)."""
         chosen = torch.arange(len(self)) if chosen is None else chosen
-        step, device = self.window.start + position, self.conditioning.prompt_embeds.device
+        step, device = self.window.start + position, self.conditioning.device
         return Transitions(
             latents=self.states[chosen, position].to(device),
             next_latents=self.states[chosen, position + 1].to(device),
@@ -190,3 +180,14 @@ class Trajectories:
             num_trajectories=len(self),
             reference=self.reference,
         )
+
+
+SAVED_CLASSES: list[Any] = [Conditioning, CreditRule, RewardTable, Schedule, Trajectories, Window]
+"""Classes in the file of a rollout that is in use when a checkpoint is saved."""
+
+SAVED_CLASSES += [
+    (CreditRule, "trl_tpgrpo.credit.CreditRule"),
+    (RewardTable, "trl_tpgrpo.credit.RewardTable"),
+    (Trajectories, "trl_tpgrpo.trajectories.Trajectories"),
+    (Window, "trl_tpgrpo.rollout.Window"),
+]  # of version 0.1.0

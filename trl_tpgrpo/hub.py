@@ -14,7 +14,7 @@ from transformers.trainer_utils import HubStrategy
 
 from .config import TPGRPOConfig
 from .model_card import CARD_FILE, RECIPE_FILE, SAMPLE_FILES
-from .policies.base import LORA_FILE, TRANSFORMER_FOLDER
+from .policies.weights import LORA_FILE, TRANSFORMER_FOLDER
 
 
 logger = logging.getLogger(__name__)

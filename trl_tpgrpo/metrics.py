@@ -8,7 +8,6 @@ from itertools import groupby
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
@@ -20,98 +19,74 @@ def _spread(values: Tensor) -> Tensor:
     return (values - values.nanmean()).square().nanmean().sqrt()
 
 
-REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": torch.Tensor.nanmean,
-    "sum": torch.Tensor.sum,
-    "max": torch.Tensor.amax,
-    "std": _spread,
+REDUCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "mean": (torch.mean, torch.mean),
+    "nanmean": (torch.nanmean, torch.nanmean),
+    "sum": (torch.sum, torch.sum),
+    "max": (torch.amax, torch.amax),
+    "std": (_spread, torch.nanmean),
+    "seconds": (torch.sum, torch.amax),
 }
+"""Reduction within a process, and of the results of all processes that have recorded a name."""
 
-
-ABSENT = {
-    "mean": torch.tensor(torch.nan),
-    "sum": torch.tensor(0.0),
-    "max": torch.tensor(-torch.inf),
-    "std": torch.tensor(torch.nan),
-}
-"""What a process that has recorded nothing adds."""
-
-THUMBNAIL = 32
-"""Pixels, about, of the images whose variety is measured: what a person would see as another picture."""
+THUMBNAIL = 32  # pixels, about, at which images are compared: what a person would see as another picture
 
 
 class Metrics:
-    """Values by name, kept on their device until `flush`, so that recording waits for nothing.
+    """Values by name and reduction, kept on their device until `flush`, so that recording waits for nothing.
 
-    A name is reduced as it was first recorded: by `"mean"` (NaN left out), `"sum"`, `"max"` or `"std"` (of values that all processes have).
-    A process that has not recorded a name that others have does not count in it.
+    A NaN is not averaged away, but for rewards that do not apply, which `"nanmean"` and `"std"` skip. `"std"` is for
+    values that all processes have; `"seconds"` are those of the slowest process.
     """
 
     def __init__(self) -> None:
-        self._values: dict[str, list[Tensor]] = defaultdict(list)
-        self._reductions: dict[str, str] = {}
-        self._num_seen: dict[str, int] = {}
+        self._values: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+        self._num_seen: dict[tuple[str, str], int] = {}
 
     def record(self, name: str, value: float | Tensor, reduction: str = "mean") -> None:
         """Add a number, or each number of a tensor."""
-        self._reductions.setdefault(name, reduction)
-        self._values[name].append(torch.as_tensor(value, dtype=torch.float32).detach().flatten())
+        self._values[name, reduction].append(torch.as_tensor(value, dtype=torch.float32).detach().flatten())
 
     @contextmanager
     def seconds(self, phase: str) -> Iterator[None]:
         """Record the wall-clock seconds of a phase as `seconds/{phase}`."""
         start = time.perf_counter()
         yield
-        self.record(f"seconds/{phase}", time.perf_counter() - start, "sum")
+        self.record(f"seconds/{phase}", time.perf_counter() - start, "seconds")
 
-    def flush(self, accelerator: Accelerator) -> dict[str, float]:
-        """Everything recorded since the last flush, reduced over all processes; seconds are those of the slowest one."""
+    def flush(self) -> dict[str, float]:
+        """Return what has been recorded since the last flush, reduced over all processes."""
         values = dict(self._values)
         self._values.clear()
         self._num_seen.clear()
-        return self._reduce(values, accelerator)
+        return _reduced(values)
 
-    def latest(self, accelerator: Accelerator) -> dict[str, float]:
-        """What has been recorded since `latest` or `flush` was last called, reduced like that; it stays for the next flush."""
-        values = {name: recorded[self._num_seen.get(name, 0) :] for name, recorded in self._values.items()}
-        self._num_seen = {name: len(recorded) for name, recorded in self._values.items()}
-        return self._reduce({name: recorded for name, recorded in values.items() if recorded}, accelerator)
-
-    def _reduce(self, values: dict[str, list[Tensor]], accelerator: Accelerator) -> dict[str, float]:
-        known: dict[str, str] = {}
-        for of_process in gather_object([{name: self._reductions[name] for name in values}]):
-            known |= of_process
-        names, reductions = sorted(known), [known[name] for name in sorted(known)]
-        if not names:
-            return {}
-        local = [
-            REDUCTIONS[reduction](torch.cat([value.cpu() for value in values[name]]))
-            if name in values
-            else ABSENT[reduction]
-            for name, reduction in zip(names, reductions, strict=True)
-        ]
-        gathered = accelerator.gather(torch.stack(local).to(accelerator.device)[None]).cpu()  # (processes, names)
-        return {
-            name: REDUCTIONS[_over_processes(name, reduction)](gathered[:, index]).item()
-            for index, (name, reduction) in enumerate(zip(names, reductions, strict=True))
-        }
+    def latest(self) -> dict[str, float]:
+        """Return what has been recorded since the last call or flush, reduced likewise; the next flush has it too."""
+        values = {key: recorded[self._num_seen.get(key, 0) :] for key, recorded in self._values.items()}
+        self._num_seen = {key: len(recorded) for key, recorded in self._values.items()}
+        return _reduced({key: recorded for key, recorded in values.items() if recorded})
 
 
-def _over_processes(name: str, reduction: str) -> str:
-    if name.startswith("seconds/"):
-        return "max"
-    return "mean" if reduction == "std" else reduction
+def _reduced(values: dict[tuple[str, str], list[Tensor]]) -> dict[str, float]:
+    local = {}
+    for (name, reduction), recorded in values.items():
+        within, _ = REDUCTIONS[reduction]
+        local[name, reduction] = within(torch.cat([value.cpu() for value in recorded])).item()
+    gathered: dict[tuple[str, str], list[float]] = defaultdict(list)  # of the processes that have recorded some
+    for process in gather_object([local]):
+        for key, number in process.items():
+            gathered[key].append(number)
+    return {
+        name: REDUCTIONS[reduction][1](torch.tensor(numbers)).item()
+        for (name, reduction), numbers in sorted(gathered.items())
+    }
 
 
 def rollout_metrics(table: RewardTable, names: list[str]) -> dict[str, Tensor]:
-    """What a rollout's rewards look like: in all, per function along the trajectory, and as advantages.
+    """Return 0-dimensional metrics of the rewards of a generation batch, in all and by the functions' names.
 
-    Args:
-        table: The rewards of the generation batch.
-        names: Of the F reward functions.
-
-    Returns:
-        0-dimensional tensors by name; NaN for a function that applies nowhere.
+    Those with "reward" in their name are NaN where a function applies nowhere.
     """
     final, kept = table.rewards[:, -1], ~table.left_out
     groups = final.view(-1, table.num_generations)
@@ -124,19 +99,18 @@ def rollout_metrics(table: RewardTable, names: list[str]) -> dict[str, Tensor]:
         "advantages/frac_zero": (table.advantages[kept] == 0).float().mean(),
     }
     completed = table.rewards.shape[1] > 1
+    states = [*range(0, table.num_steps, table.every), table.num_steps] if completed else []
     for name, rewards in zip(names, table.rewards_per_func.unbind(1), strict=True):
         means = rewards.nanmean(0)  # (K + 1,)
         spreads = (rewards - means).square().nanmean(0).sqrt()
         metrics |= {f"rewards/{name}/mean": means[-1], f"rewards/{name}/std": spreads[-1]}
-        states = [*range(0, table.num_steps, table.every), table.num_steps] if completed else []
-        for place, state in enumerate(states):
-            metrics[f"rewards/{name}/mean_of_state_{state}"] = means[place]
-            metrics[f"rewards/{name}/std_of_state_{state}"] = spreads[place]
+        for state, mean, spread in zip(states, means, spreads, strict=completed):
+            metrics |= {f"rewards/{name}/mean_of_state_{state}": mean, f"rewards/{name}/std_of_state_{state}": spread}
     return metrics | (_credit_metrics(table) if completed else {})
 
 
 def _credit_metrics(table: RewardTable) -> dict[str, Tensor]:
-    """Where along the trajectory rewards tell images apart, and where trajectories turn."""
+    """Return where along the trajectory rewards tell images apart, and where trajectories turn."""
     turning = table.turning_points[~table.left_out]
     grouped = table.step_rewards.unflatten(0, (-1, table.num_generations))
     within_group = (grouped - grouped.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
@@ -148,25 +122,17 @@ def _credit_metrics(table: RewardTable) -> dict[str, Tensor]:
 
 
 def image_variety(images: list[Image.Image], prompts: list[str]) -> Tensor:
-    """How much the images of a prompt differ: the standard deviation of a pixel's value, in [0, 0.5].
+    """Return how much the images of each of P prompts differ: (P,), standard deviations of a pixel in [0, 0.5].
 
-    Args:
-        images: B images, all of one size; those of a prompt are neighbours. They are compared at 32 pixels or less.
-        prompts: Their B prompts.
-
-    Returns:
-        (P,), of each prompt; NaN where it has one image only.
+    Images are of one size, and those of a prompt are neighbours; NaN where there is only one of a prompt.
     """
     pixels = torch.stack([_thumbnail(image) for image in images])
     sizes = [len(list(group)) for _, group in groupby(prompts)]
-    spreads = [
-        group.std(0, correction=0).mean() if len(group) > 1 else group.new_tensor(torch.nan)
-        for group in pixels.split(sizes)
-    ]
-    return torch.stack(spreads)
+    spreads = [group.std(0, correction=0).mean() for group in pixels.split(sizes)]
+    return torch.stack(spreads).where(torch.tensor(sizes) > 1, torch.nan)
 
 
 def _thumbnail(image: Image.Image) -> Tensor:
-    """float32, (H, W, 3), in [0, 1]."""
+    """Return float32, (H, W, 3), in [0, 1]."""
     factor = max(1, max(image.size) // THUMBNAIL)
     return torch.from_numpy(np.asarray(image.convert("RGB").reduce(factor), np.float32) / 255)

@@ -1,10 +1,10 @@
 """The trainer: rows of a dataset become prompts, trajectories, images, rewards, credit, and an update of the weights.
 
-It reads in that order, under the names of TRL's GRPOTrainer. Mathematics and model families are elsewhere.
+It reads in that order, under the names of TRL's GRPOTrainer: every method that overrides one of TRL's or transformers' is
+here. Mathematics is in `algorithm/`, model families in `policies/`, sampling and scoring in `rollouts.py`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,45 +14,58 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import LoraConfig
+from huggingface_hub import CommitInfo
+from peft import LoraConfig, PeftModel
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.training_args import OptimizerNames
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
+from .algorithm.completion import CompletionRule
 from .algorithm.losses import clipped_surrogate, relative_difference
 from .algorithm.rollout import Window
-from .algorithm.sde import Transition, kl_divergence, log_prob, transition
-from .batches import Trajectories, Transitions
+from .algorithm.sde import kl_divergence
+from .batches import SAVED_CLASSES, Sampled, Trajectories, Transitions
 from .callbacks.averaging import AveragedWeights
-from .callbacks.checkpoints import StopOnSignal, is_complete, last_complete
+from .callbacks.checkpoints import (
+    LAST,
+    StopOnSignal,
+    being_written,
+    is_complete,
+    last_complete,
+    load_progress,
+    save_progress,
+)
 from .callbacks.guard_rails import GuardRails
 from .callbacks.pictures import PictureCallback
 from .callbacks.printing import CompletionPrinter
 from .callbacks.progress import LogLines, ProgressDisplay
 from .callbacks.samples import Samples
-from .checks import all_prompts, check_datasets, check_optimizer, check_sharded_optimizer
 from .config import TPGRPOConfig
-from .data import EpochSampler, SetEpoch
-from .generation import ImageGenerator, on_device
+from .data import EpochSampler, SetEpoch, all_prompts, check_datasets
+from .hub import Contents, HubRepository, without_tokens
 from .metrics import Metrics, rollout_metrics
+from .model_card import sample_prompts, summarize
 from .policies.embeddings import PromptEmbeddings
-from .policies.loading import load_policy, prepare_transformer
+from .policies.loading import check_optimizer, load_policy, prepare_transformer
+from .policies.reference import Reference
 from .policies.sharding import (
+    check_accelerator,
     check_before_loading,
-    check_data_loading,
-    check_sharding,
+    gradient_sync,
     prepare_for_sharding,
     prepare_to_evaluate,
+    prepare_to_train,
 )
-from .rewards.contract import RewardError, RewardFunc, check_applicability, declared, reward_names
-from .rewards.scorer import Scorer, runs_beside
-from .sampling import CARD, EVALUATION, NOISE, SamplingTrainer
+from .policies.weights import load_weights, save_weights
+from .rewards.contract import RewardFunc, reward_name, reward_names
+from .rollouts import Rollouts
 
 
-class TPGRPOTrainer(SamplingTrainer):
+class TPGRPOTrainer(_BaseTrainer):
     """
     Trainer for TurningPoint-GRPO (arXiv 2602.06422): reinforcement learning of flow-matching text-to-image models in which
     each denoising step is credited with the reward that it adds.
@@ -100,6 +113,7 @@ class TPGRPOTrainer(SamplingTrainer):
     """
 
     _tag_names = ["trl", "tp-grpo"]
+    args: Any  # a TPGRPOConfig, whose optional settings are set by now
 
     def __init__(
         self,
@@ -115,10 +129,10 @@ class TPGRPOTrainer(SamplingTrainer):
     ):
         args = args or TPGRPOConfig("tp-grpo")
         self.reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        of_evaluation = eval_reward_funcs if isinstance(eval_reward_funcs, list) else [eval_reward_funcs]
-        self.eval_reward_funcs = [function for function in of_evaluation if function is not None]
-        names = reward_names([*self.reward_funcs, *self.eval_reward_funcs])
-        self.reward_func_names, self.eval_reward_func_names = names[: len(self.reward_funcs)], names
+        eval_only = eval_reward_funcs if isinstance(eval_reward_funcs, list) else [eval_reward_funcs]
+        self.eval_reward_funcs = [function for function in eval_only if function is not None]
+        functions = [*self.reward_funcs, *self.eval_reward_funcs]
+        self.reward_func_names = reward_names(functions)[: len(self.reward_funcs)]
         if args.reward_weights is not None and len(args.reward_weights) != len(self.reward_funcs):
             raise ValueError(
                 f"reward_weights has {len(args.reward_weights)} entries for {len(self.reward_funcs)} reward functions."
@@ -127,21 +141,22 @@ class TPGRPOTrainer(SamplingTrainer):
         check_before_loading()
         set_seed(args.seed)  # before the adapter's random weights
         self.policy = load_policy(model, args, use_lora=peft_config is not None)
-        transformer, self.reference = prepare_transformer(self.policy, peft_config, args)
+        transformer, frozen_copy = prepare_transformer(self.policy, peft_config, args)
         embeddings = PromptEmbeddings(self.policy, args.prompt_embeds_dir)
-        functions = [*self.reward_funcs, *self.eval_reward_funcs]
-        self.scorer = Scorer(args.reward_failures)
-        self._scores_tensors = any(declared(function).image_type == "pt" for function in functions)
-        self._reward_models = [function for function in functions if hasattr(function, "to")]
-        self._offloaded_rewards = [function for function in self._reward_models if not runs_beside(function)]
-        self._place_frozen_models(embeddings, transformer, args, (train_dataset, eval_dataset))
-        self._set_epoch = SetEpoch()
-        self._step = 0
-        self._grad_norm: float | None = None
+        self.policy.to(args.device)
+        if args.precompute_prompt_embeds:
+            shows_bar = None if args.process_index == 0 and not args.disable_tqdm else False
+            embeddings.precompute(all_prompts(train_dataset, eval_dataset), transformer, ProgressDisplay(shows_bar))
+        self._step = self._num_evaluated = 0
         self._buffered_inputs: list[Trajectories] | None = None
-        self._measured_window: Window | None = None
+        self._is_new_rollout = False
+        self._loss_terms: list[Tensor] = []
+        self._grad_norm: float | None = None
         self._metrics = {"train": Metrics(), "eval": Metrics()}
-        self._eval_prefix, self._num_evaluated = "eval", 0
+        self._eval_prefix = "eval"
+        self.hub = HubRepository(args)
+        self.recipe_settings: dict[str, Any] | None = None
+        self._card_samples: dict[str, Image.Image] = {}
         args.ddp_find_unused_parameters = args.ddp_find_unused_parameters or False
         super().__init__(
             model=transformer,
@@ -152,65 +167,74 @@ class TPGRPOTrainer(SamplingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._check_and_shard(frozen_copy)
+        self._add_parts(embeddings)
+
+    def _check_and_shard(self, frozen_copy: torch.nn.Module | None) -> None:
+        """Refuse what cannot work on this accelerator, and put the reference where it belongs."""
+        args = self.args
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: launch one process per GPU with `accelerate launch`.")
         check_optimizer(self.optimizer)
-        check_sharded_optimizer(OptimizerNames(args.optim).value, self.is_fsdp_enabled)
-        check_data_loading(self.accelerator)
-        check_sharding(self.accelerator, self.model, self.reference, args)
-        self.reference = prepare_for_sharding(self.accelerator, self.model, self.reference, self.policy.dtype)
-        if self.reference is not None and not args.offload_reference:
-            self.reference.to(args.device)
-        self.images = ImageGenerator(self.policy, args, embeddings, self.accelerator)
-        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_funcs))
+        check_accelerator(self.accelerator, self.model, frozen_copy, args)
+        frozen_copy = prepare_for_sharding(self.accelerator, self.model, frozen_copy, self.policy.dtype)
+        if frozen_copy is not None and not args.offload_reference:
+            frozen_copy.to(args.device)
+        self.reference = Reference(
+            self.policy,
+            self.accelerator,
+            self.model,
+            frozen_copy,
+            keep=args.num_iterations > 1,
+            on_evaluation=lambda number: self._metrics["train"].record("num_train_evaluations", number, "sum"),
+        )
+
+    def _add_parts(self, embeddings: PromptEmbeddings) -> None:
+        """Create the trainer's own parts and callbacks, in the order in which the callbacks are called."""
+        args, is_main = self.args, self.accelerator.is_main_process
+        self.progress = ProgressDisplay(shows_bar=False)
+        if self.pop_callback(ProgressCallback) is not None:  # there is another one in notebooks
+            self.progress = ProgressDisplay()
+            self.add_callback(self.progress)
+        if self.pop_callback(PrinterCallback) is not None:
+            self.add_callback(LogLines)
+        self.samples = Samples(self.callback_handler, args, self.reward_func_names, is_main)
+        self.rollouts = Rollouts(
+            self.policy,
+            args,
+            self.accelerator,
+            self.reward_funcs,
+            self.eval_reward_funcs,
+            embeddings,
+            self.samples,
+            self.progress,
+            self._metrics,
+            model=lambda: self._policy_model,
+            state=lambda: self.state,
+        )
         self.averaged = AveragedWeights(self.model, args.ema_decay, args.ema_update_every)
-        for standard, ours in ((ProgressCallback, ProgressDisplay), (PrinterCallback, LogLines)):
-            if self.pop_callback(standard) is not None:  # there is another one in notebooks
-                self.add_callback(ours)
-        self.samples = Samples(self.callback_handler, args, self.reward_func_names, self.accelerator.is_main_process)
-        self.add_callback(CompletionPrinter)
-        self.add_callback(PictureCallback(self.callback_handler))
-        self.add_callback(self._set_epoch)
-        self.add_callback(self.averaged)
         self.stop_on_signal = StopOnSignal(self.accelerator)
-        self.add_callback(self.stop_on_signal)
+        self._set_epoch = SetEpoch()
+        pictures = PictureCallback(self.callback_handler)
+        for callback in (CompletionPrinter(), pictures, self._set_epoch, self.averaged, self.stop_on_signal):
+            self.add_callback(callback)
         self.guard_rails = self._add_guard_rails()
 
-    def _place_frozen_models(
-        self, embeddings: PromptEmbeddings, transformer: torch.nn.Module, args: TPGRPOConfig, datasets: tuple
-    ) -> None:
-        """Encode prompts if that comes first, while the transformer is not on the device; then move what stays there."""
-        self.policy.to(args.device)
-        if args.precompute_prompt_embeds:
-            loaded_onto = next(transformer.parameters()).device  # for a quantised one the GPU
-            transformer.to("cpu")
-            prompts = all_prompts(*datasets)
-            display = ProgressDisplay(shows_bar=None if args.process_index == 0 and not args.disable_tqdm else False)
-            with display.phase("encode prompts", len(dict.fromkeys(prompts)), alone=True) as advance:
-                embeddings.precompute(prompts, advance)
-            transformer.to(loaded_onto)
-        for model in self._reward_models:
-            if not (args.offload_between_phases and model in self._offloaded_rewards):
-                model.to(args.device)
-        if args.offload_between_phases:
-            self.policy.pipeline.vae.to("cpu")
-
     def _add_guard_rails(self) -> GuardRails | None:
-        """Those among the user's callbacks, or one as `args.guard_rails` says."""
+        """Take the guard rails among the user's callbacks, or those that `args.guard_rails` asks for."""
         given = [callback for callback in self.callback_handler.callbacks if isinstance(callback, GuardRails)]
         if not given and self.args.guard_rails != "off":
             given = [GuardRails(self.args.guard_rails)]
             self.add_callback(given[0])
-        if not given:
-            return None
-        if given[0].action == "skip" and self.is_deepspeed_enabled:
-            raise ValueError("guard_rails='skip' cannot hold back an update of DeepSpeed: use 'warn' or 'stop'.")
-        held_out = self.eval_reward_func_names[len(self.reward_funcs) :]
-        given[0].watch(self._metrics_of_update, self._metrics["train"].record, held_out)
-        return given[0]
+        held_out = [reward_name(function) for function in self.eval_reward_funcs]
+        for guard_rails in given[:1]:
+            if guard_rails.action == "skip" and self.is_deepspeed_enabled:
+                raise ValueError("guard_rails='skip' cannot hold back an update of DeepSpeed: use 'warn' or 'stop'.")
+            guard_rails.watch(self._metrics_of_update, self._metrics["train"].record, held_out)
+        return next(iter(given), None)
 
     def _send_telemetry(self) -> None:
-        """TRL's reads `model.config.model_type`, which diffusers models do not have, and would report nothing of use."""
+        """Send nothing: TRL's reads `model.config.model_type`, which diffusers models do not have."""
 
     # ----------------------------------------------------------------------------------------------------- the data
 
@@ -230,7 +254,7 @@ class TPGRPOTrainer(SamplingTrainer):
             data_source=dataset if dataset is not None else self.train_dataset,
             mini_repeat_count=self.args.num_generations,
             batch_size=self.args.prompts_per_generation,
-            repeat_count=self.args.num_iterations * self.args.steps_per_generation,
+            repeat_count=self._generate_every,
             shuffle=self.args.shuffle_dataset,
             seed=self.args.seed,
         )
@@ -244,76 +268,61 @@ class TPGRPOTrainer(SamplingTrainer):
 
     # -------------------------------------------------------------------------------------------------- the rollout
 
+    @property
+    def _generate_every(self) -> int:
+        return self.args.steps_per_generation * self.args.num_iterations
+
+    @property
+    def _policy_model(self) -> torch.nn.Module:
+        """The model outside of an update: sharded weights need their wrapper, DDP's would only exchange buffers."""
+        return self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
+
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> Trajectories:
         """Roll out when the buffer is used up; hand out its next micro-batch."""
         if self._step % self._generate_every == 0 or self._buffered_inputs is None:
             self._buffered_inputs = None  # makes room
-            trajectories = self._generate_and_score(generation_batch)
+            trajectories = self.rollouts.generate(generation_batch, self._step // self._generate_every)
+            self._is_new_rollout = True
             updates = max(1, self.args.steps_per_generation // self.args.gradient_accumulation_steps)
-            # Each update gets every so-manieth trajectory: a share of each group, the same for any number of processes.
+            # Each update gets every n-th trajectory: a share of each group, the same for any number of processes.
             order = torch.arange(len(trajectories)).view(-1, updates).T.flatten()
             chunks = [trajectories[chunk] for chunk in order.chunk(self.args.steps_per_generation)]
             self._buffered_inputs = self._prepared_for_training(chunks)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _prepared_for_training(self, chunks: list[Trajectories]) -> list[Trajectories]:
-        """Micro-batches with what is computed once, before the first update on their rollout."""
+        """Add to micro-batches what is computed once, before the first update on their rollout."""
         if self.args.offload_reference:
-            assert self.reference is not None
-            with on_device([self.reference], self.args.device, offload=True):
-                for chunk in chunks:
-                    self._keep_reference(chunk)
+            self.reference.precompute(chunks, self.args.offload_trajectories)
         if self.args.recompute_old_log_probs:
-            of_first_update = self.args.gradient_accumulation_steps if self.args.num_iterations == 1 else 0
+            first_update = self.args.gradient_accumulation_steps if self.args.num_iterations == 1 else 0
             chunks = [
-                replace(chunk, log_probs=None if number < of_first_update else self._training_log_probs(chunk))
+                replace(chunk, log_probs=None if number < first_update else self._training_log_probs(chunk))
                 for number, chunk in enumerate(chunks)
             ]
         return chunks
 
-    def _keep_reference(self, trajectories: Trajectories) -> None:
-        """Compute the reference's velocities at all SDE steps."""
-        for position in range(len(trajectories.window)):
-            velocity = self._reference_velocity(trajectories.transitions(position))
-            trajectories.reference[position] = velocity.cpu() if self.args.offload_trajectories else velocity
-
     def _training_log_probs(self, trajectories: Trajectories) -> Tensor:
-        """Log-probabilities (B, K) as the training path computes them, gradients and all."""
+        """Compute log-probabilities (B, K) as training does, gradients and all."""
         log_probs = []
         for position in range(len(trajectories.window)):
             with torch.enable_grad(), self.compute_loss_context_manager():
                 inputs = trajectories.transitions(position)
-                step = self._transition(self._policy_model, inputs)
-                log_probs.append(log_prob(step, inputs.next_latents, inputs.window.log_prob_type).detach())
+                velocity = self._velocity(self._policy_model, inputs)
+                log_probs.append(inputs.log_prob(inputs.transition(velocity)).detach())
         self._metrics["train"].record("num_train_evaluations", len(trajectories) * len(log_probs), "sum")
         return torch.stack(log_probs, 1)
 
-    def _generate_and_score(self, rows: list[dict[str, Any]]) -> Trajectories:
-        """Sample trajectories with their completions, score every image, and lay the rewards out for the loss."""
-        generation = self._step // self._generate_every
-        if self.args.sde_window_share is not None and self._measured_window is None:
-            self._measured_window = self._measure_window(rows)
-        window, rule = self._measured_window or self._draw_window(generation), self.args.completion_rule
-        generators = self._generators(NOISE, generation, len(rows))
-        self.samples.rollout_begins(self.state)
-        states, log_probs, table = self._sample_in_sweeps(rows, generators, window, rule)
-        self.samples.rollout_ends([row["prompt"] for row in rows], table, self.state, self.control)
-        for name, value in rollout_metrics(table, self.reward_func_names).items():
-            self._metrics["train"].record(name, value)
-        if self.args.completion_check_every and generation % self.args.completion_check_every == 0:
-            self._check_completions(rows, window, generation, table)
-        first = self.accelerator.process_index * len(rows)
-        conditioning, prompts = self._encode(rows)
-        return Trajectories(
-            states=states,
-            log_probs=log_probs,
-            window=window,
-            schedule=self.policy.schedule(self.args.num_inference_steps),
-            conditioning=conditioning,
-            prompts=prompts,
-            rows=torch.arange(first, first + len(rows)),
-            table=table,
-        )
+    def sample_and_score(
+        self,
+        rows: list[dict[str, Any]],
+        generators: list[torch.Generator],
+        window: Window | None = None,
+        completion: CompletionRule | None = None,
+        reward_funcs: list[RewardFunc] | None = None,
+    ) -> Sampled:
+        """Sample and score B rows of a dataset, see [`~trl_tpgrpo.rollouts.Rollouts.sample_and_score`]."""
+        return self.rollouts.sample_and_score(rows, generators, window, completion, reward_funcs)
 
     # ------------------------------------------------------------------------------------------------- the training
 
@@ -332,92 +341,39 @@ class TPGRPOTrainer(SamplingTrainer):
             resume_from_checkpoint = str(last_complete(self.args.output_dir))
         elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
             raise FileNotFoundError(f"{resume_from_checkpoint} is no checkpoint, or was not written to its end.")
-        if getattr(self.model, "_is_accelerate_prepared", False) and not self.is_in_train:
-            # An evaluate() before train() has prepared the model for inference; left so, DDP would never wrap it.
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.model.__dict__.pop("_is_accelerate_prepared", None)
-            self.model_wrapped = self.model
+        prepare_to_train(self)
         with self.stop_on_signal.listening():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One forward and backward for each SDE step of a micro-batch, so that memory does not grow with their number."""
+        """Run one forward and backward for each SDE step of a micro-batch, so that memory does not grow with the steps."""
         model.train()
         getattr(self.optimizer, "train", lambda: None)()  # schedule-free optimizers have modes too
         trajectories = self._prepare_inputs(inputs)
-        chosen = self._contributing(trajectories)
-        with self._phase("train", len(chosen)) as advance:
-            losses, last = [], max(chosen)
-            for position, of_step in chosen.items():
-                transitions = trajectories.transitions(position, of_step)
-                losses.append(self._backward_of_one_step(model, transitions, is_last=position == last))
+        together = self.accelerator.num_processes > 1
+        chosen = trajectories.contributing(skip_zeros=self.args.beta == 0, keep_steps=together)
+        losses, self._loss_terms = [], []
+        with self.rollouts.phase("train", len(chosen)) as advance:
+            for position, rows in chosen.items():
+                transitions = trajectories.transitions(position, rows)
+                losses.append(self._backward_of_one_step(model, transitions, is_last=position == max(chosen)))
                 advance()
             total = torch.stack(losses).sum()
-            if not torch.isfinite(total):
-                raise FloatingPointError(
-                    f"The loss at update {self.state.global_step} is {total.item()}: the last update has probably been too "
-                    "large (learning_rate, max_grad_norm), or float16 has overflowed."
-                )
+            if self._is_new_rollout:
+                self._report_rollout(inputs, trajectories)
+            self._check_loss(total)
         self._step += 1
         return total
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
-        """The norm before clipping, which float16 alone may make infinite."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        self._grad_norm = None if norm is None else float(norm)
-        if self._grad_norm is not None and not self.args.fp16 and not np.isfinite(self._grad_norm):
-            raise FloatingPointError(
-                f"The gradient's norm at update {self.state.global_step} is {self._grad_norm}, of a finite loss: nothing has been "
-                "updated. Lower learning_rate, or train in another precision."
-            )
-        return self._grad_norm
-
-    def _metrics_of_update(self) -> dict[str, float]:
-        """What the update under way has recorded, on all processes: what the guard rails look at."""
-        first = self._step - self.args.gradient_accumulation_steps
-        metrics = self._metrics["train"].latest(self.accelerator)
-        if self._grad_norm is not None:
-            metrics["grad_norm"] = self._grad_norm
-        return {**metrics, "is_on_policy": float(first % self._generate_every == 0)}
-
-    def _contributing(self, trajectories: Trajectories) -> dict[int, Tensor]:
-        """By SDE step, the trajectories that add to the loss: without a KL term, those whose advantage is not 0.
-
-        A step that has none is left out, unless it is the last, so that there is a gradient to exchange and an update, or
-        there are other processes, with which this one must keep in step.
-        """
-        num_steps, together = len(trajectories.window), self.accelerator.num_processes > 1
-        if self.args.beta > 0:
-            return dict.fromkeys(range(num_steps), torch.arange(len(trajectories)))
-        chosen = {step: trajectories.advantages(step).nonzero().flatten() for step in range(num_steps)}
-        needed = range(num_steps) if together else [num_steps - 1]
-        chosen |= {step: torch.tensor([0]) for step in needed if not len(chosen[step])}
-        return {step: of_step for step, of_step in chosen.items() if len(of_step)}
-
     def _backward_of_one_step(self, model: torch.nn.Module, transitions: Transitions, is_last: bool) -> Tensor:
-        with self._gradient_sync(model, is_last):
+        with gradient_sync(self.accelerator, model, is_last):
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, transitions)
             loss = loss / (len(transitions.window) * self.current_gradient_accumulation_steps)
             self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
         return loss.detach()
-
-    @contextmanager
-    def _gradient_sync(self, model: torch.nn.Module, last: bool) -> Iterator[None]:
-        """Let gradients be exchanged only in the last backward of the last micro-batch of an update.
-
-        DeepSpeed steps after every backward that sees `sync_gradients`, so for it the flag itself is held back.
-        """
-        sync = self.accelerator.sync_gradients
-        if self.is_deepspeed_enabled:
-            self.accelerator.gradient_state._set_sync_gradients(sync and last)
-        try:
-            with nullcontext() if self.is_deepspeed_enabled or (sync and last) else self.accelerator.no_sync(model):
-                yield
-        finally:
-            self.accelerator.gradient_state._set_sync_gradients(sync)
 
     def compute_loss(
         self,
@@ -426,27 +382,29 @@ class TPGRPOTrainer(SamplingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The clipped surrogate of one SDE step of a micro-batch, with the KL divergence from the reference.
+        """Compute the clipped surrogate of one SDE step of a micro-batch, with the KL divergence from the reference.
 
-        Credit and advantages come from the reward table of the whole generation batch, which computes them at the first
-        look and keeps them.
+        Credit and advantages are computed here, from the reward table of the whole generation batch that the inputs carry;
+        the table keeps them for the batch's other steps and micro-batches, for metrics and for pictures.
         """
         if return_outputs:
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
-        velocity = self.policy.velocity(model, inputs.latents, inputs.timestep, inputs.conditioning)
-        step = self._transition_of(velocity, inputs)
-        log_probs = log_prob(step, inputs.next_latents, inputs.window.log_prob_type)
+        advantages = inputs.table.advantages[inputs.rows, inputs.position].to(inputs.latents.device)  # (B,)
+        velocity = self._velocity(model, inputs)
+        step = inputs.transition(velocity)
+        log_probs = inputs.log_prob(step)
         old_log_probs = log_probs.detach() if inputs.old_log_probs is None else inputs.old_log_probs
-        surrogate = clipped_surrogate(
-            log_probs, old_log_probs, inputs.advantages, self.args.epsilon, self.args.epsilon_high
-        )
+        surrogate = clipped_surrogate(log_probs, old_log_probs, advantages, self.args.epsilon, self.args.epsilon_high)
         loss, metrics = surrogate.loss.sum() / inputs.num_trajectories, self._metrics["train"]
+        terms = [loss.detach(), surrogate.ratio.max()]
         if self.args.beta > 0:
-            reference = self._reference_velocity(inputs)
-            kl = kl_divergence(step, self._transition_of(reference, inputs)).mean()
+            reference = self.reference.velocity(inputs)
+            kl = kl_divergence(step, inputs.transition(reference)).mean()
             loss = loss + self.args.beta * kl
+            terms.append(kl.detach())
             metrics.record("kl", kl)
             metrics.record("reference_drift", relative_difference(velocity.detach(), reference))
+        self._loss_terms.append(torch.stack([torch.full_like(terms[0], inputs.position), *terms]))
         metrics.record("ratio/mean", surrogate.ratio.mean())
         metrics.record("ratio/max_deviation", (surrogate.ratio - 1).abs().max(), "max")
         metrics.record("ratio/frac_above_one", (0.5 * (surrogate.ratio - 1).sign() + 0.5).mean())
@@ -454,35 +412,47 @@ class TPGRPOTrainer(SamplingTrainer):
         metrics.record("num_train_evaluations", len(log_probs), "sum")
         return loss
 
-    def _transition(self, model: torch.nn.Module, inputs: Transitions) -> Transition:
-        return self._transition_of(
-            self.policy.velocity(model, inputs.latents, inputs.timestep, inputs.conditioning), inputs
+    def _velocity(self, model: torch.nn.Module, inputs: Transitions) -> Tensor:
+        return self.policy.velocity(model, inputs.latents, inputs.timestep, inputs.conditioning)
+
+    def _check_loss(self, total: Tensor) -> None:
+        """Stop where the loss is not finite, and say in which term it began."""
+        if torch.isfinite(total):
+            return
+        terms = torch.stack(self._loss_terms).cpu()  # (steps, 3 or 4): position, surrogate, largest ratio, KL
+        wrong = next((row for row in terms.tolist() if not np.isfinite(row).all()), terms[-1].tolist())
+        term = "KL divergence" if np.isfinite(wrong[1:3]).all() and len(wrong) > 3 else "surrogate"
+        raise FloatingPointError(
+            f"The loss at update {self.state.global_step} is {total.item()}: the {term} of SDE step {wrong[0]:.0f} of the "
+            f"window; the largest probability ratio there is {wrong[2]:.3g}. The last update has probably been too large "
+            "(learning_rate, max_grad_norm), or float16 has overflowed."
         )
 
-    def _transition_of(self, velocity: Tensor, inputs: Transitions) -> Transition:
-        window = inputs.window
-        return transition(
-            window.sde_type, inputs.latents, velocity, inputs.sigma, inputs.sigma_next, window.noise_level
-        )
+    def _report_rollout(self, rows: list[dict[str, Any]], trajectories: Trajectories) -> None:
+        """Log a rollout and hand its sample to callbacks, once its credit has been computed in the loss."""
+        self._is_new_rollout, table = False, trajectories.table
+        for name, value in rollout_metrics(table, self.reward_func_names).items():
+            self._metrics["train"].record(name, value, "nanmean" if "reward" in name else "mean")
+        self.samples.rollout_ends([row["prompt"] for row in rows], table, self.state, self.control)
 
-    def _reference_velocity(self, inputs: Transitions) -> Tensor:
-        """That of the model before training; kept if the rollout is trained on again."""
-        velocity = inputs.reference.get(inputs.position)
-        if velocity is None:
-            velocity = self._evaluate_reference(inputs)
-            if self.args.num_iterations > 1:
-                inputs.reference[inputs.position] = velocity
-        return velocity.to(inputs.latents.device)
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
+        """Return the norm before clipping, which float16 alone may make infinite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._grad_norm = None if norm is None else float(norm)
+        if self._grad_norm is not None and not self.args.fp16 and not np.isfinite(self._grad_norm):
+            raise FloatingPointError(
+                f"The gradient's norm at update {self.state.global_step} is {self._grad_norm}, of a finite loss: nothing "
+                "has been updated. Lower learning_rate, or train in another precision."
+            )
+        return self._grad_norm
 
-    @torch.no_grad()
-    def _evaluate_reference(self, inputs: Transitions) -> Tensor:
-        self._metrics["train"].record("num_train_evaluations", len(inputs.latents), "sum")
-        if self.reference is not None:
-            with self.accelerator.autocast():
-                return self.policy.velocity(self.reference, inputs.latents, inputs.timestep, inputs.conditioning)
-        adapter = self.accelerator.unwrap_model(self.model)
-        with adapter.disable_adapter():
-            return self.policy.velocity(adapter, inputs.latents, inputs.timestep, inputs.conditioning)
+    def _metrics_of_update(self) -> dict[str, float]:
+        """Return what the update in progress has recorded, on all processes, for the guard rails."""
+        first = self._step - self.args.gradient_accumulation_steps
+        metrics = self._metrics["train"].latest()
+        if self._grad_norm is not None:
+            metrics["grad_norm"] = self._grad_norm
+        return {**metrics, "is_on_policy": float(first % self._generate_every == 0)}
 
     # ----------------------------------------------------------------------------------------------- the evaluation
 
@@ -492,7 +462,7 @@ class TPGRPOTrainer(SamplingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean reward of images sampled by the ODE in `num_inference_steps_eval` steps, with the same noise each time."""
+        """Return the mean reward of images sampled by the ODE in `num_inference_steps_eval` steps, from the same noise."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
             check_datasets(None, eval_dataset, self.reward_funcs, self.eval_reward_funcs, self.args)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
@@ -514,40 +484,197 @@ class TPGRPOTrainer(SamplingTrainer):
         """Sample and score a batch of an evaluation; there is no loss."""
         first = self._num_evaluated + self.accelerator.process_index * len(inputs)
         self._num_evaluated += self.accelerator.num_processes * len(inputs)
-        generators = self._generators(EVALUATION, 0, len(inputs), first)
-        functions = [*self.reward_funcs, *self.eval_reward_funcs]
-        sampled = self._scored(self._sample(inputs, generators, None, None, functions))
-        rewards, trained, error = sampled.rewards, len(self.reward_funcs), sampled.error
-        prompts = [row["prompt"] for row in inputs]
-        try:
-            check_applicability(rewards[:, :trained], self.reward_func_names, prompts, 1, sampled.failed)
-        except RewardError as inapplicable:  # on this process alone
-            error = error or inapplicable
-        self._stop_together(error)
-        weighted = self._weighted(rewards[:, :trained, -1])
-        self.samples.keep_evaluated(prompts, sampled.images, weighted)
-        final = self.accelerator.gather_for_metrics(rewards[:, :, -1].to(self.args.device)).cpu()  # (N, F)
-        metrics = self._metrics["eval"]
-        for name, values in zip(self.eval_reward_func_names, final.unbind(1), strict=True):
-            metrics.record(f"rewards/{name}/mean", values)
-            metrics.record(f"rewards/{name}/std", values, "std")
-        reward = self._weighted(final[:, :trained])
-        metrics.record("reward", reward)
-        metrics.record("reward_std", reward, "std")
+        self.rollouts.evaluate(inputs, first)
         return None, None, None
 
-    # -------------------------------------------------------------------------------------------------- the metrics
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics recorded since the last log, with the evaluation's prefix if they are of one."""
-        prefix = f"{self._eval_prefix}_" if self._mode == "eval" else ""
-        recorded = self._metrics[self._mode].flush(self.accelerator)
+        """Add the metrics recorded since the last log, with the evaluation's prefix if they belong to one."""
+        mode = "train" if self.model.training else "eval"
+        prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
+        recorded = self._metrics[mode].flush()
         logs.update({f"{prefix}{name}": value for name, value in recorded.items()})
         super().log(logs, start_time)
 
-    # ----------------------------------------------------------------------------------------------- for the Hub's card
+    # ----------------------------------------------------------------------------------------- saving and resuming
 
-    def _sample_for_card(self, prompts: list[str]) -> list[Image.Image]:
-        generators = self._generators(CARD, 0, len(prompts), first=0)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trained weights, their average if there is one, in diffusers' format: the adapter, or `transformer`."""
+        output_dir = output_dir or self.args.output_dir
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
         with self.averaged.in_use():
-            return self.images.sample(self._policy_model, prompts, generators)
+            self._save_weights(output_dir)
+        if self.args.should_save:
+            torch.save(without_tokens(self.args), Path(output_dir) / "training_args.bin")
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_weights(self, folder: str | Path) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        save_weights(model, folder, self.policy.pipeline_class, self.args.should_save)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self.args.save_total_limit = (
+            self.args.save_total_limit,
+            None,
+        )  # none is deleted before this one is whole
+        try:
+            with being_written(folder, self.accelerator):
+                if not self.args.save_only_model:
+                    save_progress(folder, self.accelerator.process_index, self._progress())
+                    if self.averaged.num_moves:
+                        self._save_weights(folder / LAST)
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save and not self.hub.is_busy:  # else one that is being pushed might be deleted
+            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.push_checkpoint(folder)
+
+    def _progress(self) -> dict[str, Any]:
+        """Return what training goes on from, besides what transformers saves and the weights."""
+        return {
+            "step": self._step,
+            "layout": self._layout,
+            "buffered_inputs": self._buffered_inputs if self._step % self._generate_every else None,
+            "num_moves_of_average": self.averaged.num_moves,
+            "guard_rails": self.guard_rails and self.guard_rails.state_dict(),
+            **self.rollouts.state_dict(),
+        }
+
+    @property
+    def _layout(self) -> dict[str, int]:
+        """What a resumed run must have in common with the one before."""
+        names = ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps", "num_iterations",
+                 "num_generations", "num_inference_steps", "seed")  # fmt: skip
+        return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        trained, last = self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint) / LAST
+        load_weights(trained, resume_from_checkpoint)
+        if last.exists():  # what has just been loaded is the average
+            if self.args.ema_decay is not None:
+                self.averaged.start()
+            load_weights(trained, last)
+
+    def _load_best_model(self) -> None:
+        load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+        self.averaged.average = None  # or it would be evaluated and saved instead
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        if self.is_deepspeed_enabled:  # its engine has loaded the weights, but knows nothing of their average
+            self._load_from_checkpoint(checkpoint)
+        parts = [] if self.is_deepspeed_enabled else ["optimizer", "scheduler"]
+        process = self.accelerator.process_index
+        saved = load_progress(Path(checkpoint), process, self._layout, parts, SAVED_CLASSES)
+        self._step, buffered = saved["step"], saved["buffered_inputs"]
+        if self.averaged.average is not None:
+            self.averaged.average.optimization_step = saved["num_moves_of_average"]
+        if self.guard_rails is not None and saved["guard_rails"] is not None:
+            self.guard_rails.load_state_dict(saved["guard_rails"])
+        self.rollouts.load_state_dict(saved)
+        self._buffered_inputs = buffered and [
+            trajectories.to(self.args.device, self.args.offload_trajectories) for trajectories in buffered
+        ]
+
+    # ------------------------------------------------------------------------------------------------------ the Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository of the run, unless it exists."""
+        if self.is_world_process_zero():
+            self.hub_model_id = self.hub.create(token, private)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future | None:
+        """Save the trained weights with a card, sample images and the recipe, and push them; to be called on all processes.
+
+        The arguments are those of [`~transformers.Trainer.push_to_hub`]; `kwargs` go to `create_model_card`.
+
+        Returns:
+            On the main process what was committed, or without `blocking` its future.
+
+        Raises:
+            HubError: On the main process, if the Hub does not take it, or lacks a checkpoint that it should have. All is on
+                disk then, and the message has the command that pushes it later.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        images = self._card_images()
+        self._card_samples = dict(zip(self._card_prompts, images, strict=True))
+        if not self.is_world_process_zero():
+            return None
+        try:
+            if self.hub.repo_id is None:
+                self.hub_model_id = self.hub.create(token, private, self._pushed)
+        finally:  # whatever the Hub says, the card is on disk
+            self.create_model_card(**kwargs)
+        return self.hub.push(self._pushed, commit_message, blocking, token, revision)
+
+    def push_checkpoint(self, checkpoint: Path) -> None:
+        """Write the card, and begin to push what `hub_strategy` asks for at a checkpoint, which must be whole."""
+        if self.is_world_process_zero():
+            self.create_model_card()
+            if self.hub.pushes_checkpoints:
+                self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self.hub.push_checkpoint(checkpoint, self._is_lora, self.state.global_step)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Called in the middle of writing a checkpoint, which `push_checkpoint` pushes when it is whole."""
+
+    def _finish_current_push(self) -> None:
+        """At the end of training: wait for pushes, then delete the checkpoints that had to stay for them."""
+        self.hub.finish()
+        if self.args.should_save:
+            run, best = self._get_output_dir(trial=None), self.state.best_model_checkpoint
+            rotate_checkpoints(run, self.args.save_total_limit, best, use_mtime=True)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write `README.md`, with the images of the last push if there was one, and `recipe.yaml`."""
+        if not self.is_world_process_zero():
+            return
+        summary = summarize(
+            args=self.args,
+            state=self.state,
+            pipeline=self.policy.pipeline,
+            adapter=self.model.peft_config["default"] if self._is_lora else None,
+            reward_funcs={"reward_funcs": self.reward_funcs, "eval_reward_funcs": self.eval_reward_funcs},
+            recipe_settings=self.recipe_settings,
+            repo_id=self.hub_model_id,
+            model_name=model_name,
+            dataset_name=dataset_name,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            prompts=self._card_prompts,
+            samples=self._card_samples,
+        )
+        summary.write(Path(self.args.output_dir))
+
+    @property
+    def _is_lora(self) -> bool:
+        return isinstance(self.model, PeftModel)
+
+    @property
+    def _card_prompts(self) -> list[str]:
+        return sample_prompts([self.eval_dataset, self.train_dataset])
+
+    @property
+    def _pushed(self) -> Contents:
+        """What is on disk for the repository of a run that has ended."""
+        output_dir = Path(self.args.output_dir)
+        return Contents.of_run(output_dir, output_dir, self._is_lora)
+
+    def _card_images(self) -> list[Image.Image]:
+        with self.averaged.in_use():
+            return self.rollouts.sample(self._card_prompts)

@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or not taken for one, and runs that save before they stop."""
+"""Checkpoints that are whole or not taken for one, what a run goes on from, and runs that save before they stop."""
 
 import logging
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 logger = logging.getLogger(__name__)
 
 INCOMPLETE = "checkpoint-is-incomplete.txt"
-"""In a checkpoint while it is written, a name that transformers uses for the same."""
+"""File in a checkpoint while it is written, a name that transformers uses for the same."""
+
+LAST = "last"
+"""Folder of a checkpoint with the weights that training goes on from, where those beside it are averaged."""
 
 
 def is_complete(checkpoint: str | Path) -> bool:
-    """Whether all of a checkpoint has been written."""
+    """Say whether all of a checkpoint has been written."""
     return not (Path(checkpoint) / INCOMPLETE).exists() and (Path(checkpoint) / TRAINER_STATE_NAME).exists()
 
 
 def last_complete(output_dir: str | Path) -> Path:
-    """The latest checkpoint that is whole.
+    """Find the latest checkpoint that is whole.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -55,11 +58,63 @@ def being_written(checkpoint: Path, accelerator: Accelerator) -> Iterator[None]:
         (checkpoint / INCOMPLETE).unlink()
 
 
+def save_progress(checkpoint: Path, process: int, progress: dict[str, Any]) -> None:
+    """Write what a process goes on from, besides what transformers saves and the weights."""
+    torch.save(progress, _progress_file(checkpoint, process))
+
+
+def load_progress(
+    checkpoint: Path, process: int, layout: dict[str, int], parts: list[str], classes: list[Any]
+) -> dict[str, Any]:
+    """Read what `save_progress` wrote; nothing in the file is executed.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        process: Index of this process.
+        layout: Settings that a resumed run must share with the one before.
+        parts: Parts of which transformers must have written a file, such as `"optimizer"`.
+        classes: Classes that the file may hold, those of older checkpoints as pairs of a class and the former name.
+
+    Raises:
+        FileNotFoundError: If a part is missing.
+        ValueError: If the layout is another.
+    """
+    for part in parts:
+        if not any(checkpoint.glob(f"*{part}*")):
+            raise FileNotFoundError(
+                f"{checkpoint} holds no {part} (saved with save_only_model?): it cannot be resumed."
+            )
+    path = _progress_file(checkpoint, process)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: the rollout in use when the checkpoint was saved. (A run is resumed on the number of "
+            "processes that it was saved on.)"
+        )
+    with torch.serialization.safe_globals([*classes, (_as_list, "collections.deque")]):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    for name, value in layout.items():
+        if saved["layout"][name] != value:
+            raise ValueError(
+                f"{checkpoint} was saved with {saved['layout'][name]} for {name}, and this run has {value}: a run is "
+                "resumed with the batches, processes and seed that it was begun with."
+            )
+    return saved
+
+
+def _as_list(values: Iterable = (), maxlen: int | None = None) -> list:
+    """Stand in for the deque that the guard rails of version 0.1.0 have saved, which torch does not read."""
+    return list(values)
+
+
+def _progress_file(checkpoint: Path, process: int) -> Path:
+    return checkpoint / f"rollout_{process}.pt"
+
+
 class StopOnSignal(TrainerCallback):
     """On SIGTERM to any process, all finish their update, save a checkpoint and stop.
 
     Args:
-        accelerator: Of the run.
+        accelerator: Accelerator of the run.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -69,7 +124,7 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """SIGTERM is waited for inside. In threads other than the main one Python cannot do that, and nothing happens."""
+        """Wait for SIGTERM inside. Python can do so in the main thread alone; in another, nothing happens."""
         self.stopped = self._received = False
         if threading.current_thread() is not threading.main_thread():
             yield

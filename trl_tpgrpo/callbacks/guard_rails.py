@@ -167,12 +167,12 @@ class GuardRails(TrainerCallback):
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered of earlier updates, for a checkpoint."""
         names = ("grad_norms", "varieties", "rewards", "first_evaluations", "num_skipped", "warned")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"grad_norms": list(self.grad_norms)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Remember what `state_dict` returned."""
         for name, value in state.items():
-            setattr(self, name, value)
+            setattr(self, name, deque(value, maxlen=50) if name == "grad_norms" else value)
 
     # The events
 

@@ -20,7 +20,7 @@ ITEMS = {
 }  # fmt: skip
 """What a line shows after the rewards, if it has been logged; the last ones are left out where a line is too long."""
 
-BAR = "update {n_fmt}/{total_fmt} |{bar:16}| {desc}{postfix} |{rate_inv_fmt}, {remaining} left"
+BAR = "update {n_fmt}/{total_fmt} |{bar:16}| {desc}{postfix} | {rate_inv_fmt}, {remaining} left"
 
 
 def duration(seconds: float) -> str:

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from ..algorithm.completion import CompletionRule
 from ..algorithm.credit import CreditRule
 from ..algorithm.fidelity import Fidelity, compare
-from ..trainer import NOISE, TPGRPOTrainer
+from ..rollouts import NOISE
+from ..trainer import TPGRPOTrainer
 from .train import build_trainer, make_parser
 
 
@@ -95,12 +96,12 @@ def measure(trainer: TPGRPOTrainer, prompts: list[dict[str, Any]], names: list[s
     evaluations, images = dict.fromkeys(rewards, 0), dict.fromkeys(rewards, 0)
     progress = tqdm(total=len(prompts) * len(rewards), desc="Prompts x rules")
     for place, prompt in enumerate(prompts):
-        window = trainer._draw_window(place)
+        window = trainer.rollouts.draw_window(place)
         for name in rewards:
-            generators = trainer._generators(NOISE, place, number)
+            generators = trainer.rollouts.generators(NOISE, place, number)
             with trainer.accelerator.autocast():
                 sampled = trainer.sample_and_score([prompt] * number, generators, window, CompletionRule.parse(name))
-            weighted = (sampled.rewards * trainer.reward_weights[:, None]).nansum(1)
+            weighted = (sampled.rewards * trainer.rollouts.reward_weights[:, None]).nansum(1)
             rewards[name].append(weighted.masked_fill(sampled.failed[:, None], torch.nan))
             evaluations[name] += sampled.rollout.num_evaluations
             images[name] += len(sampled.images)

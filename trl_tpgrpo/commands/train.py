@@ -15,7 +15,6 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..config import TPGRPOConfig, non_defaults
 from ..hub import HubError
-from ..policies.sharding import without_zero3
 from ..rewards import RewardFunc
 from ..rewards.remote import remote_reward_from_url
 from ..rewards.serving.functions import find_function
@@ -252,9 +251,8 @@ def build_trainer(
         **{name: value for name, value in chosen.items() if value is not None},
         **(training_args.model_init_kwargs or {}),
     }
-    with without_zero3():  # modules with reward functions may load models
-        reward_funcs = [load_reward(name) for name in script_args.reward_funcs]
-        eval_reward_funcs = [load_reward(name) for name in script_args.eval_reward_funcs or []]
+    reward_funcs = [load_reward(name) for name in script_args.reward_funcs]
+    eval_reward_funcs = [load_reward(name) for name in script_args.eval_reward_funcs or []]
     train_dataset, eval_dataset = load_prompts(script_args, dataset_args, training_args.eval_strategy != "no")
     return TPGRPOTrainer(
         model=TESTBED if model_args.model_name_or_path == "testbed" else model_args.model_name_or_path,

@@ -40,16 +40,26 @@ class FluxPolicy(FlowPolicy):
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         negative_prompt = self.guidance.negative_prompt
-        negative = None if negative_prompt is None else self._encode([negative_prompt] * len(prompts))
-        encoded = self._encode(prompts)
-        return Conditioning(encoded.prompt_embeds, encoded.pooled_prompt_embeds, negative).to(self.dtype)
+        negative = None if negative_prompt is None else Conditioning(self._encode([negative_prompt] * len(prompts)))
+        return Conditioning(self._encode(prompts), negative).to(self.dtype)
 
-    def _encode(self, prompts: list[str]) -> Conditioning:
-        length = self.guidance.max_sequence_length
+    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
         embeds, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, device=self.device, max_sequence_length=512 if length is None else length
+            prompts, None, device=self.device, max_sequence_length=self._t5_length
         )
-        return Conditioning(embeds, pooled)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    @property
+    def _t5_length(self) -> int:
+        length = self.guidance.max_sequence_length
+        return 512 if length is None else length
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.pipeline.transformer.config
+        return {
+            "prompt_embeds": (self._t5_length, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
 
     def initial_noise(self, generators: list[torch.Generator]) -> Tensor:
         latents, _ = self.pipeline.prepare_latents(
@@ -83,16 +93,14 @@ class FluxPolicy(FlowPolicy):
         self, model: torch.nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
         latents = latents.to(self.dtype)
-        predicted = self._predict(model, latents, timestep, conditioning)
+        predicted = self._predict(model, latents, timestep, conditioning.tensors)
         if conditioning.negative is None:
             return predicted
-        negative = self._predict(model, latents, timestep, conditioning.negative)
+        negative = self._predict(model, latents, timestep, conditioning.negative.tensors)
         return negative + self.guidance.true_cfg_scale * (predicted - negative)
 
-    def _predict(
-        self, model: torch.nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning
-    ) -> Tensor:
-        number, device, embeds = len(latents), latents.device, conditioning.prompt_embeds
+    def _predict(self, model: torch.nn.Module, latents: Tensor, timestep: Tensor, texts: dict[str, Tensor]) -> Tensor:
+        number, device, embeds = len(latents), latents.device, texts["prompt_embeds"]
         guidance = None
         if self.pipeline.transformer.config.guidance_embeds:
             guidance = torch.full([1], self.guidance.guidance_scale, device=device, dtype=torch.float32).expand(number)
@@ -103,7 +111,7 @@ class FluxPolicy(FlowPolicy):
             hidden_states=latents,
             timestep=timestep.to(device).expand(number).to(latents.dtype) / 1000,
             guidance=guidance,
-            pooled_projections=conditioning.pooled_prompt_embeds,
+            pooled_projections=texts["pooled_prompt_embeds"],
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=device, dtype=embeds.dtype),
             img_ids=image_ids,
@@ -111,7 +119,9 @@ class FluxPolicy(FlowPolicy):
             return_dict=False,
         )[0].to(self.dtype)
 
-    def unpack(self, latents: Tensor) -> Tensor:
-        return self.pipeline._unpack_latents(
-            latents, self.guidance.height, self.guidance.width, self.pipeline.vae_scale_factor
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        pipeline, config = self.pipeline, self.pipeline.vae.config
+        unpacked = pipeline._unpack_latents(
+            latents, self.guidance.height, self.guidance.width, pipeline.vae_scale_factor
         )
+        return unpacked / config.scaling_factor + config.shift_factor

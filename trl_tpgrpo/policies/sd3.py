@@ -25,16 +25,13 @@ class SD3Policy(FlowPolicy):
 
     def _check_guidance(self) -> None:
         super()._check_guidance()
-        self._check_size()
         if self.guidance.true_cfg_scale != 1:
             raise ValueError("true_cfg_scale is for FLUX; with this model classifier-free guidance is guidance_scale.")
         if self.guidance.negative_prompt is not None and not self.uses_negative_prompt:
             raise ValueError(
-                f"negative_prompt has no effect without guidance: guidance_scale is {self.guidance.guidance_scale}, must be "
-                "above 1."
+                f"negative_prompt has no effect without guidance: guidance_scale is {self.guidance.guidance_scale}, "
+                "must be above 1."
             )
-
-    def _check_size(self) -> None:
         transformer = self.pipeline.transformer.config
         largest = transformer.pos_embed_max_size * transformer.patch_size * self.pipeline.vae_scale_factor
         for name in ("height", "width"):
@@ -46,20 +43,32 @@ class SD3Policy(FlowPolicy):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        length = self.guidance.max_sequence_length
+        negative_prompt = self.guidance.negative_prompt
         embeds, negative_embeds, pooled, negative_pooled = self.pipeline.encode_prompt(
             prompts,
             None,
             None,
             device=self.device,
-            negative_prompt=None
-            if self.guidance.negative_prompt is None
-            else [self.guidance.negative_prompt] * len(prompts),
+            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
             do_classifier_free_guidance=self.uses_negative_prompt,
-            max_sequence_length=256 if length is None else length,
+            max_sequence_length=self._t5_length,
         )
-        negative = Conditioning(negative_embeds, negative_pooled) if self.uses_negative_prompt else None
-        return Conditioning(embeds, pooled, negative).to(self.dtype)
+        encoded = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        negative = {"prompt_embeds": negative_embeds, "pooled_prompt_embeds": negative_pooled}
+        return Conditioning(encoded, Conditioning(negative) if self.uses_negative_prompt else None).to(self.dtype)
+
+    @property
+    def _t5_length(self) -> int:
+        length = self.guidance.max_sequence_length
+        return 256 if length is None else length
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.pipeline.transformer.config
+        num_tokens = self.pipeline.tokenizer_max_length + self._t5_length  # of CLIP and T5, in a row
+        return {
+            "prompt_embeds": (num_tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
 
     def initial_noise(self, generators: list[torch.Generator]) -> Tensor:
         return self.pipeline.prepare_latents(
@@ -85,23 +94,22 @@ class SD3Policy(FlowPolicy):
         self, model: torch.nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
         latents = latents.to(self.dtype)
-        embeds, pooled = conditioning.prompt_embeds, conditioning.pooled_prompt_embeds
-        negative = conditioning.negative
-        if negative is not None:
+        texts = conditioning.tensors
+        if conditioning.negative is not None:
             latents = torch.cat([latents, latents])
-            embeds = torch.cat([negative.prompt_embeds, embeds])
-            pooled = torch.cat([negative.pooled_prompt_embeds, pooled])
+            texts = {name: torch.cat([value, texts[name]]) for name, value in conditioning.negative.tensors.items()}
         predicted = model(
             hidden_states=latents,
             timestep=timestep.to(latents.device).expand(len(latents)),
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
+            encoder_hidden_states=texts["prompt_embeds"],
+            pooled_projections=texts["pooled_prompt_embeds"],
             return_dict=False,
         )[0].to(self.dtype)
-        if negative is None:
+        if conditioning.negative is None:
             return predicted
         unconditional, conditional = predicted.chunk(2)
         return unconditional + self.guidance.guidance_scale * (conditional - unconditional)
 
-    def unpack(self, latents: Tensor) -> Tensor:
-        return latents
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        config = self.pipeline.vae.config
+        return latents / config.scaling_factor + config.shift_factor

@@ -9,20 +9,20 @@ from .base import CLIP_MEAN, CLIP_STD, ModelReward, hub_file, linear_head, norma
 class AestheticScore(ModelReward):
     """LAION's improved aesthetic predictor (`sac+logos+ava1-l14-linearMSE`): five linear layers on CLIP ViT-L/14.
 
-    Trained on ratings from 1 to 10; most images lie between 4 and 7. The prompt plays no part, so another reward has to
-    hold the policy to it. Weights: the predictor Apache-2.0 (github.com/christophschuhmann/improved-aesthetic-predictor),
-    here from the repository that TRL's DDPO example used; CLIP MIT.
+    Trained on ratings from 1 to 10; most images lie between 4 and 7. The prompt plays no part, so another reward has
+    to hold the policy to it. Weights: the predictor Apache-2.0 (christophschuhmann/improved-aesthetic-predictor on
+    GitHub), here from the repository that TRL's DDPO example used; CLIP MIT.
 
     Known ways to hack it: one painterly style and a few subjects for all prompts, within some hundred updates
     (arXiv 2305.13301 shows it).
 
     Args:
-        model: The CLIP checkpoint in transformers' format, of which the image half is loaded.
-        head: A repository on the Hub or a directory with the five layers' weights.
-        head_filename: The file in it.
-        device: Where the model is until the trainer moves it.
-        dtype: Of the model.
-        batch_size: Images that go through the model at once.
+        model: CLIP checkpoint in transformers' format, of which the image half is kept.
+        head: Repository on the Hub, or folder, with the five layers' weights.
+        head_filename: Name of the file with these weights.
+        device: Device of the model until the trainer moves it.
+        dtype: Floating-point type of the model.
+        batch_size: Number of images that go through the model at once.
     """
 
     __name__ = "aesthetic_score"
@@ -38,8 +38,8 @@ class AestheticScore(ModelReward):
     ) -> None:
         from transformers import CLIPModel
 
-        # Whole, then halved: CLIPVisionModelWithProjection takes the projection's width from another field of the config
-        # and draws a random one where they differ.
+        # The whole model is loaded, then halved: CLIPVisionModelWithProjection takes the projection's width from
+        # another field of the config, and draws a random projection where the two differ.
         clip = CLIPModel.from_pretrained(model)
         layers = linear_head(clip.config.projection_dim)
         weights = torch.load(hub_file(head, head_filename), map_location="cpu", weights_only=True)

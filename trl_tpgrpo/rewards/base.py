@@ -1,4 +1,4 @@
-"""What rewards with a model share: where it lives, batches, and images prepared on the device as its processor does."""
+"""What rewards with a model share: its device, batches, and images prepared on the device as its processor does."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +13,15 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ModelReward:
-    """A reward function on a model, which takes images as tensors on the device.
+    """Reward function on a model, which takes images as tensors on the device.
 
-    Subclasses say what `score` is: one number an image of a batch.
+    Subclasses implement `score`: one number for each image of a batch.
 
     Args:
-        model: Set to evaluation, frozen, and moved.
-        device: Where the model is until `to` moves it. The trainer does that.
-        dtype: Of the weights and of what they compute.
-        batch_size: Images that go through the model at once.
+        model: Model, which is set to evaluation and frozen.
+        device: Device of the model until the trainer moves it.
+        dtype: Floating-point type of the weights and of computations.
+        batch_size: Number of images that go through the model at once.
     """
 
     image_type = "pt"
@@ -44,7 +44,7 @@ class ModelReward:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> list[float]:
-        """One score an image of (N, 3, H, W) in [0, 1].
+        """Score images (N, 3, H, W) in [0, 1].
 
         Raises:
             ValueError: If the images are anything else.
@@ -57,35 +57,31 @@ class ModelReward:
         return scores
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Scores (B,) of images (B, 3, H, W), float32 in [0, 1] with 256 levels, on the model's device."""
+        """Return scores (B,) of images (B, 3, H, W), float32 in [0, 1] with 256 levels, on the model's device."""
         raise NotImplementedError
 
 
 def check_images(images: Tensor) -> None:
-    """Whether they are a batch as rewards on tensors take it.
+    """Refuse anything but a batch of images as rewards on tensors take it.
 
     Raises:
-        ValueError: If they are no tensor of shape (B, 3, H, W), or not of a floating type.
+        ValueError: If `images` is no tensor of shape (B, 3, H, W), or not of a floating type.
     """
-    if not isinstance(images, Tensor):
-        raise ValueError(
-            f"images must be a float tensor of shape (B, 3, H, W) in [0, 1], got {type(images).__name__}."
-        )
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(
-            f"images must be a float tensor of shape (B, 3, H, W) in [0, 1], got {images.dtype} of {tuple(images.shape)}."
-        )
+    is_tensor = isinstance(images, Tensor)
+    if not is_tensor or images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        found = f"{images.dtype} of {tuple(images.shape)}" if is_tensor else type(images).__name__
+        raise ValueError(f"images must be a float tensor of shape (B, 3, H, W) in [0, 1], got {found}.")
 
 
 def eight_bits(images: Tensor) -> Tensor:
-    """Images in [0, 1] at 256 levels as float32: scores are those of the images that would be saved."""
+    """Round images in [0, 1] to 256 levels as float32, so that scores are those of the images that would be saved."""
     return (images.float() * 255).round().clamp(0, 255) / 255
 
 
 def resize_and_crop(images: Tensor, size: int) -> Tensor:
-    """Shorter edge to `size`, bicubic and antialiased, then the centre, as CLIP's processor does with 8-bit images.
+    """Resize the shorter edge to `size`, bicubic and antialiased, then crop the centre, as CLIP's processor does.
 
-    Pillow resizes rows, then columns, with 8 bits in between: doing so here too is within one grey level of it.
+    Pillow resizes rows, then columns, with 8 bits in between: doing so here too is within one grey level of Pillow.
     """
     height, width = images.shape[-2:]
     shorter = min(height, width)
@@ -98,14 +94,14 @@ def resize_and_crop(images: Tensor, size: int) -> Tensor:
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(images - mean) / std by channel."""
+    """Return (images - mean) / std by channel."""
     return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
 
 
 def linear_head(width: int) -> torch.nn.Sequential:
-    """The five layers that LAION's aesthetic predictor and ImageReward have on their features, without activations.
+    """Build the five linear layers, without activations, of LAION's aesthetic predictor and of ImageReward.
 
-    Their dropout does nothing in evaluation, but counts in the numbers under which the weights are saved.
+    Dropout does nothing in evaluation, but counts in the numbers under which the weights are saved.
     """
     linear, dropout = torch.nn.Linear, torch.nn.Dropout
     layers = [linear(width, 1024), dropout(), linear(1024, 128), dropout(), linear(128, 64), dropout()]
@@ -113,7 +109,7 @@ def linear_head(width: int) -> torch.nn.Sequential:
 
 
 def hub_file(repository: str, filename: str) -> Path:
-    """A file of a repository on the Hub, or of a local directory."""
+    """Return the path of a file of a local folder or, downloaded, of a repository on the Hub."""
     from huggingface_hub import hf_hub_download
 
     local = Path(repository) / filename

@@ -1,4 +1,4 @@
-"""CLIP score: how well the image fits the prompt; and what else scores with CLIP builds on."""
+"""CLIP score: how well the image fits the prompt. Other rewards on CLIP are derived from it."""
 
 from typing import Any
 
@@ -11,19 +11,19 @@ from .base import ModelReward, normalize, resize_and_crop
 class CLIPScore(ModelReward):
     """100 times the cosine between CLIP's embeddings of image and prompt (arXiv 2103.00020, 2104.08718).
 
-    In [-100, 100]; real pairs of image and caption lie around 20 to 35. It is neither clamped at 0 nor multiplied by 2.5 as
-    in the paper of CLIPScore, which changes nothing that training sees but the scale. Prompts are cut after 77 tokens.
-    Weights of the default: MIT (openai/CLIP).
+    In [-100, 100]; real pairs of image and caption lie around 20 to 35. The score is neither clamped at 0 nor
+    multiplied by 2.5 as in the paper of CLIPScore, which changes nothing that training sees but the scale. Prompts are
+    cut after 77 tokens. Weights of the default: MIT (openai/CLIP).
 
     Known ways to hack it: the words of the prompt written into the image; the subject repeated over the whole image;
-    saturated pictures of poor quality; wrong counts and places cost next to nothing, as CLIP hardly sees them.
+    saturated pictures of poor quality; wrong counts and positions cost next to nothing, as CLIP hardly sees them.
 
     Args:
-        model: A CLIP checkpoint in transformers' format, on the Hub or on disk.
-        processor: Where tokenizer and image processor come from, by default the model's.
-        device: Where the model is until the trainer moves it.
-        dtype: Of the model.
-        batch_size: Images that go through the model at once.
+        model: CLIP checkpoint in transformers' format, on the Hub or on disk.
+        processor: Repository or folder of tokenizer and image processor, by default the model's.
+        device: Device of the model until the trainer moves it.
+        dtype: Floating-point type of the model.
+        batch_size: Number of images that go through the model at once.
     """
 
     __name__ = "clip_score"
@@ -41,11 +41,11 @@ class CLIPScore(ModelReward):
         super().__init__(self.load(model), device, dtype, batch_size)
 
         self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
-        # Only its numbers are used, so that the class which needs torchvision need not be had
+        # Only the sizes, means and deviations are used; the processor on tensors would need torchvision.
         self.image_processor: Any = CLIPImageProcessorPil.from_pretrained(processor or model)
 
     def load(self, model: str) -> torch.nn.Module:
-        """The CLIP model of this name or path."""
+        """Load the CLIP model of this name or path."""
         from transformers import CLIPModel
 
         return CLIPModel.from_pretrained(model)
@@ -54,20 +54,20 @@ class CLIPScore(ModelReward):
         return 100 * self.cosines(images, prompts)
 
     def cosines(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Cosines (B,) of images (B, 3, H, W) with their prompts, each distinct one of which is encoded once."""
+        """Compute the cosines (B,) of images (B, 3, H, W) with their prompts; equal prompts are encoded once."""
         distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         texts = self.encode_texts(list(distinct))[[distinct[prompt] for prompt in prompts]]
         return (self.encode_images(images) * texts).sum(-1)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Embeddings (B, D) of length 1, float32."""
+        """Return float32 embeddings (B, D) of length 1."""
         settings = self.image_processor
         pixels = resize_and_crop(images, settings.size["shortest_edge"])
         pixels = normalize(pixels, settings.image_mean, settings.image_std)
         return _unit(self.model.get_image_features(pixel_values=pixels.to(self.dtype)).pooler_output)
 
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """Embeddings (B, D) of length 1, float32."""
+        """Return float32 embeddings (B, D) of length 1."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         features = self.model.get_text_features(

@@ -7,16 +7,17 @@ from PIL import Image
 
 
 def brightness(images: list[Image.Image], **columns: Any) -> list[float]:
-    """Mean luma (ITU-R 601) of each image, from 0 for black to 1 for white. A policy trained on it ends at white."""
+    """Return the mean luma (ITU-R 601) of images, from 0 for black to 1 for white; a trained policy ends at white."""
     return [float(np.asarray(image.convert("L"), dtype=np.float64).mean()) / 255 for image in images]
 
 
 def colourfulness(images: list[Image.Image], **columns: Any) -> list[float]:
-    """Hasler and Suesstrunk's metric (Measuring colourfulness in natural images, SPIE 5007, 2003), on 8-bit RGB.
+    """Compute the metric of Hasler and Suesstrunk, Measuring colourfulness in natural images (SPIE 5007, 2003).
 
-    With rg = R - G and yb = (R + G) / 2 - B over the pixels of an image: `sqrt(var rg + var yb) + 0.3 sqrt(mean(rg)^2 +
-    mean(yb)^2)`. 0 for shades of grey; their subjects called 15 slightly, 45 averagely and 82 highly colourful, and the
-    checks of saturated complementary colours that a policy trained on it ends at reach 285.
+    With rg = R - G and yb = (R + G) / 2 - B over the pixels of an 8-bit image, the metric is
+    `sqrt(var rg + var yb) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2)`. 0 for shades of grey; the paper's subjects called 15
+    slightly, 45 averagely and 82 highly colourful, and the checks of saturated complementary colours at which a policy
+    trained on the metric ends reach 285.
     """
     return [_colourfulness(np.asarray(image.convert("RGB"), dtype=np.float64)) for image in images]
 

@@ -1,4 +1,4 @@
-"""The contract with reward functions: what they are, what they declare, and what is a reward; a failure never becomes a number."""
+"""What a reward function is, may declare, and may return; a failure never becomes a number."""
 
 import functools
 import inspect
@@ -14,52 +14,36 @@ from PIL import Image
 
 
 RewardFunc = Callable[..., Any]
-"""`reward_func(images=[...], prompts=[...], **other dataset columns, trainer_state=..., log_metric=..., log_extra=...)`: one
-number an image, or `None` where the function does not apply. Plain or `async`."""
+"""`reward_func(images=[...], prompts=[...], **other columns, trainer_state=..., log_metric=..., log_extra=...)`, which
+returns one number an image, or `None` where the function does not apply. Plain or `async`."""
 
 RESERVED_COLUMNS = ("images", "prompts", "trainer_state", "log_metric", "log_extra")
-IMAGE_TYPES = ("pil", "pt")
-PLACES = ("main", "thread")
 
 
+@dataclass(eq=False, repr=False)
 class RewardError(RuntimeError):
-    """A reward function raised, hung, or returned something that is no reward.
-
-    Args:
-        name: Of the function.
-        what: It did.
-        row: Of the images that were scored, which it did it on; `None` if on none alone.
-        prompt: Of that row.
-        image: Of that row.
-        hung: Whether it has not returned.
+    """Failure of a reward function, which raised, hung, or returned something that is no reward.
 
     Attributes:
-        saved_to: Where the image has been saved, for the message.
+        name: Name of the function.
+        what: What the function did, as the words that follow its name in the message.
+        row: Index, among the images that were scored, of the one that the function failed on; `None` if on none alone.
+        prompt: Prompt of that image.
+        image: That image.
+        saved_to: File that the image has been saved to, for the message.
     """
 
-    def __init__(
-        self,
-        name: str,
-        what: str,
-        row: int | None = None,
-        prompt: str | None = None,
-        image: Image.Image | None = None,
-        hung: bool = False,
-    ):
-        super().__init__(name, what)
-        self.name, self.what, self.row, self.prompt, self.image, self.hung = name, what, row, prompt, image, hung
-        self.saved_to: Path | None = None
-
-    def at(self, row: int, prompt: str, image: Image.Image) -> "RewardError":
-        """The same, known to be of this row."""
-        error = RewardError(self.name, self.what, row, prompt, image, self.hung)
-        error.__cause__ = self.__cause__
-        return error
+    name: str
+    what: str
+    row: int | None = None
+    prompt: str | None = None
+    image: Image.Image | None = None
+    saved_to: Path | None = None
 
     @property
     def outcome(self) -> str:
-        """What the function did, and on what."""
-        return self.what if self.row is None else f"{self.what} for {describe(self.row, str(self.prompt))}"
+        """What the function did, and on which image."""
+        return self.what if self.row is None else f"{self.what} for row {self.row}, prompt {self.prompt!r}"
 
     def __str__(self) -> str:
         saved = "" if self.saved_to is None else f" The image is in {self.saved_to}."
@@ -67,46 +51,36 @@ class RewardError(RuntimeError):
 
 
 class RewardUnavailable(RuntimeError):
-    """For reward functions to raise where no image is the cause, as when a server is gone: they are not asked image by image."""
+    """What a function raises where no image is the cause, as when a server is gone: no image is then tried alone."""
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a reward function says of itself, by attributes of these names.
+    """What a reward function says of itself, by attributes of these names."""
 
-    Attributes:
-        image_type: `"pil"`: it takes a list of PIL images; `"pt"`: a float tensor (N, 3, H, W) in [0, 1], on the device.
-        batch_size: How many images it takes at once; `None`: all that there are.
-        timeout: Seconds after which a call counts as hung; `None`: never.
-        runs_in: `"main"`: it is called while nothing else goes on; `"thread"`: it releases the interpreter, and may run while
-            the next images are sampled.
-    """
-
-    image_type: str = "pil"
-    batch_size: int | None = None
-    timeout: float | None = None
-    runs_in: str = "main"
+    image_type: str = "pil"  # a list of PIL images, or "pt": a float tensor (N, 3, H, W) in [0, 1], on the device
+    batch_size: int | None = None  # images that it takes at once; None: all that there are
+    timeout: float | None = None  # seconds after which a call counts as hung; None: never
+    runs_in: str = "main"  # or "thread": it releases the interpreter, and may run while the next images are sampled
 
 
 def declared(reward_func: RewardFunc) -> Declaration:
-    """What a function declares.
+    """Return what a function declares.
 
     Raises:
-        ValueError: If that is none of what it may declare.
+        ValueError: If one of the attributes has a value that does not exist.
     """
     function = _innermost(reward_func)
-    names = Declaration.__dataclass_fields__
-    declaration = Declaration(**{name: getattr(function, name) for name in names if name in dir(function)})
     name = reward_name(reward_func)
-    for attribute, allowed in (("image_type", IMAGE_TYPES), ("runs_in", PLACES)):
-        if getattr(declaration, attribute) not in allowed:
-            raise ValueError(
-                f"The reward function {name!r} has {attribute}={getattr(declaration, attribute)!r}; it must be one of {allowed}."
-            )
-    for attribute in ("batch_size", "timeout"):
-        value = getattr(declaration, attribute)
-        if value is not None and not value > 0:
-            raise ValueError(f"The reward function {name!r} has {attribute}={value!r}; it must be above 0, or None.")
+    declaration = Declaration(
+        **{field: getattr(function, field) for field in Declaration.__dataclass_fields__ if field in dir(function)}
+    )
+    for field, allowed in (("image_type", ("pil", "pt")), ("runs_in", ("main", "thread"))):
+        if (value := getattr(declaration, field)) not in allowed:
+            raise ValueError(f"The reward function {name!r} has {field}={value!r}; it must be one of {allowed}.")
+    for field in ("batch_size", "timeout"):
+        if (value := getattr(declaration, field)) is not None and not value > 0:
+            raise ValueError(f"The reward function {name!r} has {field}={value!r}; it must be above 0, or None.")
     return declaration
 
 
@@ -117,23 +91,23 @@ def _innermost(reward_func: RewardFunc) -> RewardFunc:
 
 
 def reward_name(reward_func: RewardFunc) -> str:
-    """The name of a function, of a partial's function, or of a callable object: its `__name__` or its class's."""
+    """Return the `__name__` of a function, a partial's function or a callable object, or else the object's class's."""
     function = _innermost(reward_func)
     return getattr(function, "__name__", type(function).__name__)
 
 
 def is_async(reward_func: RewardFunc) -> bool:
-    """Whether it returns something to be awaited."""
+    """Say whether a function returns something to be awaited."""
     function = _innermost(reward_func)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def reward_names(reward_funcs: list[RewardFunc]) -> list[str]:
-    """The functions' names, for metrics and messages.
+    """Return the functions' names, for metrics and messages.
 
     Raises:
         TypeError: If one is not callable.
-        ValueError: If there is none, or two of the same name, or one declares what does not exist.
+        ValueError: If there is none, or two have the same name, or one declares what does not exist.
     """
     if not reward_funcs:
         raise ValueError("reward_funcs is empty: give at least one reward function.")
@@ -147,20 +121,20 @@ def reward_names(reward_funcs: list[RewardFunc]) -> list[str]:
     return names
 
 
-def checked(reward_func: RewardFunc, values: Any, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
-    """What a function returned, as numbers.
+def checked(
+    reward_func: RewardFunc, values: Any, prompts: list[str], images: list[Image.Image], first_row: int = 0
+) -> torch.Tensor:
+    """Return what a function returned as numbers: float32, on the CPU, (N,); NaN for `None`.
 
     Args:
         reward_func: The function.
-        values: What it returned.
-        prompts: The N prompts that it was called with.
-        images: The N images.
-
-    Returns:
-        float32 on the CPU, (N,); NaN where the function returned `None`.
+        values: Whatever the function returned.
+        prompts: N prompts of the call.
+        images: N images of the call.
+        first_row: Index of the call's first image among all that are scored.
 
     Raises:
-        RewardError: If these are not N rewards; with the row if one of them is none.
+        RewardError: If these are not N rewards; with the row if one of them is no reward.
     """
     name = reward_name(reward_func)
     if not isinstance(values, Sequence | torch.Tensor | np.ndarray) or isinstance(values, str):
@@ -170,27 +144,22 @@ def checked(reward_func: RewardFunc, values: Any, prompts: list[str], images: li
     numbers = []
     for row, value in enumerate(values):
         try:
-            numbers.append(_number(name, value))
-        except RewardError as error:
-            raise error.at(row, prompts[row], images[row]) from None
+            numbers.append(_number(value))
+        except ValueError as error:
+            raise RewardError(name, str(error), first_row + row, prompts[row], images[row]) from None
     return torch.tensor(numbers, dtype=torch.float32)
 
 
-def _number(name: str, value: Any) -> float:
+def _number(value: Any) -> float:
     if value is None:
         return math.nan
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise RewardError(name, f"returned {value!r}, no number,") from None
+        raise ValueError(f"returned {value!r}, no number,") from None
     if not math.isfinite(number):
-        raise RewardError(name, f"returned {number} (None is for where a reward does not apply)")
+        raise ValueError(f"returned {number} (None is for where a reward does not apply)")
     return number
-
-
-def describe(row: int, prompt: str) -> str:
-    """For messages."""
-    return f"row {row}, prompt {prompt!r}"
 
 
 def check_applicability(
@@ -200,28 +169,26 @@ def check_applicability(
 
     Args:
         rewards_per_func: (B, F, K + 1), NaN where a function does not apply.
-        names: The F functions' names.
-        prompts: The B trajectories' prompts, in groups of `num_generations`.
-        num_generations: The groups' size.
-        failed: bool, (B,): trajectories that are left out, because a function has failed on one of their images.
+        names: Names of the F functions.
+        prompts: Prompts of the B trajectories, in groups of `num_generations`.
+        num_generations: Number of trajectories in a group.
+        failed: bool, (B,), true for trajectories that are left out, because a function failed on one of their images.
 
     Raises:
         RewardError: If no function applies to an image, or one applies to some images of a group only.
     """
     absent = rewards_per_func.isnan()
-    all_names = " and ".join(names)
     for group in torch.arange(len(prompts)).split(num_generations):
-        left = [row for row in group.tolist() if not failed[row]]
-        for row in left:
+        kept = [row for row in group.tolist() if not failed[row]]
+        for row in kept:
             if absent[row].all():
-                raise RewardError(all_names, f"returned None for {describe(row, prompts[row])}: no reward is left")
-            for column, name in enumerate(names):
-                if not (absent[row, column] == absent[left[0], column, 0]).all():
-                    raise RewardError(
-                        name,
-                        f"returned None for some images of the prompt {prompts[row]!r} and numbers for others; whether it applies "
-                        "may depend on the dataset's row only",
-                    )
+                what = f"returned None for row {row}, prompt {prompts[row]!r}: no reward is left"
+                raise RewardError(" and ".join(names), what)
+            differs = (absent[row] != absent[kept[0], :, :1]).any(1)  # (F,)
+            if differs.any():
+                what = f"returned None for some images of the prompt {prompts[row]!r} and numbers for others; whether "
+                what += "it applies may depend on the dataset's row only"
+                raise RewardError(names[int(differs.nonzero()[0])], what)
 
 
 def check_signature(reward_func: RewardFunc, columns: list[str]) -> None:
@@ -235,6 +202,6 @@ def check_signature(reward_func: RewardFunc, columns: list[str]) -> None:
         inspect.signature(reward_func).bind(**arguments)
     except TypeError as error:
         raise TypeError(
-            f"The reward function {reward_name(reward_func)!r} cannot be called with {list(arguments)}: {error}. Let it take "
-            "**columns."
+            f"The reward function {reward_name(reward_func)!r} cannot be called with {list(arguments)}: {error}. "
+            "Let it take **columns."
         ) from error

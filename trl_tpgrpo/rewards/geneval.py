@@ -1,10 +1,11 @@
-"""GenEval: whether the image shows the objects, counts, colours and places that the prompt names."""
+"""GenEval: whether the image shows the objects, counts, colours and positions that the prompt names."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from .base import check_images, eight_bits, normalize
 from .clip_score import CLIPScore
@@ -24,14 +25,14 @@ from .geneval_rules import (
 
 # COCO's 80 classes in its order, under the names that GenEval's prompts use
 CLASSES = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light", "fire hydrant",
-    "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra",
-    "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite",
-    "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle", "wine glass", "cup", "fork",
-    "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut",
-    "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote",
-    "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase",
-    "scissors", "teddy bear", "hair drier", "toothbrush",
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
+    "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )  # fmt: skip
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LONGEST_TO_SHORTEST = 1333 / 800
@@ -47,27 +48,27 @@ COLOUR_TEMPLATES = (
 class GenEval:
     """GenEval's six kinds of prompts (arXiv 2310.11513), graded as Flow-GRPO does, or right or wrong as GenEval does.
 
-    Reads the columns of GenEval's metadata: `tag`, `include` and `exclude`, the latter two as lists or as their JSON; rows
-    without a tag are not scored. Graded: at most 1, which is all right, and below 0 only where there are more than twice as
-    many objects as asked for (`geneval_rules.graded_score`). Not graded: 1.0 if GenEval calls it right, else 0.0. The share
-    that GenEval calls right is logged as `geneval_right` either way.
+    Reads the columns of GenEval's metadata: `tag`, `include` and `exclude`, the latter two as lists or as JSON; rows
+    without a tag are not scored. Graded: at most 1, which is all right, and below 0 only where there are more than
+    twice as many objects as asked for (`geneval_rules.graded_score`). Not graded: 1.0 if GenEval calls the image
+    right, else 0.0. The share that GenEval calls right is logged as `geneval_right` either way.
 
-    The detector is transformers' Mask2Former (Swin-S, COCO instances), the architecture of the original, in the weights that
-    its authors published where GenEval uses those that mmdetection trained: scores agree in what they mean, not to the
-    digit. Boxes are those of the masks. Colours are CLIP's choice among ten for the masked object on grey. Weights: Mask2Former
-    CC BY-NC 4.0, which forbids commercial use (its code is MIT); CLIP MIT.
+    The detector is transformers' Mask2Former (Swin-S, COCO instances), GenEval's architecture, with the weights that
+    the authors of Mask2Former published where GenEval has mmdetection's: scores agree in what they mean, not to the
+    digit. Boxes are those of the masks. Colours are CLIP's choice among ten for the masked object on grey. Weights:
+    Mask2Former CC BY-NC 4.0, which forbids commercial use (the code is MIT); CLIP MIT.
 
-    Known ways to hack it: cut-out objects side by side on an empty ground, one style for all prompts; objects that only the
-    detector takes for such. Quality plays no part, so pair it with a reward that sees it.
+    Known ways to hack it: cut-out objects side by side on an empty ground, one style for all prompts; objects that
+    only the detector takes for such. Quality plays no part, so add a reward that sees quality.
 
     Args:
-        detector: A Mask2Former for COCO's 80 classes in transformers' format, on the Hub or on disk.
-        clip: The CLIP that names colours.
+        detector: Mask2Former for COCO's 80 classes in transformers' format, on the Hub or on disk.
+        clip: CLIP that names colours.
         graded: Whether to return Flow-GRPO's graded score rather than right or wrong.
-        image_size: Shorter edge of what the detector is given, in pixels.
-        device: Where the models are until the trainer moves them.
-        dtype: Of the models.
-        batch_size: Images that go through the detector at once.
+        image_size: Shorter edge of the detector's images in pixels.
+        device: Device of the models until the trainer moves them.
+        dtype: Floating-point type of the models.
+        batch_size: Number of images that go through the detector at once.
 
     Raises:
         ImportError: If SciPy is missing, which Mask2Former's class asks for.
@@ -121,10 +122,10 @@ class GenEval:
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """One score an image of (N, 3, H, W) in [0, 1], `None` where the row has no tag.
+        """Score images (N, 3, H, W) in [0, 1]; `None` where the row has no tag.
 
         Raises:
-            ValueError: If a row's metadata names something that there is not, or the images are no such tensor.
+            ValueError: If a row's metadata is not GenEval's, or `images` is no such tensor.
         """
         check_images(images)
         rows = [row for row, kind in enumerate(tag) if kind is not None]
@@ -147,7 +148,7 @@ class GenEval:
         return scores
 
     def detect(self, images: Tensor) -> list[Objects]:
-        """Objects of a confidence over 0.3 in images (B, 3, H, W), with boxes and masks in the image's pixels."""
+        """Find objects of a confidence over 0.3 in images (B, 3, H, W), with boxes and masks in the image's pixels."""
         height, width = images.shape[-2:]
         pixels = detector_pixels(images, self.image_size)
         inner = _size_for_detector(height, width, self.image_size)
@@ -155,21 +156,19 @@ class GenEval:
         result: list[Objects] = []
         for class_logits, masks in zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True):
             scores = class_logits.float().softmax(-1)[:, :-1]  # (queries, classes), without "nothing"
-            best, places = scores.flatten().topk(len(scores))
-            places = places[best > THRESHOLD]  # masks only lower the score
-            if len(places) == 0:
+            best, indices = scores.flatten().topk(len(scores))
+            indices = indices[best > THRESHOLD]  # masks only lower the score
+            if len(indices) == 0:
                 result.append({})
                 continue
-            masks = masks[places // scores.shape[1]][None].float()
-            masks = torch.nn.functional.interpolate(masks, pixels.shape[-2:], mode="bilinear")[
-                ..., : inner[0], : inner[1]
-            ]
-            masks = torch.nn.functional.interpolate(masks, (height, width), mode="bilinear")[0]
-            result.append(objects_from((places % scores.shape[1]).tolist(), best[: len(places)], masks))
+            masks = masks[indices // scores.shape[1]][None].float()
+            masks = interpolate(masks, pixels.shape[-2:], mode="bilinear")[..., : inner[0], : inner[1]]
+            masks = interpolate(masks, (height, width), mode="bilinear")[0]
+            result.append(objects_from((indices % scores.shape[1]).tolist(), best[: len(indices)], masks))
         return result
 
     def colours_in(self, image: Tensor) -> ColoursOf:
-        """CLIP's name for the colours of objects in this image (3, H, W); each list of objects is looked at once."""
+        """Return a function that names, by CLIP, the colours of objects in this image (3, H, W), each list once."""
         known: dict[tuple[str, int], list[str]] = {}
 
         def colours_of(name: str, objects: list[Detection]) -> list[str]:
@@ -182,7 +181,7 @@ class GenEval:
         return colours_of
 
     def _embeddings(self, name: str) -> Tensor:
-        """What CLIP makes of a class in each colour (10, D): the mean over three ways to say it, of length 1."""
+        """Return CLIP's embeddings (10, D) of a class in each colour: means over three texts, of length 1."""
         if name not in self.colour_embeddings:
             texts = [one.format(colour=colour, name=name) for colour in COLOURS for one in COLOUR_TEMPLATES]
             means = self.clip.encode_texts(texts).unflatten(0, (len(COLOURS), len(COLOUR_TEMPLATES))).mean(1)
@@ -191,9 +190,9 @@ class GenEval:
 
 
 def objects_from(labels: list[int], class_scores: Tensor, mask_logits: Tensor) -> Objects:
-    """Objects by class, from (N,) class probabilities and (N, H, W) mask logits.
+    """Group objects by class, from (N,) class probabilities and (N, H, W) mask logits.
 
-    The confidence is that of the class times the mean probability within the mask, as in Mask2Former's evaluation.
+    The confidence is the class's times the mean probability within the mask, as in Mask2Former's evaluation.
     """
     inside = mask_logits > 0
     sizes = inside.sum((1, 2))
@@ -211,7 +210,7 @@ def objects_from(labels: list[int], class_scores: Tensor, mask_logits: Tensor) -
 
 
 def cut_out(image: Tensor, detection: Detection) -> Tensor:
-    """The box of an image (3, H, W), grey outside the object's mask."""
+    """Cut the object's box out of an image (3, H, W), grey outside the object's mask."""
     if detection.mask is not None:
         image = torch.where(detection.mask, image, GROUND)
     left, top, right, bottom = (round(edge) for edge in detection.box)
@@ -224,8 +223,8 @@ def _size_for_detector(height: int, width: int, shortest: int) -> tuple[int, int
 
 
 def detector_pixels(images: Tensor, shortest: int) -> Tensor:
-    """Images (B, 3, H, W) resized as COCO's are, normalised, and padded to multiples of 32 on the right and below."""
+    """Resize images (B, 3, H, W) as COCO's are, normalise them, and pad right and below to multiples of 32."""
     height, width = _size_for_detector(images.shape[-2], images.shape[-1], shortest)
-    resized = torch.nn.functional.interpolate(images, (height, width), mode="bilinear", antialias=True)
+    resized = interpolate(images, (height, width), mode="bilinear", antialias=True)
     padding = (0, -width % SIZE_DIVISOR, 0, -height % SIZE_DIVISOR)
     return torch.nn.functional.pad(normalize(resized, IMAGENET_MEAN, IMAGENET_STD), padding)

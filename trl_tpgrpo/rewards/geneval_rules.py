@@ -1,7 +1,7 @@
-"""GenEval's rules as functions of what was detected: which boxes count, where they lie, what is right (arXiv 2310.11513).
+"""GenEval's rules on detected objects: which boxes count, where they lie, what is right (arXiv 2310.11513).
 
-Boxes are (left, top, right, bottom) in pixels. A clause of a prompt's metadata says `class`, `count`, and where it matters
-`color` or `position`, a relation and the number of the earlier clause that it is to: ("left of", 0).
+Boxes are (left, top, right, bottom) in pixels. A clause of a prompt's metadata says `class`, `count`, and where it
+matters `color` or `position`, a relation and the index of the earlier clause that it refers to: ("left of", 0).
 """
 
 import json
@@ -25,7 +25,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Detection:
-    """An object: its box, the detector's confidence, and its mask (H, W) of bools if there is one."""
+    """Detected object: box, the detector's confidence, and a mask (H, W) of bools if there is one."""
 
     box: Box
     score: float
@@ -33,53 +33,54 @@ class Detection:
 
 
 Objects = dict[str, list[Detection]]
-"""By class, most confident first."""
+"""Detections by class, most confident first."""
 
 ColoursOf = Callable[[str, list[Detection]], list[str]]
 """The colours of objects of a class."""
 
 
 def clauses(value: str | Sequence[dict] | None) -> list[dict[str, Any]]:
-    """The clauses of `include` or `exclude`, without the entries that are `None`.
+    """Return the clauses of `include` or `exclude`, without the entries that are `None`.
 
-    A string is read as JSON: a column of a `Dataset` holds no lists like ["left of", 0], so it holds their text.
+    A string is read as JSON: a column of a `Dataset` cannot hold lists like ["left of", 0], only their text.
     """
     listed = json.loads(value) if isinstance(value, str) else value or []
     return [{key: entry for key, entry in clause.items() if entry is not None} for clause in listed]
 
 
 def check_metadata(tag: str, include: list[dict], exclude: list[dict], classes: Sequence[str]) -> None:
-    """Whether a row's metadata is GenEval's.
+    """Refuse a row's metadata that is not GenEval's.
 
     Raises:
-        ValueError: If it names something that there is not, with what there is.
+        ValueError: If the metadata names an unknown tag, class, colour or relation, or a wrong count or clause.
     """
     if tag not in TAGS:
         raise ValueError(f"tag is {tag!r}: use one of {TAGS}.")
     if not include:
         raise ValueError("include is empty: name at least one class and its count.")
-    for place, clause in enumerate(include + exclude):
+    for index, clause in enumerate(include + exclude):
         if clause.get("class") not in classes:
             raise ValueError(f"class is {clause.get('class')!r}: use one of {tuple(classes)}.")
         if not isinstance(clause.get("count"), int) or clause["count"] < 1:
             raise ValueError(f"count is {clause.get('count')!r} for {clause['class']!r}: use a number from 1.")
         if clause.get("color", COLOURS[0]) not in COLOURS:
             raise ValueError(f"color is {clause['color']!r}: use one of {COLOURS}.")
-        position = clause.get("position", (RELATIONS[0], place - 1))
-        if len(position) != 2 or position[0] not in RELATIONS or int(position[1]) >= place:
+        position = clause.get("position", (RELATIONS[0], index - 1))
+        if len(position) != 2 or position[0] not in RELATIONS or int(position[1]) >= index:
             raise ValueError(
-                f"position is {position!r} in clause {place}: use one of {RELATIONS} and the number of an earlier clause."
+                f"position is {position!r} in clause {index}: use one of {RELATIONS} and the number of an earlier "
+                "clause."
             )
 
 
 def kept(detections: Objects, tag: str, max_overlap: float = 1.0) -> Objects:
-    """What counts as seen: confident enough (0.3, where things are counted 0.9), at most 16 a class, best first.
+    """Return the objects that count: confidence over 0.3 (0.9 for `counting`), at most 16 a class, best first.
 
     Args:
-        detections: All that the detector found.
-        tag: The kind of prompt.
-        max_overlap: Drop boxes whose intersection over union with a better one of their class is this or more; 1 keeps all,
-            as GenEval does.
+        detections: Everything that the detector found.
+        tag: Kind of prompt.
+        max_overlap: Intersection over union with a better box of the same class from which a box is dropped; 1 keeps
+            all, as GenEval does.
     """
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     result: Objects = {}
@@ -95,7 +96,7 @@ def kept(detections: Objects, tag: str, max_overlap: float = 1.0) -> Objects:
 
 
 def overlap(box: Box, other: Box) -> float:
-    """Intersection over union of boxes whose corners are pixels that belong to them."""
+    """Compute the intersection over union of boxes that include the pixels at their corners."""
     inner = _area((max(box[0], other[0]), max(box[1], other[1]), min(box[2], other[2]), min(box[3], other[3])))
     union = _area(box) + _area(other) - inner
     return inner / union if union else 0.0
@@ -106,9 +107,10 @@ def _area(box: Box) -> float:
 
 
 def relative_position(box: Box, other: Box) -> set[str]:
-    """How `box` lies to `other`: of their centres' offset, what exceeds a tenth of both sizes must be over half of it.
+    """Return the relations of `box` to `other`: none if they are too close, two on a diagonal.
 
-    Empty where they are too close; two relations, as "left of" and "above", on a diagonal.
+    A relation holds where the centres' offset along its axis, less a tenth of both sizes, is over half the whole
+    offset.
     """
     offsets = [(box[axis] + box[axis + 2] - other[axis] - other[axis + 2]) / 2 for axis in (0, 1)]
     sizes = [abs(box[axis + 2] - box[axis]) + abs(other[axis + 2] - other[axis]) for axis in (0, 1)]
@@ -124,8 +126,11 @@ def relative_position(box: Box, other: Box) -> set[str]:
 
 
 def is_right(objects: Objects, include: list[dict], exclude: list[dict], colours_of: ColoursOf) -> bool:
-    """GenEval's verdict: at least `count` of each class of `include`, of which the `count` most confident have the colour
-    and the position, and fewer than `count` of each of `exclude`."""
+    """Return GenEval's verdict.
+
+    Right are at least `count` objects of each class of `include`, of which the `count` most confident have the colour
+    and the position, and fewer than `count` of each class of `exclude`.
+    """
     matched: list[list[Detection] | None] = []
     for clause in include:
         found = objects.get(clause["class"], [])[: clause["count"]]
@@ -133,19 +138,19 @@ def is_right(objects: Objects, include: list[dict], exclude: list[dict], colours
         if right and "color" in clause:
             right = colours_of(clause["class"], found).count(clause["color"]) == clause["count"]
         if right and "position" in clause:
-            right = _stands(found, clause["position"], matched)
+            right = _has_position(found, clause["position"], matched)
         matched.append(found if right else None)
     unwanted = [clause for clause in exclude if len(objects.get(clause["class"], [])) >= clause["count"]]
     return None not in matched and not unwanted
 
 
 def graded_score(objects: Objects, include: list[dict], colours_of: ColoursOf) -> float:
-    """Flow-GRPO's graded reward (arXiv 2505.05470): the mean over all that is asked for, 1 where all of it is right.
+    """Return Flow-GRPO's graded reward (arXiv 2505.05470), the mean over all parts of all clauses; 1 if all are right.
 
-    Each clause asks for its count, `1 - |count - found| / count`, which is negative for more than twice as many, and, where
-    it has one, for colour, `1 - |count - found of the colour| / count`, or position, 1 or 0; these are 0 where the count is
-    wrong. Counts must be met exactly here, as `is_right` does not ask. Flow-GRPO's reward server adds a 1 to a wrong
-    position's 0, so that it costs half as much; that is not done here.
+    The parts of a clause are the count, `1 - |count - found| / count`, which is negative for more than twice as many,
+    and where it is asked for the colour, `1 - |count - found of the colour| / count`, or the position, 1 or 0; these
+    two are 0 where the count is wrong. Counts must be exact here, unlike in `is_right`. Flow-GRPO's reward server adds
+    a 1 to a wrong position's 0, so that a wrong position costs half as much; that is not done here.
     """
     scores: list[float] = []
     matched: list[list[Detection] | None] = []
@@ -160,14 +165,14 @@ def graded_score(objects: Objects, include: list[dict], colours_of: ColoursOf) -
             scores.append(num_coloured / count)
             right = num_coloured == count
         if right and "position" in clause:
-            right = _stands(found, clause["position"], matched)
+            right = _has_position(found, clause["position"], matched)
             scores.append(float(right))
         matched.append(found if right else None)
     return sum(scores) / len(scores)
 
 
-def _stands(found: list[Detection], position: Sequence, matched: list[list[Detection] | None]) -> bool:
-    """Whether each stands as asked to each object of the clause it refers to; not if that one is not right itself."""
+def _has_position(found: list[Detection], position: Sequence, matched: list[list[Detection] | None]) -> bool:
+    """Say whether each object has the relation to each object of the earlier clause, which must itself be right."""
     relation, target = position
     others = matched[int(target)]
     if others is None:

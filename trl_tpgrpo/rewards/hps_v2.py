@@ -12,19 +12,19 @@ from .clip_score import CLIPScore
 class HPSv2(CLIPScore):
     """The cosine of HPS v2.1, a CLIP-H trained on the Human Preference Dataset v2 (arXiv 2306.09341).
 
-    In [-1, 1]; good images lie around 0.25 to 0.35. The published checkpoint is in open_clip's format: its weights are
-    renamed into transformers' CLIPModel, so that neither open_clip nor the package hpsv2 of 2023 is needed. Images that are
-    not square are cropped to their centre, as PickScore's are. Weights: Apache-2.0.
+    In [-1, 1]; good images lie around 0.25 to 0.35. The published checkpoint is in open_clip's format: the weights are
+    renamed for transformers' CLIPModel, so that neither open_clip nor the package hpsv2 of 2023 is needed. Images that
+    are not square are cropped to the centre, as PickScore's are. Weights: Apache-2.0.
 
     Known ways to hack it: glossy, over-saturated and over-detailed pictures, the look of 2023's favourites.
 
     Args:
-        model: A repository on the Hub or a directory.
-        filename: The checkpoint in it; `HPS_v2_compressed.pt` is version 2.0.
-        processor: Where the architecture's config, tokenizer and image processor come from.
-        device: Where the model is until the trainer moves it.
-        dtype: Of the model.
-        batch_size: Images that go through the model at once.
+        model: Repository on the Hub, or folder.
+        filename: Name of the checkpoint in there; `HPS_v2_compressed.pt` is version 2.0.
+        processor: Repository or folder of the architecture's config, tokenizer and image processor.
+        device: Device of the model until the trainer moves it.
+        dtype: Floating-point type of the model.
+        batch_size: Number of images that go through the model at once.
     """
 
     __name__ = "hps_v2"
@@ -74,10 +74,10 @@ RENAMED = (
 
 
 def from_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of open_clip's CLIP under the names of transformers' CLIPModel.
+    """Rename the weights of open_clip's CLIP for transformers' CLIPModel.
 
-    Two things are more than names: the projections are transposed, and what attention computes from its input is one matrix
-    there and three here.
+    Two differences are more than names: projections are transposed, and attention has one input matrix in open_clip
+    where transformers has three.
     """
     renamed = {}
     for name, weight in weights.items():

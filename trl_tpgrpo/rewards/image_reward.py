@@ -10,25 +10,26 @@ from torch import Tensor
 from .base import CLIP_MEAN, CLIP_STD, ModelReward, hub_file, linear_head, normalize, resize_and_crop
 
 
-HEAD_WIDTH = 64  # of BLIP's vision transformers, base and large alike
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores, as published
+HEAD_WIDTH = 64  # in BLIP's vision transformers, base and large alike
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # published, for the raw scores
 
 
 class ImageReward(ModelReward):
     """ImageReward v1.0: BLIP, whose text encoder attends to the image, and five linear layers (arXiv 2304.05977).
 
-    Standardised scores, mostly in [-2.3, 2]; 0 is a middling image. The published checkpoint is loaded into transformers'
-    own BLIP classes, since the package image-reward of 2023 asks for versions of timm, fairscale and transformers that
-    today's cannot stand beside. Prompts are cut after 35 tokens. Weights: Apache-2.0.
+    Standardised scores, mostly in [-2.3, 2]; 0 is a middling image. The published checkpoint is loaded into
+    transformers' own BLIP classes, since the package image-reward of 2023 asks for old versions of timm, fairscale and
+    transformers. Prompts are cut after 35 tokens. Weights: Apache-2.0.
 
-    Known ways to hack it: close-up subjects, bright and over-saturated; details that the prompt does not mention are free.
+    Known ways to hack it: close-up subjects, bright and over-saturated; details that the prompt does not mention are
+    free.
 
     Args:
-        model: A repository on the Hub or a directory with `ImageReward.pt` and `med_config.json`.
-        tokenizer: BERT's.
-        device: Where the model is until the trainer moves it.
-        dtype: Of the model.
-        batch_size: Images that go through the model at once.
+        model: Repository on the Hub, or folder, with `ImageReward.pt` and `med_config.json`.
+        tokenizer: Repository or folder of BERT's tokenizer.
+        device: Device of the model until the trainer moves it.
+        dtype: Floating-point type of the model.
+        batch_size: Number of images that go through the model at once.
     """
 
     __name__ = "image_reward"
@@ -63,7 +64,7 @@ class ImageReward(ModelReward):
 
 
 def build(weights: dict[str, Tensor], text_config: dict) -> torch.nn.ModuleDict:
-    """The three parts with the published weights: image encoder, text encoder that attends to the image, linear layers."""
+    """Build image encoder, text encoder (which attends to the image) and linear layers with the published weights."""
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionModel
 
     vision = BlipVisionModel(_vision_config(weights))
@@ -81,7 +82,7 @@ def build(weights: dict[str, Tensor], text_config: dict) -> torch.nn.ModuleDict:
 
 
 def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The weights below a prefix, without the positions' numbers, which are a constant that old versions saved."""
+    """Return the weights below a prefix, without the position ids, a constant that old versions saved."""
     return {
         name.removeprefix(prefix): weight
         for name, weight in weights.items()
@@ -90,7 +91,7 @@ def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _vision_config(weights: dict[str, Tensor]) -> Any:
-    """The image encoder's architecture, read off its weights: the package has it in code, not in a file."""
+    """Derive the image encoder's config from the shapes of weights: the published package has no file of it."""
     from transformers import BlipVisionConfig
 
     vision = _part(weights, "blip.visual_encoder.")

@@ -9,14 +9,14 @@ from PIL import Image
 def jpeg_compressibility(images: list[Image.Image], **columns: Any) -> list[float]:
     """Reward simple pictures: minus the size of the JPEG file of quality 95, in kB (arXiv 2305.13301).
 
-    Below 0; about -150 for a photograph of 512 x 512. It is maximal for an image of one colour, and a policy that is
-    trained on it ends there.
+    Below 0; about -150 for a photograph of 512 x 512. An image of one colour has the maximum, and a policy that is
+    trained on this reward ends there.
     """
     return [-_size_in_kilobytes(image) for image in images]
 
 
 def jpeg_incompressibility(images: list[Image.Image], **columns: Any) -> list[float]:
-    """Reward busy pictures: the size of the JPEG file of quality 95, in kB. It is maximal for noise."""
+    """Reward busy pictures: the size of the JPEG file of quality 95, in kB. Noise has the maximum."""
     return [_size_in_kilobytes(image) for image in images]
 
 

@@ -12,21 +12,22 @@ QUOTED = re.compile(r"[\"\u201c\u201d]([^\"\u201c\u201d]*[^\"\u201c\u201d\s][^\"
 
 
 class OCRReward:
-    """How closely the text that is read in the image matches the one asked for, from 0 to 1 (Flow-GRPO, arXiv 2505.05470).
+    """Similarity of the text read in the image to the text asked for, from 0 to 1 (Flow-GRPO, arXiv 2505.05470).
 
-    The text asked for is the dataset's column `text` where it is given, else the first part of the prompt between double
-    quotes; `None`, does not apply, where there is neither. All lines that are read are joined; case and spaces are ignored.
-    1 if the text asked for occurs in them, else `1 - min(distance, length) / length` with Levenshtein's distance to the
-    whole and the length of the text asked for. The lines that were read are shown beside the samples.
+    The text asked for is the dataset's column `text` where it is given, else the first part of the prompt between
+    double quotes; where there is neither, the reward does not apply (`None`). All lines that are read are joined; case
+    and spaces are ignored. The score is 1 if the text asked for occurs in the lines, else `1 - min(distance, length) /
+    length` with Levenshtein's distance to all lines and the length of the text asked for. The lines that were read are
+    shown beside the samples.
 
-    It reads with RapidOCR on the CPU (PP-OCRv6 small, Apache-2.0, models in its wheel), which drops lines of a confidence
-    below 0.5. To read with something else, override `read`.
+    RapidOCR reads on the CPU (PP-OCRv6 small, Apache-2.0, models in the wheel) and drops lines of a confidence below
+    0.5. To read with something else, override `read`.
 
     Known ways to hack it: letters in capitals, large, on a plain ground; the text once more elsewhere, with whatever
     else is written around it, since what surrounds a match costs nothing; no image to speak of beside the text.
 
     Args:
-        num_threads: Threads of the recogniser in each process.
+        num_threads: Number of the recogniser's threads in each process.
 
     Raises:
         ImportError: If RapidOCR, onnxruntime or rapidfuzz is missing.
@@ -37,8 +38,8 @@ class OCRReward:
 
     def __init__(self, num_threads: int = 4) -> None:
         try:
-            import onnxruntime  # noqa: F401 - what RapidOCR runs on, which it does not require itself
-            import rapidfuzz  # noqa: F401 - missing now rather than after the first rollout
+            import onnxruntime  # noqa: F401 - RapidOCR runs on it and does not require it
+            import rapidfuzz  # noqa: F401 - its absence should show now rather than after the first rollout
             from rapidocr import RapidOCR
         except ImportError as error:
             raise ImportError(f"The reward ocr needs {error.name}: pip install 'trl-tpgrpo[ocr]'.") from error
@@ -60,7 +61,7 @@ class OCRReward:
         log_extra: Callable[[str, list], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """One score an image, `None` where no text is asked for.
+        """Score N images; `None` where no text is asked for.
 
         Raises:
             ValueError: If the column `text` holds an empty text.
@@ -77,17 +78,17 @@ class OCRReward:
         ]
 
     def read(self, image: Image.Image) -> list[str]:
-        """The lines of text in the image, from top to bottom."""
+        """Return the lines of text in the image, from top to bottom."""
         bgr = np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
         found: Any = self.engine(bgr)
         return list(found.txts or ())
 
 
 def wanted_text(prompt: str, given: str | None = None) -> str | None:
-    """The text an image should show: the one given, else the first in double quotes in the prompt, else `None`.
+    """Return the text that an image should show: `given`, else the first in double quotes in the prompt, else `None`.
 
     Raises:
-        ValueError: If the one given is empty.
+        ValueError: If `given` is empty.
     """
     if given is not None:
         if not _normal(given):
@@ -98,7 +99,7 @@ def wanted_text(prompt: str, given: str | None = None) -> str | None:
 
 
 def similarity(read: str, target: str) -> float:
-    """The score of a text that was read, from 0 to 1, see `OCRReward`."""
+    """Score a text that was read from 0 to 1, see `OCRReward`."""
     from rapidfuzz.distance import Levenshtein
 
     read, target = _normal(read), _normal(target)

@@ -9,19 +9,19 @@ from .clip_score import CLIPScore
 class PickScore(CLIPScore):
     """The logit of PickScore v1: CLIP-H, trained on Pick-a-Pic's choices, times its logit scale (arXiv 2305.01569).
 
-    That scale is about 100, so it lies in [-100, 100], mostly between 18 and 26; the tables of TP-GRPO and Flow-GRPO (24.02
-    and so on) are on it. Flow-GRPO's code trains on it divided by 26, which is why its curves show 0.9; advantages are
-    standardised, so that makes no difference but beside other rewards. Weights: the model card names no license (the paper's
-    code is MIT).
+    That scale is about 100, so scores lie in [-100, 100], mostly between 18 and 26; the tables of TP-GRPO and
+    Flow-GRPO (24.02 and so on) have them. Flow-GRPO's code trains on the score divided by 26, which is why the curves
+    there show 0.9; advantages are standardised, so that makes no difference but beside other rewards. Weights: the
+    model card names no license (the paper's code is MIT).
 
     Known ways to hack it: a glossy, saturated look with one centred subject whatever the prompt; poor variety.
 
     Args:
-        model: A checkpoint in CLIP's format, on the Hub or on disk.
-        processor: Where tokenizer and image processor come from.
-        device: Where the model is until the trainer moves it.
-        dtype: Of the model.
-        batch_size: Images that go through the model at once.
+        model: Checkpoint in CLIP's format, on the Hub or on disk.
+        processor: Repository or folder of tokenizer and image processor.
+        device: Device of the model until the trainer moves it.
+        dtype: Floating-point type of the model.
+        batch_size: Number of images that go through the model at once.
     """
 
     __name__ = "pick_score"

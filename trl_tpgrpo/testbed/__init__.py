@@ -12,4 +12,4 @@ TESTBED = Path(__file__).parent / "weights"
 """Folder of the tiny pretrained `StableDiffusion3Pipeline`, an ordinary diffusers pipeline."""
 
 PIPELINE_KWARGS: dict[str, Any] = {"height": 32, "width": 32, "max_sequence_length": 0}
-"""How the tiny pipeline must be called: its pictures' size, and no room for the T5 encoder that it does not have."""
+"""Arguments of every call of the tiny pipeline: the pictures' size, and no tokens for the missing T5 encoder."""

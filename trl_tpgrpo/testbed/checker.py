@@ -1,4 +1,4 @@
-"""The rule-based judge of the shapes world: what a picture shows, and how well that fits its caption.
+"""The rule-based judge of the shapes world: what a picture shows, and how well that fits the caption.
 
 GenEval in miniature: find the coloured shapes, match them with the caption's, check count and position. `strict` asks
 for exactly the scene of the caption; `graded` is in [0, 1] and gives credit for parts of it.
@@ -27,7 +27,7 @@ _NAMES = tuple(COLOURS)
 
 @dataclass(frozen=True)
 class Detection:
-    """A connected patch of one colour: its most likely shape, how well that fits (IoU, 0 to 1) and its centre (x, y)."""
+    """Connected patch of one colour: most likely shape, how well that fits (IoU, 0 to 1), and centre (x, y)."""
 
     colour: str
     shape: str
@@ -37,14 +37,14 @@ class Detection:
 
 @dataclass(frozen=True)
 class Score:
-    """How well a picture shows its caption: `graded` in [0, 1], `strict` 0 or 1."""
+    """Agreement of a picture with a caption: `graded` in [0, 1], `strict` 0 or 1."""
 
     graded: float
     strict: float
 
 
 def score_images(images: list[Image.Image], prompts: list[str]) -> list[Score]:
-    """Score each image against its prompt, a caption of the shapes world.
+    """Score each image against a prompt, a caption of the shapes world.
 
     Raises:
         ValueError: If a prompt is no caption of the shapes world or an image is not 32 x 32.
@@ -54,17 +54,17 @@ def score_images(images: list[Image.Image], prompts: list[str]) -> list[Score]:
 
 
 def shapes_reward(images: list[Image.Image], prompts: list[str], **columns: Any) -> list[float]:
-    """Reward in [0, 1]: the mean of the graded and the strict score."""
+    """Return rewards in [0, 1]: the mean of the graded and the strict score."""
     return [(score.graded + score.strict) / 2 for score in score_images(images, prompts)]
 
 
 def graded_reward(images: list[Image.Image], prompts: list[str], **columns: Any) -> list[float]:
-    """Reward in [0, 1]: the graded score."""
+    """Return rewards in [0, 1]: the graded score."""
     return [score.graded for score in score_images(images, prompts)]
 
 
 def strict_reward(images: list[Image.Image], prompts: list[str], **columns: Any) -> list[float]:
-    """Reward 0 or 1: the strict score."""
+    """Return rewards 0 or 1: the strict score."""
     return [score.strict for score in score_images(images, prompts)]
 
 
@@ -90,7 +90,7 @@ def detect(images: list[Image.Image]) -> list[list[Detection]]:
 
 
 def _colour_masks(images: list[Image.Image]) -> np.ndarray:
-    """Which pixels have which colour: bool, (N, 4, H, W). A pixel has the colour nearest in hue, if bright enough."""
+    """Return masks (N, 4, H, W): a pixel belongs to the colour nearest in hue, if bright enough."""
     pixels = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images]) / 255
     if pixels.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"The shapes world is {IMAGE_SIZE} x {IMAGE_SIZE} pixels; got images of {images[0].size}.")
@@ -104,7 +104,7 @@ def _colour_masks(images: list[Image.Image]) -> np.ndarray:
 
 
 def _recognise(patch: np.ndarray) -> tuple[str, float]:
-    """The shape whose outline, stretched to the patch's box, fits best, and its IoU times the box's aspect ratio."""
+    """Return the shape that, stretched to the patch's box, fits best, and the IoU times the box's aspect ratio."""
     height, width = patch.shape
     across = (np.arange(width)[None, :] + 0.5) / width * 2 - 1
     down = (np.arange(height)[:, None] + 0.5) / height * 2 - 1
@@ -131,10 +131,10 @@ def _score(caption: Caption, found: list[Detection]) -> Score:
     exact = len(found) == len(caption.things)
     exact &= bool((same_colour & same_shape & (quality >= _RECOGNISED))[rows, columns].all())
     if caption.relation is not None:
-        place = dict(zip(rows.tolist(), columns.tolist(), strict=True))
+        matched = dict(zip(rows.tolist(), columns.tolist(), strict=True))
         along, across = 0.0, 0.0
-        if len(place) == 2:
-            along, across = offset(caption.relation, *(np.array(found[place[i]].centre) for i in (0, 1)))
+        if len(matched) == 2:
+            along, across = offset(caption.relation, *(np.array(found[matched[i]].centre) for i in (0, 1)))
         graded = 0.7 * graded + 0.3 * float(np.clip((along - 0.5 * across) / 6, 0, 1))
         exact &= along >= 4 and along > across
     return Score(graded=float(graded), strict=float(exact))

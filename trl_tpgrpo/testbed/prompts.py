@@ -7,14 +7,14 @@ from .world import KINDS, split_captions
 
 
 def prompt_dataset(split: str, num_prompts: int = 256, seed: int = 0) -> Dataset:
-    """Prompts of one split with the columns `prompt` and `kind`, equally many of each kind, in random order.
+    """Return prompts of one split with the columns `prompt` and `kind`, equally many of each kind, in random order.
 
-    Kinds with fewer captions than that repeat them. The splits share no set of things, see `world.split_captions`.
+    Kinds with too few captions repeat them. The splits share no set of things, see `world.split_captions`.
 
     Args:
-        split: `"train"`, `"tuning"` (for choosing settings) or `"heldout"` (for reporting).
-        num_prompts: A multiple of 4.
-        seed: Of the choice and the order.
+        split: Split `"train"`, `"tuning"` (for choosing settings) or `"heldout"` (for reporting).
+        num_prompts: Number of prompts, a multiple of 4.
+        seed: Seed of choice and order.
 
     Raises:
         ValueError: If `split` is unknown or `num_prompts` is not a positive multiple of 4.

@@ -29,7 +29,7 @@ _MARGIN = 2.0
 
 @dataclass(frozen=True)
 class Thing:
-    """A coloured shape, as a caption names it."""
+    """Coloured shape, as a caption names it."""
 
     colour: str
     shape: str
@@ -40,7 +40,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Caption:
-    """What a picture must show: its things (one entry each, also when counted) and how the first lies to the second."""
+    """Content of a picture: things (one entry each, also when counted) and the relation of the first to the second."""
 
     kind: str
     things: tuple[Thing, ...]
@@ -57,7 +57,7 @@ class Caption:
 
 
 def all_captions() -> list[Caption]:
-    """Every caption of the world: 12 single, 24 count, 132 pair and 528 position."""
+    """Return every caption of the world: 12 single, 24 count, 132 pair and 528 position."""
     things = [Thing(colour, shape) for colour in COLOURS for shape in SHAPES]
     pairs = list(itertools.permutations(things, 2))
     return [
@@ -68,7 +68,7 @@ def all_captions() -> list[Caption]:
     ]
 
 
-_CAPTION_OF_TEXT = {str(caption): caption for caption in all_captions()}
+_CAPTIONS = {str(caption): caption for caption in all_captions()}
 
 
 def parse_caption(text: str) -> Caption:
@@ -77,9 +77,9 @@ def parse_caption(text: str) -> Caption:
     Raises:
         ValueError: If `text` is no caption of the shapes world.
     """
-    if text not in _CAPTION_OF_TEXT:
+    if text not in _CAPTIONS:
         raise ValueError(f"{text!r} is no caption of the shapes world, such as 'a red circle left of a blue square'.")
-    return _CAPTION_OF_TEXT[text]
+    return _CAPTIONS[text]
 
 
 def split_captions(seed: int = 0) -> dict[str, list[Caption]]:
@@ -98,15 +98,15 @@ def split_captions(seed: int = 0) -> dict[str, list[Caption]]:
         keys = sorted(key for key in groups if key[0] == family)
         keys = [keys[index] for index in shuffle(len(keys))]
         part = round(0.15 * len(keys))
-        for place, key in enumerate(keys):
-            name = "heldout" if place < part else "tuning" if place < 2 * part else "train"
+        for index, key in enumerate(keys):
+            name = "heldout" if index < part else "tuning" if index < 2 * part else "train"
             splits[name] += groups[key]
     return splits
 
 
 def draw(caption: Caption, rng: np.random.Generator) -> np.ndarray:
     """Draw one random picture of `caption`: uint8, (32, 32, 3)."""
-    centres, half_sizes = _place(caption, rng)
+    centres, half_sizes = _arrange(caption, rng)
     grid = (np.arange(IMAGE_SIZE * _SUPERSAMPLING) + 0.5) / _SUPERSAMPLING
     picture = np.broadcast_to(BACKGROUND, (grid.size, grid.size, 3)).copy()
     for thing, centre, half_size in zip(caption.things, centres, half_sizes, strict=True):
@@ -118,7 +118,7 @@ def draw(caption: Caption, rng: np.random.Generator) -> np.ndarray:
 
 
 def inside(shape: str, across: np.ndarray, down: np.ndarray) -> np.ndarray:
-    """Whether points lie in a shape that fills [-1, 1] x [-1, 1]; `across` and `down` broadcast."""
+    """Say which points lie in a shape that fills [-1, 1] x [-1, 1]; `across` and `down` broadcast."""
     if shape == "circle":
         return across**2 + down**2 <= 1
     in_box = (np.abs(across) <= 1) & (np.abs(down) <= 1)
@@ -127,8 +127,8 @@ def inside(shape: str, across: np.ndarray, down: np.ndarray) -> np.ndarray:
     return in_box & (np.abs(across) <= (down + 1) / 2)
 
 
-def _place(caption: Caption, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Random centres (n, 2) and half sizes (n,) that fit the picture, keep apart and obey the caption's relation."""
+def _arrange(caption: Caption, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draw centres (n, 2) and half sizes (n,) that fit the picture, keep apart and obey the caption's relation."""
     number = len(caption.things)
     smallest, largest = (4.0, 4.8) if number == 3 else (4.2, 6.0)
     while True:
@@ -154,7 +154,7 @@ def _obeys(caption: Caption, centres: np.ndarray) -> bool:
 
 
 def offset(relation: str, first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """How far `first` lies from `second` in the relation's direction, and (unsigned) across it, in pixels."""
+    """Return the offset of `first` from `second` in the relation's direction, and (unsigned) across it, in pixels."""
     direction = np.array(RELATIONS[relation])
     difference = np.asarray(first) - np.asarray(second)
     return float(difference @ direction), float(np.abs(difference @ direction[::-1]))

@@ -13,8 +13,7 @@ import torch
 from ...algorithm.completion import CompletionRule
 from ...algorithm.rollout import EXACT, Rollout, Window, roll_out
 from ...config import TPGRPOConfig
-from ...generation import sweeps
-from ...sampling import PROBED_GROUPS
+from ...rollouts import PROBED_GROUPS, sweeps
 
 
 @dataclass

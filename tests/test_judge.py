@@ -2,11 +2,13 @@
 
 import asyncio
 import base64
+import importlib
 import io
 import json
 import logging
 import math
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,13 +17,13 @@ import pytest
 from loopback import Reply, as_json, scripted
 from PIL import Image
 
-from trl_tpgrpo.rewards import http_client
+from trl_tpgrpo.rewards import judge as judge_module
 from trl_tpgrpo.rewards.judge import VLMJudge, VLMJudgeError
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch) -> None:
-    monkeypatch.setattr(http_client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 def shade(level: int) -> Image.Image:
@@ -143,7 +145,8 @@ def test_questions_are_scored_by_the_share_of_expected_answers() -> None:
         (completion([3]), "no object with the field 'score' alone"),
         (completion('{"score": 4', "length"), "cut off after max_tokens=64"),
         (as_json({"choices": []}), "no chat completion"),
-        ((200, {}, b"<html>"), "no chat completion"),
+        ((200, {}, b"<html>"), "no chat completion but '<html>'"),
+        ((200, {"Content-Type": "application/json"}, b"<html>"), "no chat completion but '<html>'"),
     ],
 )
 def test_answers_that_are_no_score_are_asked_for_again_and_then_an_error(unusable: Reply, message: str) -> None:
@@ -157,7 +160,7 @@ def test_answers_that_are_no_score_are_asked_for_again_and_then_an_error(unusabl
         assert (judge.usage.num_requests, judge.usage.num_retries) == (3, 2)
     with scripted(lambda request, number: unusable) as server:
         judge = VLMJudge(f"{server.url}/v1", "a-model", num_retries=2)
-        message = rf"judge 'a-model' at {server.url}/v1/chat/completions gave no answer .* row 0: .*{message}.*\(3 attempts\)"
+        message = rf"judge 'a-model' at {server.url}/v1/chat/completions gave no .* row 0: .*{message}.*\(3 attempts\)"
         with pytest.raises(VLMJudgeError, match=message):
             ask(judge, [shade(100)])
         assert len(server.requests) == 3 == judge.usage.num_requests
@@ -230,23 +233,63 @@ def test_requests_under_way_are_bounded_over_all_calls() -> None:
 KEY = "sk-very-secret"
 
 
+def headers(request: dict) -> dict[str, str]:
+    return {name.lower(): value for name, value in request["headers"].items()}
+
+
 @pytest.mark.parametrize("status", [400, 401, 429])
 def test_the_key_is_sent_and_never_shown(status: int, monkeypatch, caplog) -> None:
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("JUDGE_KEY", KEY)
 
     def refuse(request: dict, number: int) -> Reply:
-        said = f"wrong key: {request['headers']['Authorization']}"
+        said = f"wrong key: {headers(request)['authorization']}"
         return as_json({"error": {"message": said, "type": "invalid_request_error"}}, status)
 
     with scripted(refuse) as server:
         judge = VLMJudge(f"{server.url}/v1", "a-model", api_key_env="JUDGE_KEY", num_retries=1)
-        with pytest.raises(VLMJudgeError, match=rf"status {status}: wrong key: Bearer \*\*\*") as error:
+        with pytest.raises(VLMJudgeError, match=rf"status {status}: 'wrong key: Bearer \*\*\*'") as error:
             ask(judge, [shade(0)])
-        assert server.requests[0]["headers"]["Authorization"] == f"Bearer {KEY}"
+        assert headers(server.requests[0])["authorization"] == f"Bearer {KEY}"
         assert len(server.requests) == (2 if status == 429 else 1)
     chain: list[BaseException | None] = [error.value, error.value.__cause__]
     assert KEY not in "".join(map(repr, chain)) + repr(judge) + caplog.text and error.value.__cause__ is None
+
+
+@pytest.mark.parametrize("key", [None, "JUDGE_KEY"])
+def test_nothing_of_the_environment_is_sent_but_the_key_that_is_named(key: str | None, monkeypatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "another-secret")
+    with scripted(by_redness) as server:
+        ask(VLMJudge(f"{server.url}/v1", "a-model", api_key_env=key), [shade(0)])
+    (request,) = server.requests
+    assert headers(request).get("authorization") == (f"Bearer {KEY}" if key else None)
+    assert "another-secret" not in repr(request)
+
+
+def test_a_key_that_no_header_can_have_is_refused_and_not_shown(monkeypatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", f"{KEY}\n")
+    with pytest.raises(ValueError, match="The key in JUDGE_KEY .* must be printable ASCII") as error:
+        VLMJudge("http://host/v1", "a-model", api_key_env="JUDGE_KEY")
+    assert KEY not in str(error.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_judge_on_this_machine_is_asked_past_a_proxy(host: str, monkeypatch) -> None:
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with scripted(by_redness) as server:
+        url = server.url.replace("127.0.0.1", host)
+        assert ask(VLMJudge(f"{url}/v1", "a-model", num_retries=0), [shade(100)]) == [2.0]
+    with pytest.raises(VLMJudgeError, match="no connection: ConnectError"):
+        ask(VLMJudge("http://judge.invalid/v1", "a-model", num_retries=0), [shade(0)])
+
+
+def test_a_missing_client_names_the_extra(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"pip install 'trl-tpgrpo\[judge\]'"):
+        importlib.reload(judge_module)
 
 
 def test_a_server_that_counts_no_tokens_makes_no_zero() -> None:
@@ -274,8 +317,11 @@ def test_a_template_with_an_unknown_name_says_what_there_is() -> None:
         ),
         ({"low": 5.0}, "low must be below high, got 5.0 and 5.0"),
         ({"max_tokens": 0}, "max_tokens must be 1 or more"),
+        ({"num_retries": -1}, "num_retries must be 0 or more"),
+        ({"timeout": 0}, "timeout must be above 0 seconds"),
         ({"concurrency": 0}, "concurrency must be 1 or more"),
         ({"base_url": "host:8000"}, "base_url must be an URL"),
+        ({"base_url": "http://user:secret@host"}, "base_url must be an URL .* without user, password and query.$"),
         ({"api_key_env": "NO_SUCH_KEY"}, "api_key_env names the environment variable 'NO_SUCH_KEY', which is not set"),
     ],
 )

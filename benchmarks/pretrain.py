@@ -1,10 +1,10 @@
 """Build the testbed's tiny pipeline from nothing: draw pictures, train the VAE, then encoders and transformer.
 
-    python -m trl_tpgrpo.testbed.pretrain --output_dir trl_tpgrpo/testbed/weights
+    python benchmarks/pretrain.py --output_dir trl_tpgrpo/testbed/weights
 
 Every class is diffusers' or transformers' own, so the result is an ordinary `StableDiffusion3Pipeline` folder. What
-deviates from a textbook run, each because it was needed to get there in CPU-minutes: small batches and zero-initialised
-residual branches for the VAE, zero-initialised modulation and Muon for the transformer.
+deviates from a textbook run, each to get there in CPU-minutes: small batches and zero-initialised residual branches
+for the VAE, zero-initialised modulation and Muon for the transformer.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from torch.nn.functional import mse_loss
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .checker import strict_reward
-from .world import IMAGE_SIZE, KINDS, Caption, all_captions, draw, split_captions
+from trl_tpgrpo.testbed.checker import strict_reward
+from trl_tpgrpo.testbed.world import IMAGE_SIZE, KINDS, Caption, all_captions, draw, split_captions
 
 
 WIDTH = 128
@@ -60,7 +60,7 @@ def pretrain(output_dir: Path, vae_steps: int, transformer_steps: int, num_pictu
 
 
 def draw_captioned_pictures(number: int, rng: np.random.Generator) -> tuple[list[str], torch.Tensor]:
-    """Captions, equally many of each kind and none that is kept for held-out compositions, with a picture each.
+    """Draw pictures of captions, equally many of each kind and none that is kept for held-out compositions.
 
     Returns:
         The captions' texts and the pictures in [-1, 1], (number, 3, 32, 32).
@@ -74,7 +74,7 @@ def draw_captioned_pictures(number: int, rng: np.random.Generator) -> tuple[list
 
 
 def build_pipeline() -> StableDiffusion3Pipeline:
-    """An untrained `StableDiffusion3Pipeline` of the testbed's size, in float32."""
+    """Build an untrained `StableDiffusion3Pipeline` of the testbed's size, in float32."""
     tokenizer = build_tokenizer()
     encoders = [build_text_encoder(tokenizer) for _ in range(2)]
     return StableDiffusion3Pipeline(
@@ -91,10 +91,10 @@ def build_pipeline() -> StableDiffusion3Pipeline:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer that knows the 19 words of the shapes world as one token each.
+    """Build a CLIP tokenizer that knows the 19 words of the shapes world as one token each.
 
-    Byte-pair merges are made word by word: what the merges so far leave of a word is joined from left to right. Merges that
-    come later rank lower, so they do not touch the words before.
+    Byte-pair merges are made word by word: what the merges so far leave of a word is joined from left to right. Merges
+    that come later rank lower, so they do not touch the words before.
     """
     words = sorted({word for caption in all_captions() for word in str(caption).split()})
     merges: list[tuple[str, str]] = []
@@ -112,7 +112,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """Byte-pair encoding: join the pair of the lowest rank until none is left."""
+    """Join the pair of the lowest rank until none is left, as byte-pair encoding does."""
     while True:
         ranked = [merges.index(pair) for pair in zip(pieces, pieces[1:], strict=False) if pair in merges]
         if not ranked:
@@ -202,7 +202,7 @@ def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int) -> None:
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """The means of the pictures' latents, unscaled: (N, 8, 8, 8)."""
+    """Return the means of the pictures' latents, unscaled: (N, 8, 8, 8)."""
     return torch.cat([vae.encode(batch).latent_dist.mean for batch in pictures.split(256)])
 
 
@@ -212,7 +212,7 @@ def decode_latents(pipeline: StableDiffusion3Pipeline, latents: torch.Tensor) ->
 
 
 def sample(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> list[Image.Image]:
-    """One image a prompt in 10 steps without guidance, with the modules in evaluation mode."""
+    """Sample one image a prompt in 10 steps without guidance, with the modules in evaluation mode."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         prompts, num_inference_steps=10, guidance_scale=1.0, height=IMAGE_SIZE, width=IMAGE_SIZE, max_sequence_length=0
@@ -226,7 +226,7 @@ def mean_strict(images: list[Image.Image], prompts: list[str]) -> float:
 def train_transformer(
     pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, captions: list[str], steps: int
 ) -> Iterator[int]:
-    """Train transformer and text encoders by flow matching; yields with the averaged weights in place, ten times."""
+    """Train transformer and text encoders by flow matching; yield ten times, with the averaged weights loaded."""
     trained = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]
     parameters = [parameter for module in trained for parameter in module.parameters()]
     optimizers = build_optimizers(trained)
@@ -262,7 +262,7 @@ def train_transformer(
 
 
 def flow_matching_loss(pipeline: StableDiffusion3Pipeline, clean: torch.Tensor, texts: list[str]) -> torch.Tensor:
-    """Mean squared error of the velocity at logit-normal noise levels."""
+    """Compute the mean squared error of the velocity at logit-normal noise levels."""
     embeds, _, pooled, _ = pipeline.encode_prompt(
         texts, None, None, do_classifier_free_guidance=False, max_sequence_length=0
     )
@@ -276,7 +276,7 @@ def flow_matching_loss(pipeline: StableDiffusion3Pipeline, clean: torch.Tensor, 
 
 
 def build_optimizers(modules: list[torch.nn.Module]) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for everything else."""
+    """Build Muon for the matrices of the blocks, AdamW for everything else."""
     named = [(name, parameter) for module in modules for name, parameter in module.named_parameters()]
     in_blocks = [
         p for name, p in named if p.ndim == 2 and ("transformer_blocks." in name or "encoder.layers." in name)

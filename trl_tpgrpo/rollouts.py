@@ -1,0 +1,498 @@
+"""From rows of a dataset to trajectories, their images, the rewards of these, and the reward table.
+
+Shapes: `B` rows of this process, `N` of all processes, `M` images, `F` reward functions, `K` SDE steps, `C` completed states.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor
+from transformers import TrainerState
+
+from .algorithm.completion import CompletionRule
+from .algorithm.credit import RewardTable, shortest_window, step_reward_variances
+from .algorithm.fidelity import compare
+from .algorithm.rollout import EXACT, Rollout, Window, fastest_batch_size, roll_out
+from .batches import Sampled, Trajectories
+from .config import TPGRPOConfig
+from .metrics import Metrics, image_variety
+from .policies.base import Conditioning, FlowPolicy, on_device, to_images
+from .policies.embeddings import PromptEmbeddings
+from .rewards.contract import RewardError, RewardFunc, check_applicability, declared, reward_names
+from .rewards.scorer import ImageBatch, Scorer, Scoring, runs_beside, save_evidence
+
+
+logger = logging.getLogger(__name__)
+
+NOISE, WINDOW, EVALUATION, PROBE, CARD = range(5)
+"""Purposes of a seed; the random numbers of one never depend on how many another took."""
+
+SWEEP = 64
+"""Trajectories sampled together, at least: batches are full, and memory and images do not grow with the rollout."""
+
+MAX_PENDING = 2
+"""Sweeps that may wait for their rewards while the next is sampled; their images are kept until then."""
+
+PROBED_GROUPS = 16
+"""Prompts of a process that the window is measured on."""
+
+LARGEST_BATCH = 256
+"""Largest batch that is tried where the batch size of rollouts is measured."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Trajectories whose M images are being scored."""
+
+    rollout: Rollout
+    images: list[Image.Image]
+    scoring: Scoring
+
+
+class Rollouts:
+    """Samples and scores rows of a dataset.
+
+    Args:
+        policy: Policy on its device, but for the text encoders.
+        args: Settings of the run.
+        accelerator: Accelerator of the run.
+        reward_funcs: Functions that are trained on.
+        eval_reward_funcs: Functions that are called in evaluation only.
+        embeddings: Encoded prompts.
+        samples: Keeper of the images that callbacks want to see.
+        progress: Display of the phases.
+        metrics: Metrics of `"train"` and of `"eval"`.
+        model: Getter of the model that predicts.
+        state: Getter of the trainer's state.
+
+    Attributes:
+        batch_sizes: Samples that the `"model"` and the `"vae"` are given at once; measured at the first use if absent.
+        measured_window: Window that `sde_window_share` has led to, once it is measured.
+    """
+
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        args: TPGRPOConfig,
+        accelerator: Accelerator,
+        reward_funcs: list[RewardFunc],
+        eval_reward_funcs: list[RewardFunc],
+        embeddings: PromptEmbeddings,
+        samples: Any,
+        progress: Any,
+        metrics: dict[str, Metrics],
+        model: Callable[[], torch.nn.Module],
+        state: Callable[[], TrainerState],
+    ):
+        self.policy, self.args, self.accelerator, self.embeddings = policy, args, accelerator, embeddings
+        self.reward_funcs, self.eval_reward_funcs = reward_funcs, eval_reward_funcs
+        self.samples, self.progress, self.metrics = samples, progress, metrics
+        self._model, self._state = model, state
+        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(reward_funcs))
+        self.scorer = Scorer(args.reward_failures)
+        functions = [*reward_funcs, *eval_reward_funcs]
+        self._names = reward_names(functions)
+        self._scores_tensors = any(declared(function).image_type == "pt" for function in functions)
+        self._offloaded = [one for one in functions if hasattr(one, "to") and not runs_beside(one)]
+        kept_on_cpu = self._offloaded if args.offload_between_phases else []
+        for model in (one for one in functions if hasattr(one, "to") and one not in kept_on_cpu):
+            model.to(args.device)
+        if args.offload_between_phases:
+            policy.pipeline.vae.to("cpu")
+        fixed = args.rollout_batch_size
+        self.batch_sizes = {} if fixed is None else {"model": fixed, "vae": fixed}
+        self.measured_window: Window | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been measured."""
+        return {"measured_window": self.measured_window, "batch_sizes": self.batch_sizes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what was measured, unless the settings fix it now."""
+        if self.args.sde_window_share is not None:
+            self.measured_window = state["measured_window"]
+        if self.args.rollout_batch_size is None:  # a fixed one may be another than before, say for lack of memory
+            self.batch_sizes = state["batch_sizes"]
+
+    # ---------------------------------------------------------------------------------------- a generation batch
+
+    def generate(self, rows: list[dict[str, Any]], generation: int) -> Trajectories:
+        """Sample a trajectory with its completions for each of B rows and score every image.
+
+        Args:
+            rows: Rows of a dataset.
+            generation: Index of the rollout.
+        """
+        if self.args.sde_window_share is not None and self.measured_window is None:
+            self.measured_window = self._measure_window(rows)
+        window, rule = self.measured_window or self.draw_window(generation), self.args.completion_rule
+        self.samples.rollout_begins(self._state())
+        generators = self.generators(NOISE, generation, len(rows))
+        states, log_probs, table = self._sample_in_sweeps(rows, generators, window, rule)
+        if self.args.completion_check_every and generation % self.args.completion_check_every == 0:
+            self._check_completions(rows, window, generation, table)
+        first = self.accelerator.process_index * len(rows)
+        conditioning, prompts = self._encode(rows)
+        return Trajectories(
+            states=states,
+            log_probs=log_probs,
+            window=window,
+            schedule=self.policy.schedule(self.args.num_inference_steps),
+            conditioning=conditioning,
+            prompts=prompts,
+            rows=torch.arange(first, first + len(rows)),
+            table=table,
+        )
+
+    def _sample_in_sweeps(
+        self,
+        rows: list[dict[str, Any]],
+        generators: list[torch.Generator],
+        window: Window,
+        rule: CompletionRule | None,
+    ) -> tuple[Tensor, Tensor, RewardTable]:
+        """Return states, log-probabilities and rewards of B rows; a sweep is scored while the next are sampled."""
+        sampled: list[Sampled] = []
+        pending: deque[Pending] = deque()
+        for part in self.progress.sweeps(sweeps(len(rows), self.args)):
+            pending.append(self._sample(rows[part], generators[part], window, rule, self.reward_funcs))
+            if len(pending) > MAX_PENDING:
+                sampled.append(self._finish_sweep(pending.popleft()))
+            if any(one.error for one in sampled) and self.accelerator.num_processes == 1:
+                break  # several processes must keep in step until they stop together
+        sampled += [self._finish_sweep(one) for one in pending]
+        self._stop_together(next((one.error for one in sampled if one.error), None))
+        states = torch.cat([one.rollout.states for one in sampled])
+        log_probs = torch.cat([one.rollout.log_probs for one in sampled])
+        rewards, failed = torch.cat([one.rewards for one in sampled]), torch.cat([one.failed for one in sampled])
+        table = self._reward_table([row["prompt"] for row in rows], rewards, failed, window, rule)
+        if table.left_out.all():
+            self._stop_together(next(error for one in sampled for error in one.skipped))
+        return states, log_probs, table
+
+    def _finish_sweep(self, pending: Pending) -> Sampled:
+        """Wait for a sweep's rewards, and keep no image of it but what callbacks want to see."""
+        sampled, prompts = self._scored(pending, "train"), pending.scoring.batch.prompts
+        final = sampled.rollout.image_of[:, -1].tolist()
+        variety = image_variety([sampled.images[index] for index in final], [prompts[index] for index in final])
+        self.metrics["train"].record("image_variety", variety, "nanmean")
+        self.samples.keep(sampled)
+        return sampled.without_images()
+
+    def _reward_table(
+        self, prompts: list[str], rewards: Tensor, failed: Tensor, window: Window, rule: CompletionRule | None
+    ) -> RewardTable:
+        """Gather the rewards (B, F, C + 1) of all processes' trajectories, of which some have failed (B,)."""
+        device, group = self.args.device, self.args.num_generations
+        gathered, all_failed = (self.accelerator.gather(value.to(device)).cpu() for value in (rewards, failed))
+        check_applicability(gathered, self._trained_names, gather_object(prompts), group, all_failed)
+        every = 1 if rule is None else rule.every
+        return RewardTable(gathered, self.reward_weights, group, len(window), self.args.credit_rule, every)
+
+    def _measure_window(self, rows: list[dict[str, Any]]) -> Window:
+        """Find the shortest window with the wanted share of the step rewards' variance, on the first prompts."""
+        group = self.args.num_generations
+        if len(rows) % group == 0:  # else groups straddle processes, and are whole only if all rows are taken
+            rows = rows[: PROBED_GROUPS * group]
+        whole, generators = self.args.window(*self.args.sde_window_limits), self.generators(PROBE, 0, len(rows))
+        *_, table = self._sample_in_sweeps(rows, generators, whole, EXACT)
+        variances = step_reward_variances(table.rewards, group)
+        start, stop = shortest_window(variances, self.args.sde_window_share)
+        return self.args.window(whole.start + start, whole.start + stop)
+
+    def _check_completions(
+        self,
+        rows: list[dict[str, Any]],
+        window: Window,
+        generation: int,
+        table: RewardTable,
+    ) -> None:
+        """Log how faithful the completions of the first prompts are to exact ones of the same trajectories."""
+        first_row = self.accelerator.process_index * len(rows)
+        rows = rows[: self.args.num_generations]
+        generators = self.generators(NOISE, generation, len(rows), first_row)
+        pending = self._sample(rows, generators, window, EXACT, self.reward_funcs)
+        sampled = self._scored(pending, "train")
+        self._stop_together(sampled.error)
+        first = self.accelerator.process_index * len(table.rewards) // self.accelerator.num_processes
+        cheap = table.rewards[first : first + len(rows)]
+        exact = (sampled.rewards * self.reward_weights[:, None]).nansum(1)
+        both = ~(sampled.failed | cheap.isnan().any(1))
+        fidelity = compare(exact[both], cheap[both], table.every, table.rule)
+        for name, value in fidelity.overall().items():
+            self.metrics["train"].record(f"completion_check/{name}", value, "nanmean")
+
+    # ------------------------------------------------------------------------------- evaluation and single samples
+
+    def evaluate(self, rows: list[dict[str, Any]], first: int) -> None:
+        """Sample B rows, of which the first is row `first` of the dataset, by the ODE, and record their rewards."""
+        generators = self.generators(EVALUATION, 0, len(rows), first)
+        functions = [*self.reward_funcs, *self.eval_reward_funcs]
+        sampled = self._scored(self._sample(rows, generators, None, None, functions), "eval")
+        rewards, trained, error = sampled.rewards, len(self.reward_funcs), sampled.error
+        prompts = [row["prompt"] for row in rows]
+        try:
+            check_applicability(rewards[:, :trained], self._trained_names, prompts, 1, sampled.failed)
+        except RewardError as inapplicable:  # on this process alone
+            error = error or inapplicable
+        self._stop_together(error)
+        self.samples.keep_evaluated(prompts, sampled.images, self._weighted(rewards[:, :trained, -1]))
+        final = self.accelerator.gather_for_metrics(rewards[:, :, -1].to(self.args.device)).cpu()  # (N, F)
+        metrics = self.metrics["eval"]
+        for name, values in zip(self._names, final.unbind(1), strict=True):
+            metrics.record(f"rewards/{name}/mean", values, "nanmean")
+            metrics.record(f"rewards/{name}/std", values, "std")
+        reward = self._weighted(final[:, :trained])
+        metrics.record("reward", reward, "nanmean")
+        metrics.record("reward_std", reward, "std")
+
+    def sample_and_score(
+        self,
+        rows: list[dict[str, Any]],
+        generators: list[torch.Generator],
+        window: Window | None,
+        completion: CompletionRule | None,
+        reward_funcs: list[RewardFunc] | None,
+    ) -> Sampled:
+        """Sample one trajectory for each of B rows, decode its images and score them.
+
+        Args:
+            rows: Rows of a dataset: a prompt and the columns that the reward functions read.
+            generators: B generators, each the only source of its trajectory's randomness (but that under
+                `share_initial_noise` the first of a group gives the group its first noise).
+            window: SDE steps of `num_inference_steps`; `None` takes `num_inference_steps_eval` ODE steps.
+            completion: Rule by which states in the window are completed; `None`: none is.
+            reward_funcs: F functions to score with; `None`: those that are trained on.
+
+        Raises:
+            RewardError: If a reward function fails.
+            FloatingPointError: If a prediction is not finite.
+        """
+        functions = reward_funcs or self.reward_funcs
+        sampled = self._scored(self._sample(rows, generators, window, completion, functions), self._mode)
+        if sampled.error is not None:
+            raise self._with_evidence(sampled.error)
+        return sampled
+
+    @torch.no_grad()
+    def sample(self, prompts: list[str]) -> list[Image.Image]:
+        """Make an image of each of N distinct prompts, by the ODE in `num_inference_steps_eval` steps."""
+        if not prompts:
+            return []
+        indices, generators = torch.arange(len(prompts)), self.generators(CARD, 0, len(prompts), first=0)
+        rollout = self.roll_out(self.embeddings(prompts), indices, generators, None, None)
+        return to_images(self.decode(rollout.final_latents))
+
+    # --------------------------------------------------------------------------------------------------- the phases
+
+    def _sample(
+        self,
+        rows: list[dict[str, Any]],
+        generators: list[torch.Generator],
+        window: Window | None,
+        completion: CompletionRule | None,
+        reward_funcs: list[RewardFunc],
+    ) -> Pending:
+        """Sample and decode, and begin to score."""
+        mode, metrics = self._mode, self.metrics[self._mode]
+        with self.phase("encode", len({row["prompt"] for row in rows}), mode) as advance:
+            conditioning, prompts = self._encode(rows, advance)
+        with self.phase("rollout", self._num_steps(window), mode) as advance:
+            rollout = self.roll_out(conditioning, prompts, generators, window, completion, advance)
+        with self.phase("decode", len(rollout.final_latents), mode) as advance:
+            pixels = self.decode(rollout.final_latents, advance, keep_on_device=self._scores_tensors)
+            images = to_images(pixels)
+        counts = {"evaluations": rollout.num_evaluations, "calls": rollout.num_calls}
+        for name, value in {**counts, "decoded_images": len(images), "scored_images": len(images)}.items():
+            metrics.record(f"num_{name}", value, "sum")
+        with self.phase("score", len(reward_funcs), mode) as advance:
+            shown = [rows[row] for row in rollout.rows.tolist()]
+            columns = {name: [row[name] for row in shown] for name in rows[0] if name != "prompt"}
+            prompts_shown, tensors = [row["prompt"] for row in shown], pixels if self._scores_tensors else None
+            batch = ImageBatch(images, tensors, prompts_shown, columns)
+            extra = {"trainer_state": self._state(), "log_metric": metrics.record}
+            with on_device(self._offloaded, self.args.device, self.args.offload_between_phases):
+                scoring = self.scorer.start(reward_funcs, batch, extra, advance)
+        return Pending(rollout, images, scoring)
+
+    def _scored(self, pending: Pending, mode: str) -> Sampled:
+        """Wait for the rewards; an error that has to stop the run is in the result, so that no process stops alone."""
+        rollout, images = pending.rollout, pending.images
+        with self.phase("score", 1, mode):
+            try:
+                scores = pending.scoring.result()
+            except RewardError as error:
+                shape = (len(rollout.image_of), len(pending.scoring.reward_funcs), rollout.image_of.shape[1])
+                nothing = torch.full(shape, torch.nan)
+                return Sampled(rollout, images, nothing, torch.ones(shape[0], dtype=torch.bool), error=error)
+        num_failed = int(scores.failed.sum())
+        if self.args.reward_failures == "skip":
+            self.metrics[mode].record("num_failed_images", num_failed, "sum")
+        for skipped in scores.errors:
+            logger.warning("%s Its trajectory is left out.", skipped)
+        failed = scores.failed[rollout.image_of].any(1)
+        rewards = scores.rewards[:, rollout.image_of].transpose(0, 1).masked_fill(failed[:, None, None], torch.nan)
+        return Sampled(rollout, images, rewards, failed, scores.extra, None, num_failed, scores.errors)
+
+    def roll_out(
+        self,
+        conditioning: Conditioning,
+        prompts: Tensor,
+        generators: list[torch.Generator],
+        window: Window | None,
+        completion: CompletionRule | None,
+        on_step: Callable[[], object] | None = None,
+    ) -> Rollout:
+        """Sample one trajectory for each of B prompts, see [`~trl_tpgrpo.algorithm.rollout.roll_out`].
+
+        Args:
+            conditioning: Distinct prompts.
+            prompts: (B,), indices among them.
+            generators: B generators; under `share_initial_noise` the first of a group draws the group's noise.
+            window: SDE steps of `num_inference_steps`; `None` takes `num_inference_steps_eval` ODE steps.
+            completion: Rule by which states in the window are completed; `None`: none is.
+            on_step: Callback after each denoising step.
+        """
+        schedule, device = self.policy.schedule(self._num_steps(window)), self.policy.device
+        prompts, model = prompts.to(device), self._model()
+
+        def velocity(latents: Tensor, step: int, rows: Tensor) -> Tensor:
+            return self.policy.velocity(model, latents, schedule.timesteps[step], conditioning[prompts[rows]])
+
+        sharing = self.args.num_generations if self.args.share_initial_noise and window is not None else 1
+        noise = self.policy.initial_noise(generators[::sharing])
+        if "model" not in self.batch_sizes:
+            rows = torch.zeros(LARGEST_BATCH, dtype=torch.long, device=device)
+            self.batch_sizes["model"] = _measure_batch_size(
+                lambda size: velocity(noise[:1].expand(size, *noise.shape[1:]), 0, rows[:size]), self.accelerator
+            )
+        return roll_out(
+            velocity,
+            noise,
+            schedule.sigmas,
+            window,
+            generators,
+            completion,
+            self.batch_sizes["model"],
+            on_step,
+            offload_states=self.args.offload_trajectories,
+        )
+
+    def decode(
+        self, latents: Tensor, on_batch: Callable[[int], object] | None = None, keep_on_device: bool = False
+    ) -> Tensor:
+        """Decode final latents (M, ...), see [`~trl_tpgrpo.policies.base.FlowPolicy.decode`]."""
+        with on_device([self.policy.pipeline.vae], self.policy.device, self.args.offload_between_phases):
+            if "vae" not in self.batch_sizes:
+                self.batch_sizes["vae"] = _measure_batch_size(
+                    lambda size: self.policy.decode(latents[:1].expand(size, *latents.shape[1:])), self.accelerator
+                )
+            return self.policy.decode(latents, self.batch_sizes["vae"], on_batch, keep_on_device)
+
+    def _encode(
+        self, rows: list[dict[str, Any]], on_prompt: Callable[[int], object] | None = None
+    ) -> tuple[Conditioning, Tensor]:
+        """Return the distinct prompts of B rows, encoded, and (B,), on the CPU, the rows' indices among them."""
+        distinct = list(dict.fromkeys(row["prompt"] for row in rows))
+        prompts = torch.tensor([distinct.index(row["prompt"]) for row in rows])
+        return self.embeddings(distinct, on_prompt), prompts
+
+    @contextmanager
+    def phase(self, name: str, total: int, mode: str = "train") -> Iterator[Callable[..., None]]:
+        """Time a phase of `total` units and show it; give the function to call when some are done."""
+        with self.metrics[mode].seconds(name), self.progress.phase(name, total) as advance:
+            yield advance
+
+    def _num_steps(self, window: Window | None) -> int:
+        return self.args.num_inference_steps_eval if window is None else self.args.num_inference_steps
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self._model().training else "eval"
+
+    @property
+    def _trained_names(self) -> list[str]:
+        return self._names[: len(self.reward_funcs)]
+
+    def _weighted(self, rewards: Tensor) -> Tensor:
+        """Sum rewards (N, F) that apply: (N,); NaN where none does."""
+        return (rewards * self.reward_weights).nansum(1).where(~rewards.isnan().all(1), torch.nan)
+
+    # ------------------------------------------------------------------------------------------ randomness, failures
+
+    def draw_window(self, generation: int) -> Window:
+        """Draw the rollout's SDE window, the same on all processes."""
+        starts = self.args.window_starts
+        seed = np.random.SeedSequence([self.args.seed, WINDOW, generation])
+        start = starts[int(np.random.default_rng(seed).integers(len(starts)))]
+        return self.args.window(start, start + self.args.num_sde_steps)
+
+    def generators(self, purpose: int, number: int, num_rows: int, first: int | None = None) -> list[torch.Generator]:
+        """Make generators that depend on the seed, their purpose and a row's index among those of all processes.
+
+        Args:
+            purpose: `NOISE`, `EVALUATION`, `PROBE` or `CARD`.
+            number: Index of the rollout.
+            num_rows: Rows of this process.
+            first: Index of its first row; `None`: that of a rollout, where all processes have as many rows.
+        """
+        if first is None:
+            first = self.accelerator.process_index * num_rows
+        indices = range(first, first + num_rows)
+        seeds = [np.random.SeedSequence([self.args.seed, purpose, number, index]) for index in indices]
+        return [torch.Generator("cpu").manual_seed(int(seed.generate_state(1, np.uint64)[0])) for seed in seeds]
+
+    def _stop_together(self, error: RewardError | None) -> None:
+        """Stop all processes if a reward function has failed on one, which the others would wait for."""
+        failures = gather_object([None if error is None else (error.name, error.outcome)])
+        if error is not None:
+            raise self._with_evidence(error)
+        for process, failure in enumerate(failures):
+            if failure is not None:
+                raise RewardError(failure[0], f"{failure[1]} on process {process}")
+
+    def _with_evidence(self, error: RewardError) -> RewardError:
+        folder = Path(self.args.output_dir) / "reward_failures"
+        save_evidence(error, folder, self._state().global_step, self.accelerator.process_index)
+        return error
+
+
+def sweeps(num_rows: int, args: TPGRPOConfig) -> list[slice]:
+    """Cut the rows of a rollout into those that are sampled together: whole groups that fill a batch of the model."""
+    at_least = max(SWEEP, args.rollout_batch_size or LARGEST_BATCH)
+    size = -(-at_least // args.num_generations) * args.num_generations
+    return [slice(start, start + size) for start in range(0, num_rows, size)]
+
+
+@torch.no_grad()
+def _measure_batch_size(run: Callable[[int], object], accelerator: Accelerator) -> int:
+    """Find the batch size at which `run` takes the least time a sample, the same on all processes."""
+
+    def seconds(batch_size: int) -> float:
+        try:
+            # the first of them warms up
+            fastest = min(_seconds(run, batch_size, accelerator.device) for _ in range(6))
+        except torch.OutOfMemoryError:
+            fastest = float("inf")
+        return accelerator.reduce(torch.tensor(fastest, device=accelerator.device), "mean").item()
+
+    return fastest_batch_size(seconds, LARGEST_BATCH)
+
+
+def _seconds(run: Callable[[int], object], batch_size: int, device: torch.device) -> float:
+    start = time.perf_counter()
+    run(batch_size)
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
