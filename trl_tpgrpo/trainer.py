@@ -25,7 +25,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
 from .algorithm.completion import CompletionRule
-from .algorithm.losses import clipped_surrogate, relative_difference
+from .algorithm.losses import clipped_surrogate, first_wrong_term, relative_difference
 from .algorithm.rollout import Window
 from .algorithm.sde import kl_divergence
 from .batches import SAVED_CLASSES, Sampled, Trajectories, Transitions
@@ -67,8 +67,8 @@ from .rollouts import Rollouts
 
 class TPGRPOTrainer(_BaseTrainer):
     """
-    Trainer for TurningPoint-GRPO (arXiv 2602.06422): reinforcement learning of flow-matching text-to-image models in which
-    each denoising step is credited with the reward that it adds.
+    Trainer for TurningPoint-GRPO (arXiv 2602.06422): reinforcement learning of flow-matching text-to-image models with
+    step-level credit.
 
     ```python
     from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
@@ -89,23 +89,22 @@ class TPGRPOTrainer(_BaseTrainer):
             trained, in place.
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             Called as `reward_func(images=..., prompts=..., **other dataset columns, trainer_state=..., log_metric=...)`
-            with N PIL images, N prompts and N values of each column; returns N numbers, `None` where it does not apply to a
-            prompt.
+            with N PIL images, N prompts and N values of each column; returns N numbers, `None` where it does not apply.
         args ([`TPGRPOConfig`], *optional*):
-            The settings. `None`: the paper's.
+            Settings. `None`: the paper's.
         train_dataset ([`~datasets.Dataset`], *optional*):
-            Rows with a string in the column `"prompt"`; other columns are passed to the reward functions. Needed to train.
+            Rows with a string in the column `"prompt"`; other columns are passed to the reward functions.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             The same for evaluation.
         eval_reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
-            Called in evaluation only, and logged there: rewards that are not trained on show when those that are get hacked.
+            Functions for evaluation only: rewards that are not trained on show when those that are get hacked.
         callbacks (`list[~transformers.TrainerCallback]`, *optional*):
-            Added to the default ones.
+            Callbacks besides the default ones.
         optimizers (`tuple`, *optional*):
-            Optimizer and learning-rate schedule to use instead of those of `args`. With `peft_config` the trained weights do
-            not exist before the trainer does: pass the optimizer by `args.optim` then.
+            Optimizer and learning-rate schedule instead of those of `args`. With `peft_config` the trained weights do not
+            exist before the trainer does: choose the optimizer by `args.optim` then.
         peft_config ([`~peft.LoraConfig`], *optional*):
-            Train a LoRA adapter. Without `target_modules` those of the paper for the model's family are taken. `None`: train
+            Config of the LoRA adapter to train; without `target_modules` the paper's for the model's family. `None`: train
             all weights of the transformer.
 
     Raises:
@@ -150,7 +149,7 @@ class TPGRPOTrainer(_BaseTrainer):
         self._step = self._num_evaluated = 0
         self._buffered_inputs: list[Trajectories] | None = None
         self._is_new_rollout = False
-        self._loss_terms: list[Tensor] = []
+        self._loss_terms: list[tuple[int, dict[str, Tensor], Tensor]] = []
         self._grad_norm: float | None = None
         self._metrics = {"train": Metrics(), "eval": Metrics()}
         self._eval_prefix = "eval"
@@ -363,7 +362,11 @@ class TPGRPOTrainer(_BaseTrainer):
             total = torch.stack(losses).sum()
             if self._is_new_rollout:
                 self._report_rollout(inputs, trajectories)
-            self._check_loss(total)
+            if not torch.isfinite(total):
+                raise FloatingPointError(
+                    f"The loss at update {self.state.global_step} is {total.item()}: {first_wrong_term(self._loss_terms)}. "
+                    "The last update has probably been too large (learning_rate, max_grad_norm), or float16 has overflowed."
+                )
         self._step += 1
         return total
 
@@ -389,22 +392,22 @@ class TPGRPOTrainer(_BaseTrainer):
         """
         if return_outputs:
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
-        advantages = inputs.table.advantages[inputs.rows, inputs.position].to(inputs.latents.device)  # (B,)
+        advantages = inputs.table.credited.advantages[inputs.rows, inputs.position].to(inputs.latents.device)  # (B,)
         velocity = self._velocity(model, inputs)
         step = inputs.transition(velocity)
         log_probs = inputs.log_prob(step)
         old_log_probs = log_probs.detach() if inputs.old_log_probs is None else inputs.old_log_probs
         surrogate = clipped_surrogate(log_probs, old_log_probs, advantages, self.args.epsilon, self.args.epsilon_high)
         loss, metrics = surrogate.loss.sum() / inputs.num_trajectories, self._metrics["train"]
-        terms = [loss.detach(), surrogate.ratio.max()]
+        terms = {"surrogate": loss.detach()}
         if self.args.beta > 0:
             reference = self.reference.velocity(inputs)
             kl = kl_divergence(step, inputs.transition(reference)).mean()
             loss = loss + self.args.beta * kl
-            terms.append(kl.detach())
+            terms["KL divergence"] = kl.detach()
             metrics.record("kl", kl)
             metrics.record("reference_drift", relative_difference(velocity.detach(), reference))
-        self._loss_terms.append(torch.stack([torch.full_like(terms[0], inputs.position), *terms]))
+        self._loss_terms.append((inputs.position, terms, surrogate.ratio.max()))
         metrics.record("ratio/mean", surrogate.ratio.mean())
         metrics.record("ratio/max_deviation", (surrogate.ratio - 1).abs().max(), "max")
         metrics.record("ratio/frac_above_one", (0.5 * (surrogate.ratio - 1).sign() + 0.5).mean())
@@ -414,19 +417,6 @@ class TPGRPOTrainer(_BaseTrainer):
 
     def _velocity(self, model: torch.nn.Module, inputs: Transitions) -> Tensor:
         return self.policy.velocity(model, inputs.latents, inputs.timestep, inputs.conditioning)
-
-    def _check_loss(self, total: Tensor) -> None:
-        """Stop where the loss is not finite, and say in which term it began."""
-        if torch.isfinite(total):
-            return
-        terms = torch.stack(self._loss_terms).cpu()  # (steps, 3 or 4): position, surrogate, largest ratio, KL
-        wrong = next((row for row in terms.tolist() if not np.isfinite(row).all()), terms[-1].tolist())
-        term = "KL divergence" if np.isfinite(wrong[1:3]).all() and len(wrong) > 3 else "surrogate"
-        raise FloatingPointError(
-            f"The loss at update {self.state.global_step} is {total.item()}: the {term} of SDE step {wrong[0]:.0f} of the "
-            f"window; the largest probability ratio there is {wrong[2]:.3g}. The last update has probably been too large "
-            "(learning_rate, max_grad_norm), or float16 has overflowed."
-        )
 
     def _report_rollout(self, rows: list[dict[str, Any]], trajectories: Trajectories) -> None:
         """Log a rollout and hand its sample to callbacks, once its credit has been computed in the loss."""
