@@ -93,8 +93,7 @@ class ProgressDisplay(ProgressCallback):
         def advance(number: int = 1) -> None:
             nonlocal done
             done += number
-            text = f"{name} {done}/{total}"
-            self._bar.set_description_str(f"{self._part}, {text}" if self._part else text, refresh=number == 0)
+            self._bar.set_description_str(f"{self._part}{name} {done}/{total}", refresh=number == 0)
             self._bar.update(0)  # draws the bar, unless tqdm has done so less than 0.1 seconds ago
 
         advance(0)
@@ -104,22 +103,23 @@ class ProgressDisplay(ProgressCallback):
         """Yield the parts of a rollout one after the other, and show which one is under way."""
         before = self._part
         for number, part in enumerate(parts, start=1):
-            self._part = f"sweep {number}/{len(parts)}" if len(parts) > 1 else ""
+            self._part = f"sweep {number}/{len(parts)}, " if len(parts) > 1 else ""
             yield part
         self._part = before
 
     @contextmanager
     def evaluation(self, state: TrainerState) -> Iterator[None]:
         """Show that an evaluation is under way; transformers tells of batches that are done, not of the beginning."""
-        before, self._part, self._index = (self._part, self._bar), "evaluation", 0
+        part, bar = self._part, self._bar
+        self._part, self._index = "evaluation, ", 0
         if self._bar.disable and state.is_world_process_zero:
             self._bar = self._new_bar(bar_format="{desc} [{elapsed}]")
         try:
             yield
         finally:
-            if self._bar is not before[1]:
+            if self._bar is not bar:
                 self._bar.close()
-            self._part, self._bar = before
+            self._part, self._bar = part, bar
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._lines.on_train_begin(args, state, control)
@@ -134,14 +134,14 @@ class ProgressDisplay(ProgressCallback):
 
     def _start_micro_batch(self, index: int, args: Any) -> None:
         self._index, number = index, args.gradient_accumulation_steps
-        self._part = f"micro-batch {index + 1}/{number}" if number > 1 else ""
+        self._part = f"micro-batch {index + 1}/{number}, " if number > 1 else ""
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._bar.update(state.global_step - self._bar.n)
 
     def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._index += 1
-        self._part = f"evaluation {self._index}/{len(kwargs['eval_dataloader'])}"
+        self._part = f"evaluation {self._index}/{len(kwargs['eval_dataloader'])}, "
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self._lines.on_log(args, state, control, logs)

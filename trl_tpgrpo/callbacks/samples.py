@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -57,8 +56,6 @@ class RolloutSample:
     @property
     def turning_points(self) -> Tensor:
         """Whether the steps from an image's state to the next one's are a turning point: bool, (n, C)."""
-        if len(self.states) == 1:  # the table knows no turning points without completions
-            return torch.zeros(len(self.prompts), 0, dtype=torch.bool)
         return self.table.turning_points[: len(self.prompts), self.states[:-1]] > 0
 
     @property
