@@ -159,7 +159,7 @@ def draw_trajectory(trainer: TPGRPOTrainer, rows: list[dict[str, Any]]) -> Figur
     window = trainer.args.window(0, trainer.args.num_inference_steps - 1)
     sampled = trainer.sample_and_score(rows, generators, window, EXACT)
     rewards = sampled.rewards[:, 0]  # the one reward function
-    turning = turning_points(rewards)
+    turning = turning_points(rewards, trainer.args.credit_rule)
     chosen = int((aggregated_rewards(rewards) * turning).sum(1).argmax())
     images = [sampled.images[index] for index in sampled.rollout.image_of[chosen]]
     values, turns, states = rewards[chosen].numpy(), turning[chosen].numpy(), list(range(len(images)))
