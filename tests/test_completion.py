@@ -217,7 +217,7 @@ def test_a_size_that_was_disturbed_once_gets_a_second_chance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("of_a_sample", "largest", "best"),
+    ("seconds_per_sample", "largest", "best"),
     [
         (lambda size: 1 + 10 / size + size / 50, 256, 32),  # a call has its price, and so has a large batch
         (lambda size: 1.0, 256, 4),  # it does not go on where nothing is gained
@@ -226,15 +226,15 @@ def test_a_size_that_was_disturbed_once_gets_a_second_chance() -> None:
         (lambda size: {1: 4, 2: 3, 3: 3.1, 4: 3.2, 6: 1}.get(size, 2), 256, 6),  # two in vain are forgiven
     ],
 )
-def test_the_fastest_batch_size_is_found(of_a_sample, largest: int, best: int) -> None:
+def test_the_fastest_batch_size_is_found(seconds_per_sample, largest: int, best: int) -> None:
     measured = []
 
     def seconds(size: int) -> float:
         measured.append(size)
-        return size * of_a_sample(size)
+        return size * seconds_per_sample(size)
 
     assert fastest_batch_size(seconds, largest) == best
     measured = measured[: len(measured) // 2]
     assert measured == sorted(measured) and max(measured) <= largest
-    times = [of_a_sample(size) for size in measured]
+    times = [seconds_per_sample(size) for size in measured]
     assert all(min(times[index - 3 : index]) < min(times[: index - 3]) for index in range(4, len(times)))

@@ -43,8 +43,8 @@ def reference_transition(case: dict[str, Any]) -> Transition:
 
 
 def test_reference_holds_every_sde_type() -> None:
-    held = {case["dynamics"] for schedule in REFERENCE.values() for case in schedule["cases"]}
-    assert held == set(SDE_TYPES)
+    present = {case["dynamics"] for schedule in REFERENCE.values() for case in schedule["cases"]}
+    assert present == set(SDE_TYPES)
 
 
 @pytest.mark.parametrize("case", CASES)

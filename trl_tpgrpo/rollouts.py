@@ -74,9 +74,9 @@ class Rollouts:
         policy: FlowPolicy,
         args: TPGRPOConfig,
         accelerator: Accelerator,
+        embeddings: PromptEmbeddings,
         reward_funcs: list[RewardFunc],
         eval_reward_funcs: list[RewardFunc],
-        embeddings: PromptEmbeddings,
         samples: Any,
         progress: Any,
         metrics: dict[str, Metrics],
@@ -244,9 +244,9 @@ class Rollouts:
         self,
         rows: Rows,
         generators: Generators,
-        window: Window | None,
-        completion: CompletionRule | None,
-        reward_funcs: list[RewardFunc] | None,
+        window: Window | None = None,
+        completion: CompletionRule | None = None,
+        reward_funcs: list[RewardFunc] | None = None,
     ) -> Sampled:
         """Sample one trajectory for each of B rows, decode its images and score them.
 

@@ -24,21 +24,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
-from .algorithm.completion import CompletionRule
 from .algorithm.losses import clipped_surrogate, first_wrong_term, relative_difference
-from .algorithm.rollout import Window
 from .algorithm.sde import kl_divergence
 from .batches import SAVED_CLASSES, Sampled, Trajectories, Transitions
+from .callbacks import checkpoints
 from .callbacks.averaging import AveragedWeights
-from .callbacks.checkpoints import (
-    LAST,
-    StopOnSignal,
-    being_written,
-    is_complete,
-    last_complete,
-    load_progress,
-    save_progress,
-)
 from .callbacks.guard_rails import GuardRails
 from .callbacks.pictures import PictureCallback
 from .callbacks.printing import CompletionPrinter
@@ -49,17 +39,10 @@ from .data import EpochSampler, SetEpoch, all_prompts, check_datasets
 from .hub import Contents, HubRepository, without_tokens
 from .metrics import Metrics, rollout_metrics
 from .model_card import sample_prompts, summarize
+from .policies import sharding
 from .policies.embeddings import PromptEmbeddings
 from .policies.loading import check_optimizer, load_policy, prepare_transformer
 from .policies.reference import Reference
-from .policies.sharding import (
-    check_accelerator,
-    check_before_loading,
-    gradient_sync,
-    prepare_for_sharding,
-    prepare_to_evaluate,
-    prepare_to_train,
-)
 from .policies.weights import load_weights, save_weights
 from .rewards.contract import RewardFunc, reward_name, reward_names
 from .rollouts import Rollouts
@@ -137,7 +120,7 @@ class TPGRPOTrainer(_BaseTrainer):
                 f"reward_weights has {len(args.reward_weights)} entries for {len(self.reward_funcs)} reward functions."
             )
         check_datasets(train_dataset, eval_dataset, self.reward_funcs, self.eval_reward_funcs, args)
-        check_before_loading()
+        sharding.check_before_loading()
         set_seed(args.seed)  # before the adapter's random weights
         self.policy = load_policy(model, args, use_lora=peft_config is not None)
         transformer, frozen_copy = prepare_transformer(self.policy, peft_config, args)
@@ -175,8 +158,8 @@ class TPGRPOTrainer(_BaseTrainer):
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: launch one process per GPU with `accelerate launch`.")
         check_optimizer(self.optimizer)
-        check_accelerator(self.accelerator, self.model, frozen_copy, args)
-        frozen_copy = prepare_for_sharding(self.accelerator, self.model, frozen_copy, self.policy.dtype)
+        sharding.check_accelerator(self.accelerator, self.model, frozen_copy, args)
+        frozen_copy = sharding.prepare_for_sharding(self.accelerator, self.model, frozen_copy, self.policy.dtype)
         if frozen_copy is not None and not args.offload_reference:
             frozen_copy.to(args.device)
         self.reference = Reference(
@@ -198,21 +181,11 @@ class TPGRPOTrainer(_BaseTrainer):
         if self.pop_callback(PrinterCallback) is not None:
             self.add_callback(LogLines)
         self.samples = Samples(self.callback_handler, args, self.reward_func_names, is_main)
-        self.rollouts = Rollouts(
-            self.policy,
-            args,
-            self.accelerator,
-            self.reward_funcs,
-            self.eval_reward_funcs,
-            embeddings,
-            self.samples,
-            self.progress,
-            self._metrics,
-            model=lambda: self._policy_model,
-            state=lambda: self.state,
-        )
+        rewards, shown = (self.reward_funcs, self.eval_reward_funcs), (self.samples, self.progress, self._metrics)
+        getters = (lambda: self._policy_model), (lambda: self.state)
+        self.rollouts = Rollouts(self.policy, args, self.accelerator, embeddings, *rewards, *shown, *getters)
         self.averaged = AveragedWeights(self.model, args.ema_decay, args.ema_update_every)
-        self.stop_on_signal = StopOnSignal(self.accelerator)
+        self.stop_on_signal = checkpoints.StopOnSignal(self.accelerator)
         self._set_epoch = SetEpoch()
         pictures = PictureCallback(self.callback_handler)
         for callback in (CompletionPrinter(), pictures, self._set_epoch, self.averaged, self.stop_on_signal):
@@ -312,16 +285,9 @@ class TPGRPOTrainer(_BaseTrainer):
         self._metrics["train"].record("num_train_evaluations", len(trajectories) * len(log_probs), "sum")
         return torch.stack(log_probs, 1)
 
-    def sample_and_score(
-        self,
-        rows: list[dict[str, Any]],
-        generators: list[torch.Generator],
-        window: Window | None = None,
-        completion: CompletionRule | None = None,
-        reward_funcs: list[RewardFunc] | None = None,
-    ) -> Sampled:
-        """Sample and score B rows of a dataset, see [`~trl_tpgrpo.rollouts.Rollouts.sample_and_score`]."""
-        return self.rollouts.sample_and_score(rows, generators, window, completion, reward_funcs)
+    def sample_and_score(self, *args: Any, **kwargs: Any) -> Sampled:
+        """Sample and score rows of a dataset, see [`~trl_tpgrpo.rollouts.Rollouts.sample_and_score`]."""
+        return self.rollouts.sample_and_score(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------- the training
 
@@ -337,10 +303,10 @@ class TPGRPOTrainer(_BaseTrainer):
         if self.guard_rails is not None:
             self.guard_rails.forget()
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(last_complete(self.args.output_dir))
-        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            resume_from_checkpoint = str(checkpoints.last_complete(self.args.output_dir))
+        elif resume_from_checkpoint and not checkpoints.is_complete(resume_from_checkpoint):
             raise FileNotFoundError(f"{resume_from_checkpoint} is no checkpoint, or was not written to its end.")
-        prepare_to_train(self)
+        sharding.prepare_to_train(self)
         with self.stop_on_signal.listening():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -371,7 +337,7 @@ class TPGRPOTrainer(_BaseTrainer):
         return total
 
     def _backward_of_one_step(self, model: torch.nn.Module, transitions: Transitions, is_last: bool) -> Tensor:
-        with gradient_sync(self.accelerator, model, is_last):
+        with sharding.gradient_sync(self.accelerator, model, is_last):
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, transitions)
             loss = loss / (len(transitions.window) * self.current_gradient_accumulation_steps)
@@ -456,7 +422,7 @@ class TPGRPOTrainer(_BaseTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
             check_datasets(None, eval_dataset, self.reward_funcs, self.eval_reward_funcs, self.args)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
-        prepare_to_evaluate(self)
+        sharding.prepare_to_evaluate(self)
         self.samples.evaluation_begins()
         with self.averaged.in_use(), self.progress.evaluation(self.state):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -510,11 +476,11 @@ class TPGRPOTrainer(_BaseTrainer):
             None,
         )  # none is deleted before this one is whole
         try:
-            with being_written(folder, self.accelerator):
+            with checkpoints.being_written(folder, self.accelerator):
                 if not self.args.save_only_model:
-                    save_progress(folder, self.accelerator.process_index, self._progress())
+                    checkpoints.save_progress(folder, self.accelerator.process_index, self._progress())
                     if self.averaged.num_moves:
-                        self._save_weights(folder / LAST)
+                        self._save_weights(folder / checkpoints.LAST)
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
@@ -526,22 +492,18 @@ class TPGRPOTrainer(_BaseTrainer):
         """Return what training goes on from, besides what transformers saves and the weights."""
         return {
             "step": self._step,
-            "layout": self._layout,
+            "layout": checkpoints.layout(self.args, self.accelerator.num_processes),
             "buffered_inputs": self._buffered_inputs if self._step % self._generate_every else None,
             "num_moves_of_average": self.averaged.num_moves,
             "guard_rails": self.guard_rails and self.guard_rails.state_dict(),
             **self.rollouts.state_dict(),
         }
 
-    @property
-    def _layout(self) -> dict[str, int]:
-        """What a resumed run must have in common with the one before."""
-        names = ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps", "num_iterations",
-                 "num_generations", "num_inference_steps", "seed")  # fmt: skip
-        return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        trained, last = self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint) / LAST
+        trained, last = (
+            self.accelerator.unwrap_model(model or self.model),
+            Path(resume_from_checkpoint) / checkpoints.LAST,
+        )
         load_weights(trained, resume_from_checkpoint)
         if last.exists():  # what has just been loaded is the average
             if self.args.ema_decay is not None:
@@ -559,8 +521,7 @@ class TPGRPOTrainer(_BaseTrainer):
         if self.is_deepspeed_enabled:  # its engine has loaded the weights, but knows nothing of their average
             self._load_from_checkpoint(checkpoint)
         parts = [] if self.is_deepspeed_enabled else ["optimizer", "scheduler"]
-        process = self.accelerator.process_index
-        saved = load_progress(Path(checkpoint), process, self._layout, parts, SAVED_CLASSES)
+        saved = checkpoints.load_progress(Path(checkpoint), self.accelerator, self.args, parts, SAVED_CLASSES)
         self._step, buffered = saved["step"], saved["buffered_inputs"]
         if self.averaged.average is not None:
             self.averaged.average.optimization_step = saved["num_moves_of_average"]

@@ -64,14 +64,14 @@ def save_progress(checkpoint: Path, process: int, progress: dict[str, Any]) -> N
 
 
 def load_progress(
-    checkpoint: Path, process: int, layout: dict[str, int], parts: list[str], classes: list[Any]
+    checkpoint: Path, accelerator: Accelerator, args: Any, parts: list[str], classes: list[Any]
 ) -> dict[str, Any]:
     """Read what `save_progress` wrote; nothing in the file is executed.
 
     Args:
         checkpoint: Folder of the checkpoint.
-        process: Index of this process.
-        layout: Settings that a resumed run must share with the one before.
+        accelerator: Accelerator of the run.
+        args: Settings of the run, a `TPGRPOConfig`.
         parts: Parts of which transformers must have written a file, such as `"optimizer"`.
         classes: Classes that the file may hold, those of older checkpoints as pairs of a class and the former name.
 
@@ -84,7 +84,7 @@ def load_progress(
             raise FileNotFoundError(
                 f"{checkpoint} holds no {part} (saved with save_only_model?): it cannot be resumed."
             )
-    path = _progress_file(checkpoint, process)
+    path = _progress_file(checkpoint, accelerator.process_index)
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is missing: the rollout in use when the checkpoint was saved. (A run is resumed on the number of "
@@ -92,13 +92,20 @@ def load_progress(
         )
     with torch.serialization.safe_globals([*classes, (_as_list, "collections.deque")]):
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    for name, value in layout.items():
+    for name, value in layout(args, accelerator.num_processes).items():
         if saved["layout"][name] != value:
             raise ValueError(
                 f"{checkpoint} was saved with {saved['layout'][name]} for {name}, and this run has {value}: a run is "
                 "resumed with the batches, processes and seed that it was begun with."
             )
     return saved
+
+
+def layout(args: Any, num_processes: int) -> dict[str, int]:
+    """Return what a resumed run must have in common with the one before."""
+    names = ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps", "num_iterations",
+             "num_generations", "num_inference_steps", "seed")  # fmt: skip
+    return {"processes": num_processes} | {name: getattr(args, name) for name in names}
 
 
 def _as_list(values: Iterable = (), maxlen: int | None = None) -> list:
