@@ -5,6 +5,7 @@ here. Mathematics is in `algorithm/`, model families in `policies/`, sampling an
 """
 
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from .callbacks import checkpoints
 from .callbacks.averaging import AveragedWeights
 from .callbacks.guard_rails import watch_over
 from .callbacks.pictures import PictureCallback
-from .callbacks.printing import CompletionPrinter
+from .callbacks.printing import SamplePrinter
 from .callbacks.progress import LogLines, ProgressDisplay
 from .callbacks.samples import Samples
 from .config import TPGRPOConfig
@@ -188,7 +189,7 @@ class TPGRPOTrainer(_BaseTrainer):
         self.stop_on_signal = checkpoints.StopOnSignal(self.accelerator)
         self._set_epoch = SetEpoch()
         pictures = PictureCallback(self.callback_handler)
-        for callback in (CompletionPrinter(), pictures, self._set_epoch, self.averaged, self.stop_on_signal):
+        for callback in (SamplePrinter(), pictures, self._set_epoch, self.averaged, self.stop_on_signal):
             self.add_callback(callback)
         held_out = [reward_name(function) for function in self.eval_reward_funcs]
         self.guard_rails = watch_over(self, self._metrics_of_update, self._metrics["train"].record, held_out)
@@ -405,7 +406,8 @@ class TPGRPOTrainer(_BaseTrainer):
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
         sharding.prepare_to_evaluate(self)
         self.samples.evaluation_begins()
-        with self.averaged.in_use(), self.progress.evaluation(self.state):
+        is_shown = self.progress in self.callback_handler.callbacks  # the user may have taken the display out
+        with self.averaged.in_use(), self.progress.evaluation(self.state) if is_shown else nullcontext():
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self.samples.evaluation_ends(metric_key_prefix, self.state, self.control)
         return metrics
