@@ -1,7 +1,7 @@
 """`trl-tpgrpo plan`: what a run will cost, whether it fits into a GPU, and what to change if it does not.
 
-Counts come from the rollout itself, run on latents of one number. Memory is arithmetic on the shapes of the model, which
-are in its config files, and on constants that were measured, for what models keep while they compute.
+Counts come from the rollout itself, run on latents of one number. Memory is arithmetic on the shapes that the config
+files of a model give, and on measured constants for what models keep while they compute.
 """
 
 import copy
@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,6 @@ from .train import load_prompts, make_parser, split_options
 
 GIB = CONTEXT = 2**30  # the latter is assumed for CUDA itself and what its allocator cannot use
 MARGIN = 0.95  # share of a GPU that is used: cards have a little less than their name says, and allocators gaps
-
 # Bytes a token (image and text) and unit of the transformer's width in bfloat16, 1.3 times as much in float32: the
 # larger of what SD3.5-medium and FLUX.1-dev take at 512 pixels. docs/models.md: how they were measured, how far off.
 EVALUATION = 57
@@ -49,7 +47,6 @@ OPTIMIZERS = {
     "lion_8bit": (1, 0), "lion_32bit": (4, 0), "paged_lion_8bit": (1, 0), "paged_lion_32bit": (4, 0),
     "rmsprop": (4, 4), "rmsprop_bnb_8bit": (1, 0), "adagrad": (4, 4), "sgd": (0, 0), "adafactor": (0, 4),
 }  # fmt: skip
-Memory = dict[str, dict[str, float]]  # bytes on each device by phase and, within it, by what they are for
 
 
 @dataclass
@@ -65,16 +62,13 @@ class PlannedConfig(TPGRPOConfig):
     """The settings of a run on `num_processes` GPUs elsewhere, in bfloat16 if they leave the precision open."""
 
     num_processes: int = 1
+    world_size = property(lambda self: self.num_processes)
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu  # type: ignore[has-type]
         self.use_cpu, self.tf32 = True, None  # or transformers would ask this machine for what the other one can
         super().__post_init__()
-
-    @property
-    def world_size(self) -> int:
-        return self.num_processes
 
 
 class Counts(NamedTuple):
@@ -90,7 +84,7 @@ def changed(args: TPGRPOConfig, *changes: dict[str, Any]) -> TPGRPOConfig:
     """Return a copy with other values, which are not checked."""
     args = copy.copy(args)
     for change in changes:
-        vars(args).update(change)
+        args.__dict__.update(change)
     return args
 
 
@@ -112,7 +106,7 @@ def count(args: Any, dataset_size: int | None = None) -> Counts:
     rollout = {
         "trajectories": [trajectories],
         "evaluations in sampling": evaluations,
-        "model calls in sampling": calls,
+        "model calls in sampling": calls if args.rollout_batch_size else [],
         "images decoded and scored": images,
         "transitions trained on": [trajectories * args.num_sde_steps],
         "evaluations in training": [trajectories * args.num_sde_steps * batches // steps],
@@ -132,8 +126,7 @@ def count_sampling(args: Any, num_rows: int, rule: Any) -> list[list[int]]:
         return rollout.num_evaluations, rollout.num_calls, len(rollout.final_latents)
 
     numbers = torch.tensor([[swept(size, start) for size in sizes] for start in args.window_starts])
-    evaluations, calls, images = (args.world_size * numbers.sum(1)).T.tolist()
-    return [evaluations, calls if batch_size else [], images]
+    return (args.world_size * numbers.sum(1)).T.tolist()
 
 
 class PlannedModel:
@@ -146,7 +139,6 @@ class PlannedModel:
         with torch.device("meta"):
             pipeline = load_architecture(folder, dtype, scheduler=scheduler)
             self.policy, transformer = build_policy(pipeline, guidance), pipeline.transformer
-            self.size = sum(value.numel() for value in [*transformer.parameters(), *transformer.buffers()])
             self.weights = {kind: weights_size(transformer, kind) for kind in (None, *QUANTIZED)}
             self.largest = max(value.nbytes for value in transformer.parameters())
             model, _ = prepare_transformer(self.policy, peft_config, changed(args, plain))
@@ -166,9 +158,8 @@ class PlannedModel:
         half = run_dtype(args).itemsize == 2
         kept = 2 * self.layers + CHECKPOINTED if args.activation_checkpointing else self.layers * KEPT[self.is_adapter]
         casts = 2 * sum(self.trained) if half else 0  # autocast keeps a copy of float32 weights
-        numbers = batch_size * (1 + self.policy.uses_negative_prompt) * self.hidden
-        each = (kept if trains else EVALUATION) * (1 if half else 1.3)
-        return numbers * each + casts + (self.largest if args.quantization else 0)
+        each = (kept if trains else EVALUATION) * (1 if half else 1.3) * (1 + self.policy.uses_negative_prompt)
+        return batch_size * self.hidden * each + casts + (self.largest if args.quantization else 0)
 
 
 def weights_size(module: torch.nn.Module, quantization: str | None = None) -> float:
@@ -186,62 +177,60 @@ def optimizer_size(name: str, sizes: list[int]) -> tuple[float, float]:
     return sum(states * size * (small if size < 4096 else 1) for size in sizes), update * sum(sizes)
 
 
-def estimate(args: Any, model: PlannedModel) -> Memory:
-    """Estimate the memory that a run with these settings takes on each device, reward models aside."""
+def estimate(args: Any, model: PlannedModel) -> dict[str, dict[str, float]]:
+    """Estimate the bytes that a run takes on each device by phase and purpose, reward models aside."""
     rows, offloads = args.generation_batch_size // args.world_size, args.offload_reference
-    size, activations = args.per_device_train_batch_size, partial(model.activations, args)
+    size, batch = args.per_device_train_batch_size, args.rollout_batch_size or args.per_device_train_batch_size
     latent, itemsize, trained = math.prod(model.latent_shape), model.dtype.itemsize, 4 * sum(model.trained)
-    kept, update = optimizer_size(args.optim, model.trained)
     stays = {
         "transformer": model.weights[args.quantization],
         "adapter": trained if model.is_adapter else 0,
-        "optimizer's states": kept,
+        "optimizer's states": optimizer_size(args.optim, model.trained)[0],
         "moving average": trained if args.ema_decay is not None else 0,
         "gradient buckets": trained if args.world_size > 1 else 0,
         "reference": model.weights[None] if args.beta > 0 and not (model.is_adapter or offloads) else 0,
         "VAE": 0 if args.offload_between_phases else model.vae,
         "CUDA context": CONTEXT,
     }
-    first = {"VAE": model.vae, "CUDA context": CONTEXT} if args.precompute_prompt_embeds else stays
+    alone = {"VAE": model.vae, "CUDA context": CONTEXT} if args.precompute_prompt_embeds else stays
     prompts = {"prompt embeddings": model.prompt_size * math.ceil(rows / args.num_generations)}
     states = 0 if args.offload_trajectories else 4 * latent * rows * (args.num_sde_steps + 1)
-    first_sweep, batch = len(range(rows)[sweeps(rows, args)[0]]), args.rollout_batch_size or size
-    images = count_sampling(args, first_sweep, args.completion_rule)[2][0] // args.world_size
-    sweep = images * latent * 3 * (4 + itemsize)  # latents and velocities, with copies while a step is taken
-    sampling = {"trajectories": max(sweep + states, 2 * states), "activations": activations(batch)}
+    first = sweeps(rows, args)[0]
+    images = count_sampling(args, len(range(rows)[first]), args.completion_rule)[2][0] // args.world_size
+    sweep = images * latent * 3 * (4 + itemsize)  # latents, velocities and their copies in a step
+    sampling = {"trajectories": max(sweep + states, 2 * states), "activations": model.activations(args, batch)}
     pixels = min(args.height * args.width, model.tile if args.vae_tiling else math.inf)
     pixels *= 1 if args.vae_slicing else min(batch, images)
     decoding = {"trajectories": states + 4 * latent * images, "activations": DECODING * itemsize * pixels}
     keeps = args.beta > 0 and (args.num_iterations > 1 or offloads and not args.offload_trajectories)
     velocities = itemsize * latent * rows * args.num_sde_steps if keeps else 0
     training = stays | {"gradients": trained} | prompts | {"states": states, "reference's velocities": velocities}
-    phases: Memory = {
-        "encode": first | {"text encoders": model.encoders, "activations": ENCODING * model.num_text_tokens},
+    phases: dict[str, dict[str, float]] = {
+        "encode": alone | {"text encoders": model.encoders, "activations": ENCODING * model.num_text_tokens},
         "rollout": stays | prompts | sampling,
         "decode": stays | {"VAE": model.vae} | prompts | decoding,
-        "reference": training | {"reference": model.weights[None], "activations": activations(size)},
-        "train": training | {"activations": activations(size, trains=True)},
-        "update": training | {"optimizer's temporaries": update},
+        "reference": training | {"reference": model.weights[None], "activations": model.activations(args, size)},
+        "train": training | {"activations": model.activations(args, size, trains=True)},
+        "update": training | {"optimizer's temporaries": optimizer_size(args.optim, model.trained)[1]},
     }
     return {name: items for name, items in phases.items() if name != "reference" or offloads}
 
 
-def peak(memory: Memory) -> float:
+def peak(memory: dict[str, dict[str, float]]) -> float:
     """Return the bytes of the phase that takes the most."""
     return max(sum(items.values()) for items in memory.values())
 
 
 def advise(args: Any, model: PlannedModel, limit: float) -> dict[str, Any] | None:
     """Return settings under which the same rollouts and updates fit into `limit` bytes; `None` if there are none."""
-
-    def fits(changes: list[dict[str, Any]]) -> bool:
-        return peak(estimate(changed(args, *changes), model)) <= limit
-
-    options = taken = savings(args, model.is_adapter)
-    for change in reversed(options):
+    taken = savings(args, model.is_adapter)
+    for change in [{}, *reversed(taken)]:  # with all of them, and without each, the most expensive first
         others = [other for other in taken if other is not change]
-        taken = others if fits(others) else taken
-    return {name: value for change in taken for name, value in change.items()} if fits(taken) else None
+        if peak(estimate(changed(args, *others), model)) <= limit:
+            taken = others
+        elif not change:
+            return None
+    return {name: value for change in taken for name, value in change.items()}
 
 
 def savings(args: Any, is_adapter: bool) -> list[dict[str, Any]]:
@@ -270,25 +259,24 @@ def main(argv: list[str]) -> int:
     configured = launch.config_file and load_config_from_file(launch.config_file).num_processes
     parser.dataclass_types[-1] = PlannedConfig
     parser.set_defaults(num_processes=launch.num_processes or configured or 1)
-    parsed = parser.parse_args_and_config(own_options, fail_with_unknown_args=False)
-    own, script_args, model_args, dataset_args, args = parsed[:5]
-    limit, name, dataset = own.gpu and gpu_size(own.gpu), model_args.model_name_or_path, script_args.dataset_name
+    own, script, chosen, data, args = parser.parse_args_and_config(own_options, fail_with_unknown_args=False)[:5]
+    limit, name, dataset = own.gpu and gpu_size(own.gpu), chosen.model_name_or_path, script.dataset_name
     if name is None:
         raise ValueError("--model_name_or_path is missing: a Hub id, a folder, or 'testbed'.")
-    is_here = dataset is not None and not dataset_args.datasets and (dataset == "testbed" or Path(dataset).exists())
-    counts = count(args, len(load_prompts(script_args, dataset_args, evaluate=False)[0]) if is_here else None)
-    peft_config, given = get_peft_config(model_args), (args.model_init_kwargs or {}).get("dtype", model_args.dtype)
+    is_here = dataset is not None and not data.datasets and (dataset == "testbed" or Path(dataset).exists())
+    counts = count(args, len(load_prompts(script, data, evaluate=False)[0]) if is_here else None)
+    peft_config, given = get_peft_config(chosen), (args.model_init_kwargs or {}).get("dtype", chosen.dtype)
     dtype = getattr(torch, str(given).removeprefix("torch.")) if given else None
-    folder = architecture_folder(TESTBED if name == "testbed" else name, model_args.model_revision)
+    folder = architecture_folder(TESTBED if name == "testbed" else name, chosen.model_revision)
     model = PlannedModel(folder, args, peft_config, dtype or (run_dtype(args) if peft_config else torch.float32))
     memory, sharded = estimate(args, model), launch.use_fsdp or launch.use_deepspeed or args.fsdp or args.deepspeed
-    size, number = model.size / 1e6, sum(model.trained) / 1e6
     kind = args.quantization or str(model.dtype).removeprefix("torch.")
-    trained, processes = "an adapter of" if peft_config else "all", "processes" if args.world_size > 1 else "process"
+    size = model.weights[None] / model.dtype.itemsize
+    trained = f"{'an adapter of' if peft_config else 'all'} {sum(model.trained) / 1e6:,.1f}"
     lines = [
-        f"{name}: transformer of {size:,.1f} M numbers in {kind}, trained: {trained} {number:,.1f} M weights",
+        f"{name}: transformer of {size / 1e6:,.1f} M numbers in {kind}, trained: {trained} M weights",
         f"{args.height} x {args.width} pixels, {args.num_inference_steps} steps, {model.num_text_tokens} text tokens, "
-        f"{args.world_size} {processes}",
+        f"{args.world_size} process{'es' if args.world_size > 1 else ''}",
         *("", *_tables(args, counts, memory), ""),
         *([] if limit is None else [*_verdict(args, model, memory, limit), ""]),
         *(f"- {note}" for note, applies in _notes(args, model, counts, sharded).items() if applies),
@@ -305,8 +293,7 @@ def gpu_size(given: str) -> float:
     return float(match[1]) * GIB
 
 
-def _tables(args: PlannedConfig, counts: Counts, memory: Memory) -> Iterator[str]:
-    """Lay out counts, of a rollout and of the run, and memory, item by item and by phase."""
+def _tables(args: PlannedConfig, counts: Counts, memory: dict[str, dict[str, float]]) -> Iterator[str]:
     number = counts.num_rollouts
     yield f"{'':<28}{'a rollout':>24}{'the run' if number else '':>20}".rstrip()
     for name, values in counts.rollout.items():
@@ -321,40 +308,37 @@ def _tables(args: PlannedConfig, counts: Counts, memory: Memory) -> Iterator[str
         yield f"{'rollouts':<28}{'':>24}{number:>20,}"
     yield f"\n{'GiB on each device':<24}" + "".join(f"{phase:>10}" for phase in memory)
     for name in dict.fromkeys(name for items in memory.values() for name in items):
-        values = [items.get(name, 0) / GIB for items in memory.values()]
-        if any(values):
-            yield f"{name:<24}" + "".join(f"{value:>10.2f}" if value else f"{'-':>10}" for value in values)
+        sizes = [items.get(name, 0) / GIB for items in memory.values()]
+        if any(sizes):
+            yield f"{name:<24}" + "".join(f"{size:>10.2f}" if size else f"{'-':>10}" for size in sizes)
     yield f"{'total':<24}" + "".join(f"{sum(items.values()) / GIB:>10.2f}" for items in memory.values())
 
 
-def _verdict(args: PlannedConfig, model: PlannedModel, memory: Memory, limit: float) -> list[str]:
-    """Say whether it fits, and the settings that make it fit."""
+def _verdict(args: PlannedConfig, model: PlannedModel, memory: dict[str, dict[str, float]], limit: float) -> list[str]:
     phase, changes = max(memory, key=lambda name: sum(memory[name].values())), advise(args, model, MARGIN * limit)
-    most = f"The most is {peak(memory) / GIB:.1f} GiB ({phase})"
-    gpu = f"{limit / GIB:g} GiB of which {MARGIN:.0%} are used"
-    if changes is None:
+    fits = f"{'fits' if changes == {} else 'does not fit'} into {limit / GIB:g} GiB of which {MARGIN:.0%} are used"
+    answer = f"The most is {peak(memory) / GIB:.1f} GiB ({phase}): it {fits}"
+    if not changes:
         hint = "" if model.is_adapter else " An adapter would take much less: use_peft: true."
-        return [f"{most}: it does not fit into {gpu}, and no change of settings is enough.{hint}"]
-    less, shown = estimate(changed(args, changes or {}), model), yaml.safe_dump(changes, sort_keys=False).splitlines()
-    fails = f"{most}: it does not fit into {gpu}. With these settings it takes {peak(less) / GIB:.1f} GiB:"
-    return [fails, *(f"  {line}" for line in shown)] if changes else [f"{most}: it fits into {gpu}."]
+        return [f"{answer}, and no change of settings is enough.{hint}" if changes is None else f"{answer}."]
+    less, shown = estimate(changed(args, changes), model), yaml.safe_dump(changes, sort_keys=False).splitlines()
+    return [f"{answer}. With these settings it takes {peak(less) / GIB:.1f} GiB:", *(f"  {line}" for line in shown)]
 
 
 def _notes(args: PlannedConfig, model: PlannedModel, counts: Counts, sharded: bool) -> dict[str, bool]:
-    """Say what the numbers do and do not say, each note with whether it applies."""
     rows, group = args.generation_batch_size // args.world_size, args.num_generations
     probed = min(rows, PROBED_GROUPS * group) if rows % group == 0 else rows
     probe, check = (count_sampling(args, number, EXACT) for number in (probed, min(rows, group)))
     adds, checks = ([f"{sum(values) / len(values):,.0f}" for values in counted[::2]] for counted in (probe, check))
-    every, unknown = args.completion_check_every or 0, counts.num_updates is None
-    guided = model.policy.uses_negative_prompt
+    every, guided, unknown = args.completion_check_every, model.policy.uses_negative_prompt, counts.num_updates is None
     return {
         "Classifier-free guidance: each evaluation is two rows of the model's batch, or two passes.": guided,
         "beta=0: transitions whose advantage is 0 are not run, so that training may take less.": args.beta == 0,
         "sde_window_share: numbers are those of the whole range, of which the window is a part. Measuring it adds "
         f"{adds[0]} evaluations and {adds[1]} images, once.": args.sde_window_share is not None,
-        f"completion_check_every: {checks[0]} evaluations and {checks[1]} images more in every {every}. rollout.": every
-        > 0,
+        f"completion_check_every: {checks[0]} evaluations, {checks[1]} images more every {every}. rollout.": bool(
+            every
+        ),
         "per_device_rollout_batch_size=auto is measured on the device: calls are not known, and memory is that of "
         f"batches of {args.per_device_train_batch_size}.": args.rollout_batch_size is None,
         "The length of the run is not known: set max_steps, or name a dataset that is on this machine.": unknown,

@@ -1,4 +1,4 @@
-"""Architectures without weights: the config files of SD3.5-medium and FLUX.1-dev, and pipelines built from such files."""
+"""Architectures without weights: config files of SD3.5-medium and FLUX.1-dev, and pipelines built from such files."""
 
 import importlib
 import json
