@@ -1,9 +1,10 @@
-"""The plain way to the rewards along a trajectory, which benchmarks hold the sweep against.
+"""The plain way to the rewards along a trajectory, with which benchmarks compare the sweep.
 
-It is what a straightforward implementation does: a batch of trajectories, then the completion of each state but the first,
-one after the other and each from its own first evaluation, then a second rollout for the image of pure ODE steps. Every set
-of images is decoded and scored as it comes, the trajectories' own twice, as the score of their last state and as the final
-one. T = 10 with a window of 9 takes 64 evaluations a trajectory in 64 calls, the figures of the paper's demo code.
+A straightforward implementation samples a batch of trajectories, then completes each state but the first, one after
+the other and each from an evaluation of its own, and then samples the image of pure ODE steps in a second rollout.
+Every set of images is decoded and scored as it comes, the trajectories' own twice, as the score of their last state
+and as the final one. T = 10 with a window of 9 takes 64 evaluations a trajectory in 64 calls, as in the paper's demo
+code.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from trl_tpgrpo.algorithm.sde import ode_step, sample, transition
 
 @dataclass
 class PlainRollout:
-    """Final latents, (B, ...) each, by the number of SDE steps before them, and what they took."""
+    """Final latents, (B, ...) each, by the number of SDE steps before them, and their costs."""
 
     ends: dict[int, Tensor] = field(default_factory=dict)
     num_evaluations: int = 0
@@ -29,7 +30,7 @@ class PlainRollout:
 def plain_rollout(
     velocity: Velocity, initial_noise: Tensor, sigmas: Tensor, window: Window, generators: list[torch.Generator]
 ) -> PlainRollout:
-    """Trajectories, their completions one by one, and the ODE's own images."""
+    """Sample trajectories, their completions one by one, and the ODE's own images."""
     result, rows = PlainRollout(), torch.arange(len(initial_noise), device=initial_noise.device)
 
     def predict(latents: Tensor, step: int) -> Tensor:

@@ -54,14 +54,14 @@ def main() -> None:
 
 
 def smooth_picture(rng: np.random.Generator, size: int) -> Image.Image:
-    """Coarse noise, enlarged, with a little grain: about as hard to compress as a photograph."""
+    """Return coarse noise, enlarged, with a little grain: about as hard to compress as a photograph."""
     coarse = Image.fromarray(rng.integers(0, 256, (size // 16, size // 16, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), np.int16)
     return Image.fromarray((smooth + rng.integers(-3, 4, smooth.shape)).clip(0, 255).astype(np.uint8))
 
 
 def costs(images: list[Image.Image]) -> None:
-    """Of each side's work on an image, on one processor."""
+    """Measure each side's work on an image, on one processor."""
     start = time.process_time()
     encoded = [base64_png(image) for image in images]
     encoding = time.process_time() - start
@@ -71,9 +71,8 @@ def costs(images: list[Image.Image]) -> None:
         parse_request(body, 2**24)
     decoding = time.process_time() - start
     size = sum(map(len, encoded)) / len(images) / 1000
-    show(
-        f"{size:.0f} kB an image; {encoding / len(images) * 1000:.1f} ms to encode, {decoding / len(images) * 1000:.1f} ms to decode"
-    )
+    encoding, decoding = encoding / len(images) * 1000, decoding / len(images) * 1000
+    show(f"{size:.0f} kB an image; {encoding:.1f} ms to encode, {decoding:.1f} ms to decode")
 
 
 def throughput(url: str, images: list[Image.Image], num_clients: int, batch_size: int, concurrency: int) -> None:
@@ -89,10 +88,8 @@ def throughput(url: str, images: list[Image.Image], num_clients: int, batch_size
         rewards = [reward for part in pool.map(client, range(num_clients)) for reward in part]
     seconds = time.perf_counter() - start
     assert rewards == instant(images[: share * num_clients])
-    show(
-        f"{num_clients} clients, batch_size {batch_size:>2}, concurrency {concurrency}: {len(rewards) / seconds:6.1f} images/s, "
-        f"{seconds / len(rewards) * 1000:5.1f} ms an image"
-    )
+    setting = f"{num_clients} clients, batch_size {batch_size:>2}, concurrency {concurrency}"
+    show(f"{setting}: {len(rewards) / seconds:6.1f} images/s, {seconds / len(rewards) * 1000:5.1f} ms an image")
 
 
 def show(line: str) -> None:

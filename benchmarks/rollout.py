@@ -1,8 +1,9 @@
-"""What a rollout with rewards along its trajectories costs: the plain way, the sweep, and Flow-GRPO's without completions.
+"""Costs of a rollout with rewards along its trajectories: the plain way, the sweep, and Flow-GRPO without completions.
 
-All ways run side by side in one process with one thread, on the testbed ("sd3") and on a FLUX.1 of its size with random
-weights ("flux"), from the same noise. Ratios are those of CPU seconds within a turn, and the median over turns. The largest batch
-runs with the shorter schedules only. Results go to benchmarks/results/ and docs/images/; docs/performance.md shows them.
+All ways run side by side in one process with one thread, on the testbed ("sd3") and on a FLUX.1 of its size with
+random weights ("flux"), from the same noise. Ratios are those of CPU seconds in a turn, and the median over turns. The
+largest batch runs with the shorter schedules only. Results go to benchmarks/results/ and docs/images/;
+docs/performance.md shows them.
 
     python benchmarks/rollout.py
 """
@@ -34,7 +35,7 @@ MODELS = ("sd3", "flux")
 
 
 class Setting:
-    """B trajectories of T steps of which the first K are SDE steps, for one model, and the ways to sample and score them."""
+    """B trajectories of T steps of one model, the first K of them SDE steps, and the ways to sample and score them."""
 
     def __init__(self, policy: FlowPolicy, batch: int, steps: int, window: int, chunks: dict[str, int]):
         self.policy, self.batch, self.chunks = policy, batch, chunks
@@ -136,7 +137,7 @@ def main() -> None:
 
 
 def measured_chunks(policy: FlowPolicy) -> dict[str, int]:
-    """What `per_device_rollout_batch_size="auto"` would choose for the model and the VAE."""
+    """Measure the batch sizes that `per_device_rollout_batch_size="auto"` would choose for the model and the VAE."""
     setting = Setting(policy, 1, 10, 9, {})
     noise, velocity = setting.noise(), setting.velocity()
 
@@ -163,35 +164,36 @@ def timed(run: Callable[[int], object]) -> Callable[[int], float]:
 
 
 def measure(model: str, setting: Setting, steps: int, turns: int) -> list[dict]:
-    """Every way of a setting, in turns: ratios of each turn to the plain way, and the fastest seconds of each phase."""
+    """Run every way in turns; return ratios of each turn to the plain way, and the fastest seconds of each phase."""
     runs: dict[str, list[dict]] = {name: [] for name in setting.ways()}
     for _ in range(turns):
         for name, way in setting.ways().items():
             runs[name].append(way())
-    place = {"model": model, "batch": setting.batch, "steps": steps, "window": len(setting.window)}
+    key = {"model": model, "batch": setting.batch, "steps": steps, "window": len(setting.window)}
     exact = runs["plain"][0]["rewards"]
-    rows = [{**place, "way": name, **summary(of_way, runs["plain"], exact)} for name, of_way in runs.items()]
-    print(place, {row["way"]: round(row["ratio"], 2) for row in rows}, flush=True)  # noqa: T201
+    rows = [{**key, "way": name, **summary(found, runs["plain"], exact)} for name, found in runs.items()]
+    print(key, {row["way"]: round(row["ratio"], 2) for row in rows}, flush=True)  # noqa: T201
     return rows
 
 
 def summary(runs: list[dict], plain: list[dict], exact: np.ndarray) -> dict:
-    """Counts, seconds and ratios of a way's turns."""
+    """Return counts, seconds and ratios of a way's turns."""
     rewards = runs[0]["rewards"]
     seconds = {key: min(run[key] for run in runs) for key in (*PHASES, "wall")}
     counts = {key: runs[0][key] for key in ("evaluations", "calls", "decodes", "scored")}
     ratios = [
         sum(run[p] for p in PHASES) / sum(other[p] for p in PHASES) for run, other in zip(runs, plain, strict=True)
     ]
-    of_rollout = [run["rollout"] / other["rollout"] for run, other in zip(runs, plain, strict=True)]
-    of_wall = [run["wall"] / other["wall"] for run, other in zip(runs, plain, strict=True)]
+    rollout_ratios = [run["rollout"] / other["rollout"] for run, other in zip(runs, plain, strict=True)]
+    wall_ratios = [run["wall"] / other["wall"] for run, other in zip(runs, plain, strict=True)]
     same = None if rewards.shape != exact.shape else float((rewards == exact).mean())
-    medians = {"ratio": np.median(ratios), "rollout_ratio": np.median(of_rollout), "wall_ratio": np.median(of_wall)}
-    return {**seconds, **counts, **{name: float(value) for name, value in medians.items()}, "same_rewards": same}
+    measured = {"ratio": ratios, "rollout_ratio": rollout_ratios, "wall_ratio": wall_ratios}
+    medians = {name: float(np.median(values)) for name, values in measured.items()}
+    return {**seconds, **counts, **medians, "same_rewards": same}
 
 
 def peak_memory(window: int) -> float:
-    """How much a process grows in a sweep of 16 trajectories of 40 steps at SD3.5's latent size, without a model: MB."""
+    """Measure the megabytes that a sweep without a model adds: 16 trajectories, 40 steps, SD3.5's latent size."""
     latents, sigmas = torch.zeros(16, 16, 64, 64), torch.linspace(1, 0, 41)
     generators = [torch.Generator() for _ in latents]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -207,7 +209,7 @@ def peak_memory(window: int) -> float:
 
 
 def measure_memory() -> list[dict]:
-    """Peak memory by K, each in a process of its own."""
+    """Measure peak memory by K, each in a process of its own."""
     rows = []
     for window in (1, 10, 20, 30, 39):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -216,7 +218,7 @@ def measure_memory() -> list[dict]:
 
 
 def predict(rows: list[dict]) -> dict:
-    """Seconds of the sweep's model calls as `a * calls + b * evaluations`, and how far off that is."""
+    """Fit seconds of the sweep's model calls as `a * calls + b * evaluations`, and measure the errors."""
     sweeps = [row for row in rows if row["way"] == "sweep"]
     counts = np.array([[row["calls"], row["evaluations"]] for row in sweeps], float)
     seconds = np.array([row["rollout"] for row in sweeps])
@@ -235,17 +237,17 @@ def predict(rows: list[dict]) -> dict:
 
 
 def report(results: dict) -> str:
-    """Ratios of CPU seconds, as a table in Markdown."""
-    by_place = {(r["model"], r["steps"], r["window"], r["batch"], r["way"]): r for r in results["rows"]}
+    """Return the ratios of CPU seconds, as a table in Markdown."""
+    by_setting = {(r["model"], r["steps"], r["window"], r["batch"], r["way"]): r for r in results["rows"]}
     lines = [
-        "| model | T | K | batch | CPU, sweep / plain | model calls alone | wall | plain / Flow-GRPO | sweep / Flow-GRPO | "
-        "evaluations a trajectory | decoded | scored |",
+        "| model | T | K | batch | CPU, sweep / plain | model calls alone | wall | plain / Flow-GRPO "
+        "| sweep / Flow-GRPO | evaluations a trajectory | decoded | scored |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (model, steps, window, batch, way), plain in by_place.items():
+    for (model, steps, window, batch, way), plain in by_setting.items():
         if way != "plain":
             continue
-        sweep, flow = (by_place[model, steps, window, batch, name] for name in ("sweep", "flow"))
+        sweep, flow = (by_setting[model, steps, window, batch, name] for name in ("sweep", "flow"))
         counts = " | ".join(
             f"{plain[key] // batch} -> {sweep[key] // batch}" for key in ("evaluations", "decodes", "scored")
         )
@@ -260,14 +262,14 @@ def report(results: dict) -> str:
 
 
 def draw(results: dict, path: Path) -> None:
-    """Ratios over the batch, and measured against predicted seconds."""
+    """Plot ratios over the batch, and measured against predicted seconds."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    by_place = {(r["model"], r["steps"], r["window"], r["batch"], r["way"]): r for r in results["rows"]}
+    by_setting = {(r["model"], r["steps"], r["window"], r["batch"], r["way"]): r for r in results["rows"]}
     for model in results["chunks"]:
-        steps = 10 if any(place[:3] == (model, 10, 9) for place in by_place) else max(p[1] for p in by_place)
-        batches = sorted({p[3] for p in by_place if p[:3] == (model, steps, steps - 1)})
+        steps = 10 if any(p[:3] == (model, 10, 9) for p in by_setting) else max(p[1] for p in by_setting)
+        batches = sorted({p[3] for p in by_setting if p[:3] == (model, steps, steps - 1)})
         for way, style in (("sweep", "-"), ("flow", ":")):
-            ratios = [by_place[model, steps, steps - 1, batch, way]["ratio"] for batch in batches]
+            ratios = [by_setting[model, steps, steps - 1, batch, way]["ratio"] for batch in batches]
             left.plot(batches, ratios, style, marker="o", label=f"{'Flow-GRPO' if way == 'flow' else way}, {model}")
         fit = results["prediction"][model]
         sweeps = [r for r in results["rows"] if r["model"] == model and r["way"] == "sweep"]

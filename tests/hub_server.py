@@ -1,7 +1,7 @@
 """A Hub on the loopback interface: as much of its HTTP API as `huggingface_hub` uses to push a model and to load it.
 
-Repositories are kept in memory. Large files go through git-LFS (batch, upload, verify) and are downloaded from another host name
-than the API's, as from the Hub's content network.
+Repositories are kept in memory. Large files go through git-LFS (batch, upload, verify) and are downloaded from another
+host name than the API's, as from the Hub's content network.
 """
 
 import base64
@@ -101,7 +101,7 @@ class HubServer(ThreadingHTTPServer):
                 thread.join(timeout=10)
 
     def fail(self, method: str, path: str, status: int | None, times: int = 1000) -> None:
-        """Answer the next requests whose path matches with `status`; `None` breaks the connection off in the middle."""
+        """Answer the next requests whose path matches with `status`; `None` breaks the connection in the middle."""
         self.faults.append(Fault(method, path, status, times))
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:

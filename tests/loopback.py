@@ -2,12 +2,15 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from starlette.applications import Starlette
+
+from trl_tpgrpo.rewards.serving import server as serving_module
 from trl_tpgrpo.rewards.serving.functions import ServedReward
 from trl_tpgrpo.rewards.serving.server import Limits, RewardServer
 
@@ -20,14 +23,10 @@ Reply = tuple[int, dict[str, str], bytes] | None
 def serving(
     *functions: Callable[..., Any], token: str | None = None, port: int = 0, **limits: int
 ) -> Iterator[RewardServer]:
-    """A reward server; what it has taken is answered before it ends."""
+    """Start a reward server; what it has taken is answered before it ends."""
     rewards = [ServedReward(function) for function in functions]
-    server = RewardServer(("127.0.0.1", port), rewards, Limits(**limits), token)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
+    with RewardServer(("127.0.0.1", port), rewards, Limits(**limits), token) as server:
         yield server
-    finally:
-        server.drain()
 
 
 class Scripted(ThreadingHTTPServer):
@@ -76,6 +75,7 @@ class _ScriptedHandler(BaseHTTPRequestHandler):
 
 @contextmanager
 def scripted(reply: Callable[[dict[str, Any], int], Reply]) -> Iterator[Scripted]:
+    """Start a server that answers as `reply` says."""
     server = Scripted(reply)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
@@ -89,13 +89,32 @@ def as_json(value: object, status: int = 200, **headers: str) -> Reply:
     return status, {name.replace("_", "-"): text for name, text in headers.items()}, json.dumps(value).encode()
 
 
+def before_answers(monkeypatch: Any, act: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+    """Let `act` see the body of each answer before it is sent; if it raises, the connection ends within the answer."""
+
+    def application(**arguments: Any) -> Callable[..., Any]:
+        app = Starlette(**arguments)
+
+        async def watched(scope: Any, receive: Any, send: Any) -> None:
+            async def send_after(message: Any) -> None:
+                if message["type"] == "http.response.body":
+                    await act(json.loads(message["body"]))
+                await send(message)
+
+            await app(scope, receive, send_after)
+
+        return watched
+
+    monkeypatch.setattr(serving_module, "Starlette", application)
+
+
 def request(
-    server: ThreadingHTTPServer | int, method: str, path: str, body: object = None, **headers: str
+    server: RewardServer | int, method: str, path: str, body: object = None, **headers: str
 ) -> tuple[int, Any, Any]:
-    """Ask a server, or a port, once; status, JSON and headers of the answer."""
-    port = server if isinstance(server, int) else server.server_port
+    """Ask a server, or a port, once; return status, JSON and headers of the answer."""
+    port = server if isinstance(server, int) else server.port
     connection = HTTPConnection("127.0.0.1", port, timeout=20)
-    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    data = json.dumps(body).encode() if isinstance(body, dict | list) else body
     sent = {"Content-Type": "application/json"} | {name.replace("_", "-"): text for name, text in headers.items()}
     try:
         connection.request(method, path, data, sent)

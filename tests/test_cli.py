@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -52,16 +53,24 @@ def test_help_of_train_is_in_groups(capsys) -> None:
     with pytest.raises(SystemExit):
         train.main(["--help"])
     text = capsys.readouterr().out
-    titles = [
-        "Script:",
-        "Model:",
-        *(f"{title}:" for title in train.GROUPS.values()),
-        "transformers.TrainingArguments:",
+    own = [
+        "model",
+        "data",
+        "sampling",
+        "SDE",
+        "completions",
+        "reward and credit",
+        "training",
+        "memory and speed",
+        "logging",
     ]
-    places = [text.index(f"\n{title}") for title in titles]
-    assert places == sorted(places)
-    sampling = text[text.index("TP-GRPO: sampling") : text.index("TP-GRPO: SDE")]
-    assert "--guidance_scale" in sampling and "--learning_rate" not in sampling
+    titles = ["Script", "Model", *(f"TP-GRPO: {title}" for title in own), "transformers.TrainingArguments"]
+    positions = [text.index(f"\n{title}:") for title in titles]
+    assert positions == sorted(positions)
+    groups = dict(zip(titles, (text[start:stop] for start, stop in pairwise([*positions, len(text)])), strict=True))
+    assert "--guidance_scale" in groups["TP-GRPO: sampling"]
+    assert "--shuffle_dataset" in groups["TP-GRPO: data"] and "--no_shuffle_dataset" in groups["TP-GRPO: data"]
+    assert "--learning_rate" in groups["transformers.TrainingArguments"]
 
 
 def test_recipe_trains_and_options_override_it(tmp_path: Path) -> None:
@@ -194,7 +203,7 @@ def test_fidelity_measures_prints_and_saves(tmp_path: Path, capsys) -> None:
 def test_the_rules_that_fidelity_chooses_itself_are_valid_for_any_number_of_steps() -> None:
     for steps in (2, 4, 6, 10, 28, 40):
         rules = [CompletionRule.parse(name) for name in fidelity.selection(steps)]
-        assert all(place < steps for rule in rules for place in rule.at or ())
+        assert all(step < steps for rule in rules for step in rule.at or ())
         assert len(set(rules)) == len(rules)
 
 

@@ -1,4 +1,4 @@
-"""Completion rules: their names, the places at which they ask the model, and what they cost and give in a sweep."""
+"""Completion rules: their names, the steps before which the model is evaluated, costs and results in a sweep."""
 
 import pytest
 import torch
@@ -46,27 +46,28 @@ def test_other_names_are_refused_with_the_forms_there_are(name: str) -> None:
         rule(name)
 
 
-# Where the model is asked
+# Where the model is evaluated
 
 
-def test_places_of_each_kind() -> None:
-    assert rule("exact").places(7, 10) == [7, 8, 9, 10]
-    assert rule("one_step").places(7, 10) == [7, 10]
-    assert rule("euler_4").places(2, 10) == [2, 4, 6, 8, 10]
-    assert rule("ab2_4").places(7, 10) == [7, 8, 9, 10]
-    assert rule("at_1_2_5").places(0, 10) == [0, 1, 2, 5, 10]
-    assert rule("at_1_2_5").places(2, 10) == [2, 5, 10]
-    assert rule("at_1_2_5").places(6, 10) == [6, 10]
+def test_stops_of_each_kind() -> None:
+    assert rule("exact").stops(7, 10) == [7, 8, 9, 10]
+    assert rule("one_step").stops(7, 10) == [7, 10]
+    assert rule("euler_4").stops(2, 10) == [2, 4, 6, 8, 10]
+    assert rule("ab2_4").stops(7, 10) == [7, 8, 9, 10]
+    assert rule("at_1_2_5").stops(0, 10) == [0, 1, 2, 5, 10]
+    assert rule("at_1_2_5").stops(2, 10) == [2, 5, 10]
+    assert rule("at_1_2_5").stops(6, 10) == [6, 10]
+    assert rule("at_1_2_5_every_2").stops(2, 10) == [2, 5, 10]
 
 
 @given(st.sampled_from(["exact", "euler", "ab2"]), st.integers(1, 12), st.integers(2, 40), st.data())
-def test_places_lead_from_the_state_to_the_end(kind: str, number: int, num_steps: int, data: st.DataObject) -> None:
+def test_stops_lead_from_the_state_to_the_end(kind: str, number: int, num_steps: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, num_steps - 1))
-    places = rule("exact" if kind == "exact" else f"{kind}_{number}").places(start, num_steps)
-    assert (places[0], places[-1]) == (start, num_steps)
-    assert places == sorted(set(places))
+    stops = rule("exact" if kind == "exact" else f"{kind}_{number}").stops(start, num_steps)
+    assert (stops[0], stops[-1]) == (start, num_steps)
+    assert stops == sorted(set(stops))
     if kind != "exact":
-        assert len(places) - 1 == min(number, num_steps - start)
+        assert len(stops) - 1 == min(number, num_steps - start)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_evaluations_of_ten_steps_with_a_window_of_nine(name: str, evaluations: 
     assert (result.num_evaluations, result.num_calls) == (BATCH * evaluations, 10)
 
 
-def test_only_what_asks_goes_through_the_model() -> None:
+def test_only_completions_at_a_stop_go_through_the_model() -> None:
     model = Recorder()
     roll_out(model, noise(), schedule(6), window(0, 5), seeded(0, 1, 2), rule("at_2_4"))
     assert [len(latents) // BATCH for latents, _, _ in model.calls] == [1, 1, 1 + 2, 1, 1 + 4, 1]
@@ -101,8 +102,8 @@ def test_completions_equal_the_rule_carried_out_one_by_one(name: str) -> None:
     sigmas, result = schedule(10), rolled(window(1, 8), completion=rule(name))
     for position in range(7):
         latents, before = result.states[:, position], None
-        places = rule(name).places(1 + position, 10)
-        for here, there in zip(places, places[1:], strict=False):
+        stops = rule(name).stops(1 + position, 10)
+        for here, there in zip(stops, stops[1:], strict=False):
             predicted = velocity(latents, here, torch.arange(BATCH))
             if before is None or there == here + 1 or not rule(name).extrapolate:
                 latents = ode_step(latents, predicted, sigmas[here], sigmas[there])
@@ -163,7 +164,7 @@ def shared(start: int = 0, stop: int = 9, **options: object):
 
 
 def velocity_of_pairs(latents: torch.Tensor, step: int, rows: torch.Tensor) -> torch.Tensor:
-    """Rows 0 and 1 are of one prompt, 2 and 3 of another."""
+    """Return the velocity for prompts that rows 0 and 1 have in common, and rows 2 and 3."""
     return velocity(latents, step, rows // 2)
 
 
@@ -190,6 +191,12 @@ def test_a_shared_image_is_named_by_all_that_share_it() -> None:
     assert torch.equal(ends(result)[::2, 0], integrate(noise(2), 0, schedule(10), lambda x, s, r: velocity(x, s, r)))
 
 
+def test_the_example_of_the_docstring() -> None:
+    result = roll_out(velocity_of_pairs, noise(1), schedule(10), window(0, 2), seeded(0, 1))
+    assert result.image_of.tolist() == [[0, 1, 3], [0, 2, 4]]
+    assert result.rows.tolist() == [0, 0, 1, 0, 1]
+
+
 def test_generators_that_are_no_multiple_of_the_noises_are_refused() -> None:
     with pytest.raises(ValueError, match="one for each of 2 trajectories or a multiple.*got 3"):
         roll_out(velocity, noise(2), schedule(10), window(), seeded(0, 1, 2))
@@ -199,18 +206,18 @@ def test_generators_that_are_no_multiple_of_the_noises_are_refused() -> None:
 
 
 def test_a_size_that_was_disturbed_once_gets_a_second_chance() -> None:
-    asked: list[int] = []
+    measured: list[int] = []
 
     def seconds(size: int) -> float:
-        asked.append(size)
-        disturbed = size == 8 and asked.count(8) == 1
+        measured.append(size)
+        disturbed = size == 8 and measured.count(8) == 1
         return size * (9.0 if disturbed else 1 + abs(size - 8))
 
     assert fastest_batch_size(seconds, 64) == 8
 
 
 @pytest.mark.parametrize(
-    ("of_a_sample", "largest", "best"),
+    ("seconds_per_sample", "largest", "best"),
     [
         (lambda size: 1 + 10 / size + size / 50, 256, 32),  # a call has its price, and so has a large batch
         (lambda size: 1.0, 256, 4),  # it does not go on where nothing is gained
@@ -219,15 +226,15 @@ def test_a_size_that_was_disturbed_once_gets_a_second_chance() -> None:
         (lambda size: {1: 4, 2: 3, 3: 3.1, 4: 3.2, 6: 1}.get(size, 2), 256, 6),  # two in vain are forgiven
     ],
 )
-def test_the_fastest_batch_size_is_found(of_a_sample, largest: int, best: int) -> None:
-    asked = []
+def test_the_fastest_batch_size_is_found(seconds_per_sample, largest: int, best: int) -> None:
+    measured = []
 
     def seconds(size: int) -> float:
-        asked.append(size)
-        return size * of_a_sample(size)
+        measured.append(size)
+        return size * seconds_per_sample(size)
 
     assert fastest_batch_size(seconds, largest) == best
-    asked = asked[: len(asked) // 2]
-    assert asked == sorted(asked) and max(asked) <= largest
-    times = [of_a_sample(size) for size in asked]
-    assert all(min(times[place - 3 : place]) < min(times[: place - 3]) for place in range(4, len(times)))
+    measured = measured[: len(measured) // 2]
+    assert measured == sorted(measured) and max(measured) <= largest
+    times = [seconds_per_sample(size) for size in measured]
+    assert all(min(times[index - 3 : index]) < min(times[: index - 3]) for index in range(4, len(times)))

@@ -1,6 +1,11 @@
-"""The config: the paper's defaults, GRPO's batch rules, and what is refused."""
+"""The config: the paper's defaults, what describes them, GRPO's batch rules, and what is refused."""
+
+import ast
+import inspect
+import re
 
 import pytest
+from transformers import HfArgumentParser
 from transformers.trainer_utils import SchedulerType
 
 from trl_tpgrpo import TPGRPOConfig
@@ -52,6 +57,23 @@ def test_defaults_are_the_published_method() -> None:
         scope="step",
         aggregation="sum_then_normalize",
     )
+
+
+def test_each_field_is_described_in_order_and_with_its_default() -> None:
+    parameters = re.findall(r"^ {4}(\w+) \((.+?)\): \w*", inspect.cleandoc(TPGRPOConfig.__doc__), re.MULTILINE)
+    own_fields = [name for name in inspect.get_annotations(TPGRPOConfig) if not name.startswith("_")]
+    assert [name for name, _ in parameters] == own_fields
+    for name, kind in parameters:
+        default = re.search(r"defaults to `(.+)`$", kind)
+        assert getattr(TPGRPOConfig, name) == (ast.literal_eval(default[1]) if default else None), name
+
+
+def test_help_shows_descriptions_and_choices() -> None:
+    actions = {action.dest: action for action in HfArgumentParser(TPGRPOConfig)._actions}
+    assert actions["height"].help == "Height of the images in pixels."
+    assert "see trl_tpgrpo.algorithm.sde.transition." in actions["sde_type"].help
+    assert actions["sde_type"].choices == ("flow_sde", "cps", "dance_sde")
+    assert all(actions[name].help for name in inspect.get_annotations(TPGRPOConfig) if name in actions)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +142,11 @@ WRONG = [
     ({"num_inference_steps_eval": 0}, "num_inference_steps_eval must be at least 1"),
     ({"height": 0}, "height must be at least 1"),
     ({"guidance_scale": -1.0}, "guidance_scale must be at least 0"),
+    ({"height": None}, "height must be at least 1, got None"),
+    ({"ema_decay": 1.0}, "ema_decay must be at least 0 and below 1, or None, got 1.0"),
+    ({"beta": float("nan")}, "beta must be at least 0, got nan"),
+    ({"guard_rails": "raise"}, "guard_rails must be one of"),
+    ({"quantization": "int4"}, "quantization must be one of"),
     ({"max_sequence_length": -1}, "max_sequence_length must be at least 0"),
     ({"per_device_rollout_batch_size": 0}, "per_device_rollout_batch_size must be at least 1"),
     (
@@ -132,7 +159,7 @@ WRONG = [
     ({"completion_check_every": 0}, "completion_check_every must be at least 1"),
     ({"completion": "euler_4", "credit": "outcome"}, "credit='outcome' computes no completions: leave out completion"),
     ({"completion_check_every": 2, "credit": "outcome"}, "credit='outcome' computes no completions"),
-    ({"sde_window_share": 0.0}, "sde_window_share must be above 0 and at most 1, got 0.0"),
+    ({"sde_window_share": 0.0}, "sde_window_share must be above 0 and at most 1, or None, got 0.0"),
     ({"sde_window_share": 1.1}, "sde_window_share must be above 0 and at most 1"),
     ({"sde_window_share": 0.9, "sde_window_size": 3}, r"leave out sde_window_size \(3\)"),
     ({"sde_window_range": [0, 10]}, "the last of the num_inference_steps=10 steps is never"),

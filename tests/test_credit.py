@@ -1,6 +1,7 @@
 """Credit and advantages: parity with published code, closed forms and invariants, hand-made examples."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from trl_tpgrpo.algorithm.credit import (
     TRENDS,
     CreditRule,
     RewardTable,
-    advantages,
     aggregated_rewards,
+    assign_credit,
     balance,
-    credit,
+    compute_advantages,
     lambda_return,
+    normalize,
     step_reward_variances,
     step_rewards,
     turning_points,
@@ -37,7 +39,7 @@ NAN = float("nan")
 
 @st.composite
 def reward_rows(draw: st.DrawFn, min_rows: int = 1, max_rows: int = 6, limit: int = 40) -> Tensor:
-    """Rewards (B, K + 1) on a grid of eighths, on which float32 sums are exact and ties are common."""
+    """Draw rewards (B, K + 1) on a grid of eighths, on which float32 sums are exact and ties are common."""
     num_rows, num_steps = draw(st.integers(min_rows, max_rows)), draw(st.integers(1, 8))
     row = st.lists(st.integers(-limit, limit), min_size=num_steps + 1, max_size=num_steps + 1)
     return torch.tensor(draw(st.lists(row, min_size=num_rows, max_size=num_rows)), dtype=torch.float32) / 8
@@ -45,6 +47,14 @@ def reward_rows(draw: st.DrawFn, min_rows: int = 1, max_rows: int = 6, limit: in
 
 def rows(*values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
+
+
+def credit(rewards: Tensor, rule: CreditRule, num_steps: int) -> Tensor:
+    return assign_credit(rewards, rule, num_steps)[0]
+
+
+def turning(rewards: Tensor, consistent: bool = True, **options: Any) -> Tensor:
+    return turning_points(rewards, CreditRule("consistent" if consistent else "turning_point", **options))
 
 
 # Parity with published code
@@ -67,11 +77,11 @@ def test_credit_equals_published_code(batch: str, variant: str, rule: CreditRule
 
 @pytest.mark.parametrize("batch", CREDIT_REFERENCE)
 def test_credit_of_the_demo_is_expressible(batch: str) -> None:
-    """But where nothing is gained from a step to the end, which the demo calls a turning point and we do not."""
+    """Leave out steps with nothing to gain from there on, which the demo, unlike us, calls turning points."""
     rewards = torch.tensor(CREDIT_REFERENCE[batch]["rewards"])
     expected = torch.tensor(CREDIT_REFERENCE[batch]["step_rewards"]["demo_default"])
-    turning = turning_points(rewards, consistent=False, trend="global")
-    demo = aggregated_rewards(rewards)[:, :1] + torch.where(turning, step_rewards(rewards), 0.0)
+    turns = turning(rewards, consistent=False, trend="global")
+    demo = aggregated_rewards(rewards)[:, :1] + torch.where(turns, step_rewards(rewards), 0.0)
     gains = aggregated_rewards(rewards) != 0
     torch.testing.assert_close(demo[gains], expected[gains], rtol=1e-5, atol=1e-6)
 
@@ -84,7 +94,7 @@ def test_advantages_equal_published_code(scale: str, released: str) -> None:
     by_prompt = sorted(range(len(prompts)), key=prompts.__getitem__)
     credits = torch.tensor(ADVANTAGE_REFERENCE["step_rewards"])[by_prompt]
     expected = torch.tensor(ADVANTAGE_REFERENCE["advantages"][released])[by_prompt]
-    computed = advantages(credits, sizes.pop(), CreditRule(scale=scale))
+    computed = normalize(credits, sizes.pop(), CreditRule(scale=scale))
     torch.testing.assert_close(computed, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -124,9 +134,9 @@ def test_lambda_zero_is_incremental_and_lambda_one_is_aggregated(rewards: Tensor
 
 
 def test_lambda_return_of_a_hand_made_example() -> None:
-    gained = rows([1.0, 2.0, 4.0])
-    assert torch.equal(lambda_return(gained, 0.5), rows([1 + 0.5 * 4, 2 + 0.5 * 4, 4]))
-    assert torch.equal(gained, rows([1.0, 2.0, 4.0]))
+    rewards = rows([0.0, 1.0, 3.0, 7.0])
+    assert torch.equal(lambda_return(rewards, 0.5), rows([1 + 0.5 * 4, 2 + 0.5 * 4, 4]))
+    assert torch.equal(rewards, rows([0.0, 1.0, 3.0, 7.0]))
 
 
 def test_outcome_gives_every_step_the_final_reward_and_needs_no_other() -> None:
@@ -151,25 +161,25 @@ def test_negated_rewards_turn_at_the_same_steps(
     rewards: Tensor, consistent: bool, trend: str, first_step: bool, deadzone: float
 ) -> None:
     options = {"consistent": consistent, "trend": trend, "first_step": first_step, "deadzone": deadzone}
-    assert torch.equal(turning_points(-rewards, **options), turning_points(rewards, **options))
+    assert torch.equal(turning(-rewards, **options), turning(rewards, **options))
 
 
 @given(reward_rows(), st.sampled_from(TRENDS))
 def test_consistent_turning_points_outweigh_their_step_and_are_some_of_all(rewards: Tensor, trend: str) -> None:
-    strict, every = (turning_points(rewards, consistent, trend) for consistent in (True, False))
+    strict, every = (turning(rewards, consistent, trend=trend) for consistent in (True, False))
     assert not (strict & ~every).any()
     assert (aggregated_rewards(rewards).abs() > step_rewards(rewards).abs())[strict].all()
 
 
 @given(reward_rows(), st.booleans(), st.sampled_from(TRENDS))
 def test_turning_points_equal_their_definition_step_by_step(rewards: Tensor, consistent: bool, trend: str) -> None:
-    found = turning_points(rewards, consistent, trend)
-    for row, its_points in zip(rewards.tolist(), found.tolist(), strict=True):
-        assert its_points == [turns(row, step, consistent, trend) for step in range(len(row) - 1)]
+    found = turning(rewards, consistent, trend=trend)
+    for row, points in zip(rewards.tolist(), found.tolist(), strict=True):
+        assert points == [is_turning_point(row, step, consistent, trend) for step in range(len(row) - 1)]
 
 
-def turns(row: list[float], step: int, consistent: bool, trend: str) -> bool:
-    """METHOD.md, section 3, in products of differences instead of signs."""
+def is_turning_point(row: list[float], step: int, consistent: bool, trend: str) -> bool:
+    """Apply the definition in products of differences instead of signs."""
     last = row[-1]
 
     def along(index: int) -> float:
@@ -184,8 +194,8 @@ def test_remaining_and_global_trend_differ_where_the_gain_to_come_has_another_si
     rewards = rows([0, 3, 2, 4, 1])
     assert step_rewards(rewards).tolist() == [[3, -1, 2, -3]]
     assert aggregated_rewards(rewards).tolist() == [[1, -2, -1, -3]]
-    remaining = turning_points(rewards, consistent=False, trend="remaining")
-    whole = turning_points(rewards, consistent=False, trend="global")
+    remaining = turning(rewards, consistent=False, trend="remaining")
+    whole = turning(rewards, consistent=False, trend="global")
     assert remaining.tolist() == [[True, False, False, True]]
     assert whole.tolist() == [[True, False, True, False]]
 
@@ -193,47 +203,47 @@ def test_remaining_and_global_trend_differ_where_the_gain_to_come_has_another_si
 def test_consistency_drops_steps_that_overshoot() -> None:
     rewards = rows([0, 3, 1, 2, 4], [0, 7, 1, 2, 6])
     overshoot = [True, False, False, False]
-    assert turning_points(rewards, consistent=False).tolist() == [[True, False, True, False], overshoot]
-    assert turning_points(rewards, consistent=True).tolist() == [[True, False, True, False], [False] * 4]
+    assert turning(rewards, consistent=False).tolist() == [[True, False, True, False], overshoot]
+    assert turning(rewards, consistent=True).tolist() == [[True, False, True, False], [False] * 4]
 
 
 @pytest.mark.parametrize("trend", TRENDS)
 def test_a_zero_is_neither_a_flip_nor_an_agreement(trend: str) -> None:
     flat_before = rows([0, 0, 1, 3])
-    assert not turning_points(flat_before, consistent=False, trend=trend).any()
+    assert not turning(flat_before, consistent=False, trend=trend).any()
     flat_at_the_turn = rows([0, -1, -1, 3])
-    assert turning_points(flat_at_the_turn, consistent=False, trend=trend).tolist() == [[False, False, False]]
+    assert turning(flat_at_the_turn, consistent=False, trend=trend).tolist() == [[False, False, False]]
     no_trend = rows([1, 0, 2, 1])
-    assert not turning_points(no_trend, consistent=False, trend="global").any()
+    assert not turning(no_trend, consistent=False, trend="global").any()
 
 
 def test_a_step_after_which_nothing_is_gained_is_no_turning_point() -> None:
     some_left = rows([0, 3, 2, 4, 3, 1])
     assert aggregated_rewards(some_left)[0, 2] == -1
-    assert turning_points(some_left, consistent=False, trend="global").tolist() == [[True, False, True, False, False]]
+    assert turning(some_left, consistent=False, trend="global").tolist() == [[True, False, True, False, False]]
     cancelled = rows([0, 3, 2, 4, 3, 2])
     assert aggregated_rewards(cancelled)[0, 2] == 0
-    assert turning_points(cancelled, consistent=False, trend="global").tolist() == [[True, False, False, False, False]]
+    assert turning(cancelled, consistent=False, trend="global").tolist() == [[True, False, False, False, False]]
 
 
 def test_first_step_can_be_switched_off() -> None:
     rewards = rows([0, 3, 1, 2, 4])
-    assert turning_points(rewards, first_step=True).tolist() == [[True, False, True, False]]
-    assert turning_points(rewards, first_step=False).tolist() == [[False, False, True, False]]
+    assert turning(rewards, first_step=True).tolist() == [[True, False, True, False]]
+    assert turning(rewards, first_step=False).tolist() == [[False, False, True, False]]
 
 
 def test_steps_in_the_deadzone_count_as_zero() -> None:
     rewards = rows([0.0, -0.25, 0.5, 1.0])
     options = {"consistent": True, "first_step": False}
-    assert turning_points(rewards, **options).tolist() == [[False, True, False]]
-    assert turning_points(rewards, **options, deadzone=0.125).tolist() == [[False, True, False]]
-    assert turning_points(rewards, **options, deadzone=0.25).tolist() == [[False, False, False]]
+    assert turning(rewards, **options).tolist() == [[False, True, False]]
+    assert turning(rewards, **options, deadzone=0.125).tolist() == [[False, True, False]]
+    assert turning(rewards, **options, deadzone=0.25).tolist() == [[False, False, False]]
 
 
 @given(reward_rows(), st.sampled_from([0.125, 1.0, 20.0]))
 def test_no_step_in_the_deadzone_turns(rewards: Tensor, deadzone: float) -> None:
-    turning = turning_points(rewards, consistent=False, deadzone=deadzone)
-    assert not turning[step_rewards(rewards).abs() <= deadzone].any()
+    turns = turning(rewards, consistent=False, deadzone=deadzone)
+    assert not turns[step_rewards(rewards).abs() <= deadzone].any()
 
 
 def test_credit_replaces_only_at_turning_points() -> None:
@@ -244,7 +254,8 @@ def test_credit_replaces_only_at_turning_points() -> None:
 
 @pytest.mark.parametrize("name", ["outcome", "incremental", "lambda"])
 def test_other_credits_know_no_turning_points(name: str) -> None:
-    assert not CreditRule(name).turning_points(rows([0, 3, 1, 2, 4])).any()
+    _, turns = assign_credit(rows([0, 3, 1, 2, 4]), CreditRule(name), 4)
+    assert turns.shape == (1, 4) and not turns.any()
 
 
 # Balance
@@ -261,9 +272,9 @@ def test_balance_keeps_as_many_of_each_sign_and_the_largest(rewards: Tensor, dat
     assert not (kept & ~mask).any()
     numbers = [int((mask & (sign * aggregated > 0)).sum()) for sign in (1, -1)]
     for sign in (1, -1):
-        of_sign = sign * aggregated > 0
-        assert int((kept & of_sign).sum()) == min(numbers)
-        left_out, stayed = aggregated[dropped & of_sign].abs(), aggregated[kept & of_sign].abs()
+        has_sign = sign * aggregated > 0
+        assert int((kept & has_sign).sum()) == min(numbers)
+        left_out, stayed = aggregated[dropped & has_sign].abs(), aggregated[kept & has_sign].abs()
         assert not len(left_out) or not len(stayed) or stayed.min() >= left_out.max()
 
 
@@ -284,14 +295,14 @@ def test_balance_without_one_sign_keeps_nothing() -> None:
 def test_permuting_a_group_permutes_its_advantages(rewards: Tensor, order: list[int], scale: str) -> None:
     credits, rule = step_rewards(rewards), CreditRule(scale=scale)
     shuffled = [*order, 3, 4, 5]
-    expected = advantages(credits, 3, rule)[shuffled]
-    torch.testing.assert_close(advantages(credits[shuffled], 3, rule), expected, rtol=1e-5, atol=1e-5)
+    expected = normalize(credits, 3, rule)[shuffled]
+    torch.testing.assert_close(normalize(credits[shuffled], 3, rule), expected, rtol=1e-5, atol=1e-5)
 
 
 @given(reward_rows(min_rows=8, max_rows=8))
 def test_group_advantages_are_centred_and_of_unit_spread_or_all_zero(rewards: Tensor) -> None:
     credits = step_rewards(rewards)
-    grouped = advantages(credits, 4, CreditRule()).unflatten(0, (2, 4))
+    grouped = normalize(credits, 4, CreditRule()).unflatten(0, (2, 4))
     spread = credits.unflatten(0, (2, 4)).std(1, correction=0)
     torch.testing.assert_close(grouped.mean(1), torch.zeros_like(spread), rtol=0, atol=1e-5)
     torch.testing.assert_close(grouped.std(1, correction=0), spread / (spread + EPSILON), rtol=1e-4, atol=1e-5)
@@ -302,41 +313,41 @@ def test_a_group_without_spread_gets_nothing() -> None:
     credits = torch.full((4, 3), 0.1)
     for scale in SCALES:
         torch.testing.assert_close(
-            advantages(credits, 4, CreditRule(scale=scale)), torch.zeros(4, 3), rtol=0, atol=1e-3
+            normalize(credits, 4, CreditRule(scale=scale)), torch.zeros(4, 3), rtol=0, atol=1e-3
         )
 
 
 def test_joint_scope_takes_mean_and_spread_over_all_steps_of_the_group() -> None:
     credits = rows([0, 2], [4, 6], [1, 1], [1, 9])
-    computed = advantages(credits, 2, CreditRule(scope="joint"))
+    computed = normalize(credits, 2, CreditRule(scope="joint"))
     first, second = credits[:2], credits[2:]
     expected = torch.cat([(one - one.mean()) / (one.std(correction=0) + EPSILON) for one in (first, second)])
     torch.testing.assert_close(computed, expected)
-    assert not torch.allclose(computed, advantages(credits, 2, CreditRule(scope="step")))
+    assert not torch.allclose(computed, normalize(credits, 2, CreditRule(scope="step")))
 
 
 def test_joint_scope_scaled_by_the_batch_divides_every_step_by_one_number() -> None:
     credits = rows([0, 2], [4, 6], [1, 1], [1, 9])
-    computed = advantages(credits, 2, CreditRule(scope="joint", scale="batch"))
+    computed = normalize(credits, 2, CreditRule(scope="joint", scale="batch"))
     means = torch.tensor([3.0, 3.0, 3.0, 3.0])[:, None]
     torch.testing.assert_close(computed, (credits - means) / (credits.std(correction=0) + EPSILON))
 
 
 def test_without_scaling_only_the_mean_is_subtracted() -> None:
-    computed = advantages(rows([1, 10], [3, 30]), 2, CreditRule(scale="none"))
+    computed = normalize(rows([1, 10], [3, 30]), 2, CreditRule(scale="none"))
     assert computed.tolist() == [[-1, -10], [1, 10]]
 
 
 def test_completion_baseline_subtracts_nothing() -> None:
     credits = rows([1, 10], [3, 30])
-    assert torch.equal(advantages(credits, 2, CreditRule(baseline="completion", scale="none")), credits)
-    scaled = advantages(credits, 2, CreditRule(baseline="completion", scale="group"))
+    assert torch.equal(normalize(credits, 2, CreditRule(baseline="completion", scale="none")), credits)
+    scaled = normalize(credits, 2, CreditRule(baseline="completion", scale="group"))
     torch.testing.assert_close(scaled, credits / (credits.square().mean(0).sqrt() + EPSILON))
 
 
 def test_groups_of_one_are_legal_with_completion_baseline_scaled_by_the_batch() -> None:
     credits = rows([1, -2], [3, 0], [-2, 4])
-    computed = advantages(credits, 1, CreditRule(baseline="completion", scale="batch"))
+    computed = normalize(credits, 1, CreditRule(baseline="completion", scale="batch"))
     torch.testing.assert_close(computed, credits / (credits.square().mean(0).sqrt() + EPSILON))
     assert torch.equal(computed.sign(), credits.sign())
 
@@ -344,8 +355,8 @@ def test_groups_of_one_are_legal_with_completion_baseline_scaled_by_the_batch() 
 def test_rows_without_reward_are_left_out_of_every_mean() -> None:
     credits = rows([1, 2], [3, 6], [NAN, NAN], [NAN, NAN])
     for scale in SCALES:
-        computed = advantages(credits, 2, CreditRule(scale=scale))
-        torch.testing.assert_close(computed[:2], advantages(credits[:2], 2, CreditRule(scale=scale)))
+        computed = normalize(credits, 2, CreditRule(scale=scale))
+        torch.testing.assert_close(computed[:2], normalize(credits[:2], 2, CreditRule(scale=scale)))
         assert computed[2:].isnan().all()
 
 
@@ -369,7 +380,7 @@ def test_rewards_are_the_weighted_sum_of_the_functions_that_apply() -> None:
 def test_sum_then_normalize_is_credit_and_advantages_of_the_sum() -> None:
     per_func = random_rewards(6, 2, 5)
     made = table(per_func, [1.0, 2.0], 3)
-    expected = advantages(credit(per_func[:, 0] + 2 * per_func[:, 1], made.rule, 4), 3, made.rule)
+    expected = normalize(credit(per_func[:, 0] + 2 * per_func[:, 1], made.rule, 4), 3, made.rule)
     torch.testing.assert_close(made.advantages, expected)
 
 
@@ -390,7 +401,7 @@ def test_normalize_then_sum_weighs_functions_alike_whatever_their_scale() -> Non
 def test_normalize_then_sum_is_proportional_to_the_weighted_sum_of_each_functions_advantages() -> None:
     per_func = random_rewards(6, 2, 5)
     made = table(per_func, [1.0, 0.5], 3, aggregation="normalize_then_sum")
-    each = [advantages(credit(one, made.rule, 4), 3, made.rule) for one in per_func.unbind(1)]
+    each = [normalize(credit(one, made.rule, 4), 3, made.rule) for one in per_func.unbind(1)]
     summed = each[0] + 0.5 * each[1]
     torch.testing.assert_close(made.advantages, summed / (summed.square().mean().sqrt() + EPSILON))
 
@@ -423,7 +434,7 @@ def test_balance_is_of_the_whole_table_so_the_split_into_processes_does_not_matt
     options = {"first_step": False}
     whole = table(per_func, [1.0], 2, **options)
     halves = torch.cat([table(half, [1.0], 2, **options).advantages for half in per_func.split(2)])
-    assert whole.rule.turning_points(whole.rewards).nonzero().tolist() == [[0, 1], [2, 1]]
+    assert whole.turning_points.nonzero().tolist() == [[0, 1], [2, 1]]
     assert not torch.allclose(whole.advantages, halves)
     incremental = {**options, "credit": "incremental"}
     parts = torch.cat([table(half, [1.0], 2, **incremental).advantages for half in per_func.split(2)])
@@ -435,11 +446,36 @@ def test_outcome_needs_only_the_trajectorys_own_reward() -> None:
     made = RewardTable(final, torch.ones(1), 2, 3, CreditRule("outcome"))
     assert made.advantages.shape == (4, 3)
     assert torch.equal(made.advantages, made.advantages[:, :1].expand(-1, 3))
+    assert torch.equal(made.turning_points, torch.zeros(4, 3))
+
+
+def test_the_example_of_the_docstring() -> None:
+    per_func = torch.tensor([[[0.0, 2.0, 3.0]], [[0.0, -2.0, 1.0]]])
+    made = table(per_func, [1.0], 2, credit="incremental", scale="none")
+    assert made.step_rewards.tolist() == [[2, 1], [-2, 3]]
+    assert made.advantages.tolist() == [[2, -1], [-2, 1]]
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_table_keeps_what_is_computed_once(aggregation: str) -> None:
+    made = table(random_rewards(6, 2, 5), [1.0, 2.0], 3, aggregation=aggregation)
+    assert made.advantages is made.credited.advantages and made.turning_points is made.credited.turning_points
+    again = compute_advantages(made)
+    assert again is not made.credited
+    assert torch.equal(again.advantages, made.advantages)
+    assert torch.equal(again.turning_points, made.turning_points)
+
+
+def test_a_table_that_is_loaded_computes_its_advantages_whatever_was_cached_before() -> None:
+    made = table(random_rewards(6, 2, 5), [1.0, 2.0], 3)
+    loaded = pickle.loads(pickle.dumps(made))
+    loaded.__dict__["advantages"] = torch.zeros(6, 4)  # where earlier versions kept them
+    assert torch.equal(loaded.advantages, made.advantages)
 
 
 def test_a_group_without_spread_gets_zero_whatever_its_reward() -> None:
-    """In float32 the rounding of the mean of 24 times 24.02 would be 0.02 of an advantage."""
-    same = advantages(torch.full((24, 2), 24.02), 24, CreditRule(credit="outcome"))
+    """Show float64 at work: in float32 the rounding of the mean would be 0.02 of an advantage."""
+    same = normalize(torch.full((24, 2), 24.02), 24, CreditRule(credit="outcome"))
     assert same.abs().max() < 1e-9
 
 
@@ -450,7 +486,7 @@ def test_a_group_without_spread_gets_zero_whatever_its_reward() -> None:
 def test_a_trajectory_that_is_left_out_is_as_if_it_were_not_there(
     seed: int, aggregation: str, credit_name: str
 ) -> None:
-    """With groups of three of which one is left out in each, against groups of the other two."""
+    """Compare groups of three, of which one is left out, with groups of the other two."""
     rewards = torch.rand(6, 2, 4, generator=torch.Generator().manual_seed(seed))
     kept = torch.tensor([True, False, True, True, True, False])
     rule = CreditRule(credit=credit_name, lambda_=0.5, aggregation=aggregation)

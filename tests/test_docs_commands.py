@@ -166,7 +166,7 @@ def check_script(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """`python script.py` or `python -m module`: it exists, and its own parser takes the options."""
     if arguments[:2] == ["-m", "pytest"]:
         return check_tests(arguments[2:])
-    if arguments[:2] == ["-m", "serving"]:  # the folder of this package, copied
+    if arguments[:2] == ["-m", "trl_tpgrpo.rewards.serving"]:
         make_serving_parser().parse_args(arguments[2:])
         return None
     if arguments[:2] == ["-m", "venv"]:

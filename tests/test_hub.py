@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,11 +17,11 @@ from huggingface_hub import HfApi, ModelCard, snapshot_download
 from PIL import Image
 from safetensors.torch import load_file
 from test_model_card import parsed
-from test_trainer import SIZE, assert_same, build, trained
+from test_trainer import SIZE, assert_same, build, config, trained
 from tiny import tiny_sd3
 
 from trl_tpgrpo.commands import train
-from trl_tpgrpo.hub import HubError
+from trl_tpgrpo.hub import HubError, HubRepository
 
 
 ROOT = Path(__file__).parents[1]
@@ -30,15 +31,16 @@ ADAPTER = {"pytorch_lora_weights.safetensors"}
 TRANSFORMER = {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"}
 RESUMABLE = {
     "pytorch_lora_weights.safetensors", "last/pytorch_lora_weights.safetensors", "optimizer.pt", "rng_state.pth",
-    "rollout_0.pt", "scheduler.pt", "trainer_state.json",
+    "rollout_0.pt", "scheduler.pt", "trainer_state.json", *CARD,
 }  # fmt: skip
 
 
 def environment(server: HubServer, tmp_path: Path, token: str = WRITE) -> dict[str, str]:
     """The same for another process."""
     return {
-        **os.environ, "HF_ENDPOINT": server.endpoint, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1",
-        "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "ACCELERATE_USE_CPU": "true",
+        **os.environ, "HF_ENDPOINT": server.endpoint, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home"),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
 
 
@@ -46,6 +48,11 @@ def pushing(output_dir: Path, **changes: object):
     """A run that saves after each of two updates; its average moves each time."""
     settings = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1, "ema_update_every": 1, **changes}
     return build(output_dir, **settings)
+
+
+def steps(*numbers: int) -> list[str]:
+    """Return the ends of the messages of the commits of whole checkpoints."""
+    return [f"step {number}{what}" for number in numbers for what in ("", ", checkpoint")]
 
 
 def images_of(pipeline: DiffusionPipeline) -> list[Image.Image]:
@@ -124,11 +131,11 @@ def test_a_run_goes_on_from_a_pushed_checkpoint(hub: HubServer, tmp_path: Path) 
     [
         ("end", None, []),
         ("every_save", CARD | ADAPTER, ["step 1", "step 2"]),
-        ("checkpoint", CARD | ADAPTER | {f"last-checkpoint/{name}" for name in RESUMABLE}, ["step 1", "step 2"]),
+        ("checkpoint", CARD | ADAPTER | {f"last-checkpoint/{name}" for name in RESUMABLE}, steps(1, 2)),
         (
             "all_checkpoints",
             CARD | ADAPTER | {f"checkpoint-{step}/{name}" for step in (1, 2) for name in RESUMABLE},
-            ["step 1", "step 2"],
+            steps(1, 2),
         ),
     ],
 )
@@ -208,7 +215,7 @@ def test_a_checkpoint_is_not_deleted_while_it_is_pushed(hub: HubServer, tmp_path
     trainer.train()
     assert seen == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
-    assert hub.repositories["me/run"].messages == [f"Training in progress, step {step}" for step in (1, 4)]
+    assert hub.repositories["me/run"].messages == [f"Training in progress, {step}" for step in steps(1, 4)]
 
 
 def test_sampling_for_the_card_changes_no_training(hub: HubServer, tmp_path: Path) -> None:
@@ -237,7 +244,8 @@ def test_two_processes_push_once(hub: HubServer, tmp_path: Path) -> None:
         env=environment(hub, tmp_path), capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
-    assert hub.repositories["me/run"].messages == ["Training in progress, step 1", "End of training"]
+    messages = [*(f"Training in progress, {step}" for step in steps(1)), "End of training"]
+    assert hub.repositories["me/run"].messages == messages
     resumable = (RESUMABLE - {"rng_state.pth"}) | {"rollout_1.pt", "rng_state_0.pth", "rng_state_1.pth"}
     assert set(hub.files("me/run")) == CARD | ADAPTER | IMAGES | {f"last-checkpoint/{name}" for name in resumable}
 
@@ -311,25 +319,38 @@ def test_a_token_that_does_not_do_is_seen_before_training(
         pushing(tmp_path / "run", hub_token=token, hub_model_id="me/run")
 
 
-def test_a_failure_in_mid_run_is_warned_of_and_made_up_for(hub: HubServer, tmp_path: Path, caplog) -> None:
-    trainer = pushing(tmp_path / "run", hub_strategy="checkpoint", hub_always_push=True)
-    hub.fail("POST", "/commit/", 500, times=1)
-    trainer.train()
-    warnings = [record.message for record in caplog.records if record.name == "trl_tpgrpo.hub"]
-    assert len(warnings) == 1 and "the Hub has answered 500" in warnings[0] and "Training goes on" in warnings[0]
-    trainer.push_to_hub()
-    assert hub.repositories["me/run"].messages == ["Training in progress, step 2", "End of training"]
-
-
-def test_a_checkpoint_that_is_missing_at_the_end_is_an_error(hub: HubServer, tmp_path: Path) -> None:
+def test_a_failure_in_mid_run_is_warned_of_with_the_command_that_makes_up_for_it(
+    hub: HubServer, tmp_path: Path, caplog
+) -> None:
     trainer = pushing(tmp_path / "run", hub_strategy="all_checkpoints")
-    hub.fail("POST", "/commit/", 500, times=1)
+    hub.fail("POST", "/commit/", 500, times=2)
     trainer.train()
-    with pytest.raises(HubError, match="checkpoint-1 is not there; the trained weights are") as caught:
-        trainer.push_to_hub()
-    assert CARD | ADAPTER | IMAGES <= set(hub.files("me/run"))
-    subprocess.run([f"{sys.prefix}/bin/hf", *later(caught.value)[1:]], env=environment(hub, tmp_path), check=True)
-    assert {f"checkpoint-{step}/{name}" for step in (1, 2) for name in RESUMABLE} <= set(hub.files("me/run"))
+    warnings = [record.message for record in caplog.records if record.name == "trl_tpgrpo.hub.repository"]
+    assert len(warnings) == 2 and all("the Hub has answered 500" in warning for warning in warnings)
+    trainer.push_to_hub()
+    messages = [*(f"Training in progress, {step}" for step in steps(2)), "End of training"]
+    assert hub.repositories["me/run"].messages == messages
+    assert not any(path.startswith("checkpoint-1/") for path in hub.files("me/run"))
+    subprocess.run([f"{sys.prefix}/bin/hf", *later(warnings[1])[1:]], env=environment(hub, tmp_path), check=True)
+    checkpoints = {f"checkpoint-{step}/{name}" for step in (1, 2) for name in RESUMABLE}
+    assert set(hub.files("me/run")) == CARD | ADAPTER | IMAGES | checkpoints
+
+
+def test_a_skipped_checkpoint_that_has_been_deleted_is_warned_of(hub: HubServer, tmp_path: Path, caplog) -> None:
+    go_on = threading.Event()
+    hub.before_commit = lambda: go_on.wait(30)
+    repository = HubRepository(config(tmp_path / "run"), is_lora=True)
+    repository.create()
+    for step in (1, 2):
+        checkpoint = tmp_path / f"run/checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+        repository.push_checkpoint(checkpoint, step)
+    shutil.rmtree(tmp_path / "run/checkpoint-2")
+    go_on.set()
+    repository.finish()
+    assert hub.repositories["me/run"].messages == ["Training in progress, step 1"]
+    assert "checkpoint-2' is not a directory" in caplog.text and not (tmp_path / "run/checkpoint-2").exists()
 
 
 def test_a_push_that_does_not_block_tells_of_its_failure(hub: HubServer, tmp_path: Path, caplog) -> None:

@@ -229,7 +229,9 @@ def test_the_rollout_that_is_recomputed_twice_gives_the_same(tmp_path: Path) -> 
     trainer = build(tmp_path, recompute_old_log_probs=True, num_iterations=2)
     trainer.model.train()
     (chunk,) = [trainer._prepare_inputs([{"prompt": PROMPTS[0], "topic": 0}] * 4)]
-    assert torch.equal(chunk.log_probs, trainer._training_log_probs(chunk))
+    assert torch.equal(
+        chunk.log_probs, trainer.rollouts.training_log_probs(chunk, trainer.compute_loss_context_manager)
+    )
     assert not chunk.log_probs.requires_grad
 
 

@@ -94,7 +94,8 @@ from pathlib import Path
 from accelerate import PartialState
 from trl_tpgrpo.metrics import Metrics
 
-rank, metrics = PartialState(cpu=True).process_index, Metrics()
+state = PartialState(cpu=True)
+rank, metrics = state.process_index, Metrics()
 metrics.record("both", float(rank))
 metrics.record("sum", 1.0, "sum")
 metrics.record("seconds/phase", 1.0 + rank, "seconds")
@@ -104,6 +105,7 @@ if rank == 1:
     metrics.record("alone", 5.0)
     metrics.record("alone, max", -5.0, "max")
 (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps([metrics.latest(), metrics.flush(), metrics.flush()]))
+state.destroy_process_group()
 """
 
 

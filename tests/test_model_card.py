@@ -11,8 +11,9 @@ from test_trainer import build, config, prompts
 
 from trl_tpgrpo import TPGRPOConfig
 from trl_tpgrpo.commands import train
-from trl_tpgrpo.model_card import reward_table
-from trl_tpgrpo.recipe import to_yaml
+from trl_tpgrpo.hub.card import rewards_by_update
+from trl_tpgrpo.hub.recipe import to_yaml
+from trl_tpgrpo.policies.weights import load_weights
 
 
 CARD_IMAGES = {f"images/sample_{number}.png" for number in range(4)}
@@ -61,7 +62,7 @@ def test_the_cards_images_are_those_of_the_trained_model(hub: HubServer, tmp_pat
     trainer.train()
     trainer.push_to_hub()
     again = build(tmp_path / "again", max_steps=1)
-    again.policy.load_weights(again.model, tmp_path / "run")
+    load_weights(again.model, tmp_path / "run")
     again.push_to_hub()
     one, other = (hub.files(f"me/{name}")["images/sample_0.png"] for name in ("run", "again"))
     assert one == other
@@ -79,18 +80,25 @@ def test_rewards_of_training_where_nothing_was_evaluated(tmp_path: Path) -> None
     assert "mean_of_state" not in text and "<Gallery" not in text
 
 
-def test_reward_table_takes_the_first_and_last_value_of_each_reward() -> None:
-    history = [
+def test_the_card_has_the_first_and_last_value_of_each_reward(tmp_path: Path) -> None:
+    trainer = build(tmp_path / "run")
+    trainer.create_model_card()
+    assert "## Rewards\n\nNone have been logged.\n\n## Training" in (tmp_path / "run/README.md").read_text()
+    trainer.state.log_history = [
         {"step": 1, "reward": 9.0},
         {"step": 0, "eval_reward": 0.25, "eval_runtime": 1.0},
         {"step": 5, "eval_reward": 0.5, "eval_rewards/brightness/mean": 0.125},
         {"step": 9, "eval_reward": 0.75},
     ]
-    assert reward_table(history).splitlines()[4:] == [
+    trainer.create_model_card()
+    text = (tmp_path / "run/README.md").read_text()
+    assert re.search(r"fixed noise:\n\n((?:\|.*\n)+)\n## Training", text)[1].splitlines() == [
+        "| reward | first | last |",
+        "|---|---|---|",
         "| `eval_reward` | 0.25 (update 0) | 0.75 (update 9) |",
         "| `eval_rewards/brightness/mean` | 0.125 (update 5) | 0.125 (update 5) |",
     ]
-    assert reward_table([]) == "None have been logged."
+    assert rewards_by_update(trainer.state.log_history, "reward") == {"reward": [(1, 9.0)]}
 
 
 def test_prompts_with_quotes_and_new_lines_make_a_valid_card(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Remote rewards against real servers on the loopback interface: under load, through faults, and with a message for each."""
+"""Remote rewards against real servers on the loopback interface: under load, through faults, each with a message."""
 
 import asyncio
 import math
@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loopback import Reply, as_json, request, scripted, serving
+from loopback import Reply, as_json, before_answers, request, scripted, serving
 from PIL import Image
 
-from trl_tpgrpo.rewards import http_client
+from trl_tpgrpo.rewards import remote
 from trl_tpgrpo.rewards.remote import TOKEN_VARIABLE, RemoteReward, RemoteRewardError, remote_reward_from_url
-from trl_tpgrpo.rewards.serving.server import Handler
 
 
 ROOT = Path(__file__).parents[1]
@@ -28,8 +27,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch) -> None:
-    monkeypatch.setattr(http_client, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(http_client, "MAX_PAUSE", 0.1)
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(remote, "MAX_PAUSE", 0.1)
 
 
 def numbered(number: int) -> Image.Image:
@@ -72,7 +71,7 @@ def test_a_remote_reward_is_the_function_itself() -> None:
     weight = [0.1 * number for number in range(10)]
     images, prompts = [numbered(number) for number in range(10)], [f"number {number}" for number in range(10)]
     with serving(local) as server:
-        reward = RemoteReward(f"http://127.0.0.1:{server.server_port}/", "local", batch_size=4)
+        reward = RemoteReward(f"http://127.0.0.1:{server.port}/", "local", batch_size=4)
         assert reward.__name__ == "local" and not {"batch_size", "timeout"} & set(vars(reward))
         remote, metrics, extra = record(lambda **log: score(reward, range(10), weight=weight, trainer_state=5, **log))
         assert record(lambda **log: asyncio.run(reward([], [], weight=[], **log))) == ([], [], {})
@@ -83,30 +82,25 @@ def test_a_remote_reward_is_the_function_itself() -> None:
 
 
 def test_a_thousand_images_from_eight_clients_through_a_server_that_loses_answers(monkeypatch) -> None:
-    """Each is scored exactly once, and each gets its own value, though one answer in five is lost and the queue is short."""
+    """Each is scored once and gets its own value, though one answer in five is lost and the queue is short."""
     calls: list[int] = []
-    lost: Counter[str] = Counter()
-    send, lock = Handler._send, threading.Lock()
+    sent: Counter[str] = Counter()
 
     def counting(images, prompts, target, **columns):
         assert target == [number_of(image) for image in images]
         calls.extend(target)
         return root(images, prompts)
 
-    def losing(handler: Handler, status: int, body: dict, headers: dict) -> None:
-        with lock:
-            first_time = status == 200 and lost[body["id"]] == 0
-            if status == 200:
-                lost[body["id"]] += 1
-        if first_time and int(body["id"], 16) % 5 == 0:
-            handler.close_connection = True
-        else:
-            send(handler, status, body, headers)
+    async def lose(answer: dict) -> None:
+        if "rewards" in answer:
+            sent[answer["id"]] += 1
+            if sent[answer["id"]] == 1 and int(answer["id"], 16) % 5 == 0:
+                raise ConnectionError("this answer is lost")
 
-    monkeypatch.setattr(Handler, "_send", losing)
+    before_answers(monkeypatch, lose)
     counting.batch_size = 7
     with serving(counting, max_queue=100) as server:
-        url = f"http://127.0.0.1:{server.server_port}"
+        url = f"http://127.0.0.1:{server.port}"
 
         def client(number: int) -> list[float | None]:
             numbers = range(125 * number, 125 * number + 125)
@@ -117,7 +111,7 @@ def test_a_thousand_images_from_eight_clients_through_a_server_that_loses_answer
             answers = list(pool.map(client, range(8)))
     assert [value for answer in answers for value in answer] == [math.sqrt(number) for number in range(1000)]
     assert sorted(calls) == list(range(1000))
-    assert max(lost.values()) > 1, "no answer was lost, and this test shows nothing"
+    assert max(sent.values()) > 1, "no answer was lost, and this test shows nothing"
 
 
 SLOW = """
@@ -197,7 +191,7 @@ def test_a_slow_server_times_out_and_its_work_is_not_done_twice() -> None:
         return [1.0] * len(images)
 
     with serving(slow) as server:
-        url = f"http://127.0.0.1:{server.server_port}"
+        url = f"http://127.0.0.1:{server.port}"
         with pytest.raises(RemoteRewardError, match=r"no answer within 0\.1 seconds \(2 attempts\).*Longer `timeout`"):
             score(RemoteReward(url, "slow", timeout=0.1, num_retries=1), [1])
         threading.Timer(0.5, may_go_on.set).start()
@@ -258,7 +252,7 @@ def test_errors_of_the_function_name_row_and_prompt() -> None:
         return root(images, prompts)
 
     with serving(picky) as server:
-        reward = RemoteReward(f"http://127.0.0.1:{server.server_port}", "picky", batch_size=4)
+        reward = RemoteReward(f"http://127.0.0.1:{server.port}", "picky", batch_size=4)
         with pytest.raises(RemoteRewardError) as error:
             score(reward, [0, 1, 2, 3, 4, 13, 6])
         url = reward.url
@@ -270,7 +264,7 @@ def test_errors_of_the_function_name_row_and_prompt() -> None:
 
 def test_the_token_opens_and_is_not_shown(monkeypatch) -> None:
     with serving(root, token="se-cret") as server:
-        url = f"http://127.0.0.1:{server.server_port}"
+        url = f"http://127.0.0.1:{server.port}"
         assert score(RemoteReward(url, "root", token="se-cret"), [9]) == [3.0]
         for token in ("se-cre", None):
             with pytest.raises(RemoteRewardError, match=r"status 401.*`token`.*TRL_TPGRPO_REWARD_TOKEN") as error:
@@ -278,7 +272,7 @@ def test_the_token_opens_and_is_not_shown(monkeypatch) -> None:
             assert "se-cre" not in str(error.value)
         monkeypatch.setenv(TOKEN_VARIABLE, "se-cret")
         assert score(remote_reward_from_url(f"{url}/root"), [9]) == [3.0]
-        assert "se-cret" not in repr(vars(RemoteReward(url, "root"))["_client"]) + repr(RemoteReward(url, "root"))
+        assert "se-cret" not in repr(vars(RemoteReward(url, "root"))) + repr(RemoteReward(url, "root"))
     with pytest.raises(ValueError, match="The token must be printable") as wrong:
         RemoteReward(url, "root", token="se-cret\n")
     assert "se-cret" not in str(wrong.value)
@@ -286,7 +280,7 @@ def test_the_token_opens_and_is_not_shown(monkeypatch) -> None:
 
 def test_a_payload_that_is_too_large_names_the_remedy() -> None:
     with serving(root, max_payload=3000) as server:
-        url = f"http://127.0.0.1:{server.server_port}"
+        url = f"http://127.0.0.1:{server.port}"
         message = (
             r"status 413: The request has \d+ bytes; at most 3000 .* Take a smaller `batch_size` \(now 16\), or raise"
         )
@@ -296,7 +290,7 @@ def test_a_payload_that_is_too_large_names_the_remedy() -> None:
 
 
 def test_a_full_queue_is_waited_for_and_then_named(monkeypatch) -> None:
-    monkeypatch.setattr(http_client, "MAX_PAUSE", 0.05)  # the server asks for a second
+    monkeypatch.setattr(remote, "MAX_PAUSE", 0.05)  # the server asks for a second
     started, may_go_on = threading.Event(), threading.Event()
 
     def slow(images, prompts, **columns):
@@ -306,10 +300,10 @@ def test_a_full_queue_is_waited_for_and_then_named(monkeypatch) -> None:
 
     slow.batch_size = 1
     with serving(slow, max_queue=2) as server, ThreadPoolExecutor() as pool:
-        url = f"http://127.0.0.1:{server.server_port}"
+        url = f"http://127.0.0.1:{server.port}"
         patient = RemoteReward(url, "slow", batch_size=1, concurrency=6, num_retries=1000)
         asked = pool.submit(score, patient, range(12))
-        assert started.wait(10)  # one that is taken out of the queue later would leave a place in it
+        assert started.wait(10)  # taken out of the queue later, it would leave room there
         while request(server, "GET", "/health")[1]["rewards"]["slow"]["num_waiting"] < 2:
             time.sleep(0.01)
         try:
@@ -333,7 +327,7 @@ def test_a_full_queue_is_waited_for_and_then_named(monkeypatch) -> None:
 )
 def test_columns_that_json_cannot_carry_are_named(values: list, shown: str) -> None:
     with serving(root) as server:
-        url = f"http://127.0.0.1:{server.server_port}"
+        url = f"http://127.0.0.1:{server.port}"
         with pytest.raises(ValueError, match=rf"The column 'odd' cannot be sent to {url}/root.*{shown}.*columns=\["):
             score(RemoteReward(url, "root"), [1, 4], odd=values)
         assert score(RemoteReward(url, "root", columns=["fine"]), [1, 4], odd=values, fine=[{"a": [None]}, "x"]) == [
@@ -346,7 +340,7 @@ def test_columns_that_json_cannot_carry_are_named(values: list, shown: str) -> N
 
 def test_images_that_png_cannot_carry_are_named() -> None:
     with serving(root) as server:
-        reward = RemoteReward(f"http://127.0.0.1:{server.server_port}", "root")
+        reward = RemoteReward(f"http://127.0.0.1:{server.port}", "root")
         with pytest.raises(ValueError, match="image of row 1 has mode 'CMYK'"):
             asyncio.run(reward([numbered(1), Image.new("CMYK", (8, 8))], ["", ""]))
 

@@ -15,7 +15,7 @@ def test_a_remote_reward_trains_to_the_weights_of_a_local_one(tmp_path: Path) ->
     local = build(tmp_path / "local")
     local.train()
     with serving(brightness) as server:
-        reward = RemoteReward(f"http://127.0.0.1:{server.server_port}", "brightness", batch_size=3)
+        reward = RemoteReward(f"http://127.0.0.1:{server.port}", "brightness", batch_size=3)
         remote = build(tmp_path / "remote", reward_funcs=reward)
         remote.train()
         health = request(server, "GET", "/health")[1]

@@ -1,4 +1,4 @@
-"""The sweep over the sigmas, with a plain function in the model's place: cost, exactness and errors."""
+"""The sweep over the sigmas, with a plain function instead of a model: cost, exactness and errors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ WINDOWS = [(0, 9), (0, 4), (3, 7), (5, 6)]
 
 
 def velocity(latents: Tensor, step: int, rows: Tensor) -> Tensor:
-    """Nonlinear, another one at each step and for each trajectory; of exact operations, so that bits are equal."""
+    """Return a nonlinear velocity that differs by step and trajectory, by exact operations, so that bits are equal."""
     offset = (rows.float() - 1).view(-1, *[1] * (latents.ndim - 1))
     return latents / (1 + latents * latents) + 0.25 * offset * latents - 0.125 * step
 
@@ -36,7 +36,7 @@ class Recorder:
 
 
 def schedule(num_steps: int) -> Tensor:
-    """Falling from 1 to 0, bent as by a shift of 3."""
+    """Return sigmas falling from 1 to 0, with a shift of 3."""
     even = torch.linspace(1, 0, num_steps + 1)
     return 3 * even / (1 + 2 * even)
 
@@ -64,7 +64,7 @@ def rolled(taken: Window | None = None, num_steps: int = 10, batch: int = BATCH,
 
 
 def integrate(latents: Tensor, start: int, sigmas: Tensor, model: Callable[..., Tensor] = velocity) -> Tensor:
-    """The ODE from `start` to the end, the plain way."""
+    """Integrate the ODE from `start` to the end, the plain way."""
     for step in range(start, len(sigmas) - 1):
         predicted = model(latents, step, torch.arange(len(latents)))
         latents = ode_step(latents, predicted, sigmas[step], sigmas[step + 1])
@@ -72,7 +72,7 @@ def integrate(latents: Tensor, start: int, sigmas: Tensor, model: Callable[..., 
 
 
 def ends(rollout: Rollout) -> Tensor:
-    """Where completions and trajectories end, row by row: (B, C + 1, ...)."""
+    """Return where completions and trajectories end, row by row: (B, C + 1, ...)."""
     return rollout.final_latents[rollout.image_of]
 
 
@@ -231,10 +231,10 @@ def test_a_trajectory_does_not_depend_on_its_batch_mates() -> None:
     together = rolled(window(1, 6))
     for row in range(BATCH):
 
-        def of_this_row(latents: Tensor, step: int, rows: Tensor, row: int = row) -> Tensor:
+        def velocity_of_row(latents: Tensor, step: int, rows: Tensor, row: int = row) -> Tensor:
             return velocity(latents, step, rows + row)
 
-        alone = roll_out(of_this_row, noise()[row : row + 1], schedule(10), window(1, 6), seeded(row))
+        alone = roll_out(velocity_of_row, noise()[row : row + 1], schedule(10), window(1, 6), seeded(row))
         assert torch.equal(alone.states[0], together.states[row])
         assert torch.equal(alone.log_probs[0], together.log_probs[row])
         assert torch.equal(ends(alone)[0], ends(together)[row])
@@ -245,8 +245,8 @@ def test_every_completion_takes_the_prompt_of_its_trajectory(batch_size: int | N
     model = Recorder()
     result = roll_out(model, noise(), schedule(6), window(1, 4), seeded(0, 1, 2), batch_size=batch_size)
     for step in range(6):
-        rows = torch.cat([its_rows for _, at, its_rows in model.calls if at == step])
-        latents = torch.cat([its_latents for its_latents, at, _ in model.calls if at == step])
+        calls = [(latents, rows) for latents, at, rows in model.calls if at == step]
+        latents, rows = (torch.cat(values) for values in zip(*calls, strict=True))
         assert rows.tolist() == [0, 1, 2] * (len(rows) // BATCH)
         if 1 <= step < 4:
             assert torch.equal(latents[:BATCH], result.states[:, step - 1])

@@ -1,27 +1,32 @@
 """The reward server: what it answers, in which batches it calls, what it refuses, and how it ends."""
 
 import ast
+import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import RemoteDisconnected
+from json import JSONDecodeError
 from pathlib import Path
 
 import pytest
 import torch
-from loopback import request, serving
+from loopback import before_answers, request, serving
 from PIL import Image
 
 from trl_tpgrpo import cli
 from trl_tpgrpo.commands import serve_reward
 from trl_tpgrpo.rewards.remote import base64_png
 from trl_tpgrpo.rewards.serving import program
+from trl_tpgrpo.rewards.serving import server as server_module
 from trl_tpgrpo.rewards.serving.functions import ServedReward, find_function
-from trl_tpgrpo.rewards.serving.server import Handler, RewardServer
+from trl_tpgrpo.rewards.serving.server import Limits, RewardServer
 
 
 ROOT = Path(__file__).parents[1]
@@ -285,11 +290,14 @@ def test_limits_and_addresses() -> None:
         assert status == 413 and "has 4 images; the queue holds 3" in answer["error"]["message"]
         status, answer, _ = request(server, "POST", "/beauty", body(1))
         assert status == 404 and "no '/beauty' here, only ['redness']" in answer["error"]["message"]
-        assert request(server, "GET", "/redness")[0] == 404
         assert request(server, "POST", "/redness", body(1), Content_Type="text/plain")[0] == 415
-        assert request(server, "POST", "/redness", body(1), Content_Length="many")[0] == 411
-        status, answer, _ = request(server, "PUT", "/redness", body(1))
-        assert status == 501 and "PUT" in answer["error"]["message"]
+        assert request(server, "POST", "/redness", iter([b"{}"]))[0] == 411
+        for method in ("GET", "PUT"):
+            status, answer, _ = request(server, method, "/redness", body(1))
+            assert status == 405 and f"{method} /redness" in answer["error"]["message"]
+            assert answer["error"]["type"] == "bad_request"
+        with pytest.raises((JSONDecodeError, RemoteDisconnected)):  # in uvicorn's words, those of before 0.14 none
+            request(server, "POST", "/redness", body(1), Content_Length="many")
 
 
 @pytest.mark.parametrize(
@@ -336,15 +344,14 @@ def test_a_request_that_comes_again_is_not_scored_again() -> None:
         assert len(recorder.calls) == 4, "only the last two answers are kept"
 
 
-def test_drain_answers_what_has_been_taken(monkeypatch) -> None:
-    recorder, sent, send = Recorder(batch_size=1), [], Handler._send
+def test_the_end_answers_what_has_been_taken(monkeypatch) -> None:
+    recorder, sent = Recorder(batch_size=1), []
 
-    def slowly(handler: Handler, *answer) -> None:
-        time.sleep(0.2)
-        send(handler, *answer)
+    async def slowly(answer: dict) -> None:
+        await asyncio.sleep(0.2)
         sent.append(answer)
 
-    monkeypatch.setattr(Handler, "_send", slowly)
+    before_answers(monkeypatch, slowly)
     with serving(recorder) as server:
         futures = later(server, "/recorder", *(body(n, name=str(n)) for n in range(5)))
         threading.Timer(0.2, recorder.may_go_on.set).start()
@@ -352,6 +359,15 @@ def test_drain_answers_what_has_been_taken(monkeypatch) -> None:
     assert [future.result()[1]["rewards"] for future in futures] == [[0.0], [1.0], [2.0], [3.0], [4.0]]
     with pytest.raises(ConnectionRefusedError):
         request(server, "GET", "/health")
+
+
+def test_a_request_that_stalls_is_told_so_and_does_not_keep_the_server_from_ending(monkeypatch) -> None:
+    monkeypatch.setattr(server_module, "MAX_SILENCE", 0.1)
+    with serving(redness) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        head = "POST /redness HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+        client.sendall(head.encode() + b"{")
+        answer = b"".join(iter(lambda: client.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 503") and b'"cut_off"' in answer and b"retry-after: 1" in answer.lower()
 
 
 REWARDS = """
@@ -408,12 +424,15 @@ def test_names_must_be_urls() -> None:
     with pytest.raises(ValueError, match="image_type='np', not 'pil' or 'pt'"):
         ServedReward(Recorder(image_type="np"))
     with pytest.raises(ValueError, match=r"need different names, .* \['redness', 'redness'\]"):
-        RewardServer(("127.0.0.1", 0), [ServedReward(redness), ServedReward(redness)])
+        RewardServer(("127.0.0.1", 0), [ServedReward(redness), ServedReward(redness)], Limits())
 
 
 def test_functions_are_found_by_path_and_built_in_name(tmp_path: Path, monkeypatch) -> None:
+    from trl_tpgrpo import rewards
     from trl_tpgrpo.rewards import jpeg_compressibility
 
+    assert all(callable(getattr(rewards, name)) for name in rewards.__all__)
+    assert sorted(rewards.MODULES) == sorted(rewards.__all__)
     (tmp_path / "own_rewards.py").write_text(REWARDS)
     monkeypatch.chdir(tmp_path)
     assert find_function("own_rewards.slow").__name__ == "slow"
@@ -435,18 +454,26 @@ def test_the_command_line_has_it(capsys) -> None:
 
 
 def test_the_page_on_the_protocol_has_every_refusal() -> None:
-    sources = "".join(path.read_text() for path in (ROOT / "trl_tpgrpo/serving").glob("*.py"))
-    kinds = set(re.findall(r'Refusal\([^"]*?(?:\d+|int\(code\)), "(\w+)"', sources)) | {"reward_raised"}
-    assert len(kinds) >= 14
+    sources = "".join(path.read_text() for path in (ROOT / "trl_tpgrpo/rewards/serving").glob("*.py"))
+    kinds = set(re.findall(r'Refusal\([^"]*?, "(\w+)"', sources))
+    assert len(kinds) >= 15
     table = (ROOT / "docs/remote_rewards.md").read_text()
     assert not {kind for kind in kinds if f"`{kind}`" not in table}
 
 
 def test_an_old_environment_suffices() -> None:
-    """Python 3.8's grammar, and no package but Pillow."""
-    for path in [ROOT / "trl_tpgrpo/__init__.py", *(ROOT / "trl_tpgrpo/serving").glob("*.py")]:
+    """Python 3.8's grammar, and no package but Pillow, Starlette, uvicorn and what these need themselves."""
+    package = ROOT / "trl_tpgrpo"
+    for path in [
+        package / "__init__.py",
+        package / "rewards/__init__.py",
+        *(package / "rewards/serving").glob("*.py"),
+    ]:
         ast.parse(path.read_text(), feature_version=(3, 8))
-    code = "import sys; before = set(sys.modules); import trl_tpgrpo.rewards.serving.program; print(*set(sys.modules) - before)"
+    code = (
+        "import sys; before = set(sys.modules); import trl_tpgrpo.rewards.serving.program; "
+        "print(*set(sys.modules) - before)"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -455,5 +482,7 @@ def test_an_old_environment_suffices() -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     tops = {name.split(".")[0] for name in run.stdout.split()}
-    assert {"PIL", "trl_tpgrpo"} <= tops
-    assert tops - sys.stdlib_module_names - {"__mp_main__"} <= {"PIL", "trl_tpgrpo", "defusedxml"}
+    needed = {"PIL", "anyio", "starlette", "trl_tpgrpo", "uvicorn"}
+    assert needed <= tops
+    theirs = {"click", "defusedxml", "h11", "idna", "sniffio", "typing_extensions"}
+    assert tops - sys.stdlib_module_names - {"__mp_main__"} <= needed | theirs

@@ -323,6 +323,34 @@ def test_a_failing_reward_stops_the_run_with_its_name(while_training: bool, tmp_
         trainer.train() if while_training else trainer.evaluate()
 
 
+@pytest.mark.parametrize("term", ["surrogate", "KL divergence"])
+def test_a_loss_that_is_not_finite_is_explained(term: str, tmp_path: Path) -> None:
+    """With the SDE step, the term and the largest ratio; the second of three steps is broken here."""
+    trainer = build(tmp_path, bf16=False)
+    velocity, calls = trainer.policy.velocity, []
+
+    def broken(model: torch.nn.Module, *inputs: object) -> torch.Tensor:
+        predicted = velocity(model, *inputs)
+        is_reference = not torch.is_grad_enabled()
+        if not trainer.rollouts.is_sampling and is_reference == (term == "KL divergence"):
+            calls.append(None)
+            return predicted * torch.nan if len(calls) == 2 else predicted
+        return predicted
+
+    generate, trainer.rollouts.is_sampling = trainer.rollouts.generate, False
+
+    def sampling(*inputs: object) -> object:
+        trainer.rollouts.is_sampling = True
+        result = generate(*inputs)
+        trainer.rollouts.is_sampling = False
+        return result
+
+    trainer.rollouts.generate, trainer.policy.velocity = sampling, broken
+    message = rf"at update 0 is nan: the {term} of SDE step 1, where the largest probability ratio is (nan|1)\."
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.train()
+
+
 def test_diverged_weights_are_caught(tmp_path: Path) -> None:
     trainer = build(tmp_path, learning_rate=1e30, max_steps=3)
     with pytest.raises(FloatingPointError, match="learning_rate"):

@@ -220,8 +220,8 @@ def test_a_measured_batch_size_is_taken_and_changes_only_rounding(tmp_path: Path
     for trainer in (fixed, measured):
         trainer.model.train()
         tables.append(trainer._prepare_inputs([{"prompt": "a red circle", "topic": 0}] * 4).table.rewards)
-    assert fixed.images.batch_sizes == {"model": 4, "vae": 4}
-    assert all(1 <= measured.images.batch_sizes[part] <= 256 for part in ("model", "vae"))
+    assert fixed.rollouts.batch_sizes == {"model": 4, "vae": 4}
+    assert all(1 <= measured.rollouts.batch_sizes[part] <= 256 for part in ("model", "vae"))
     torch.testing.assert_close(tables[1], tables[0], rtol=0, atol=2 / 255)
 
 

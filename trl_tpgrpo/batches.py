@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .algorithm.credit import CreditRule, RewardTable
+from .algorithm.credit import CreditedSteps, CreditRule, RewardTable
 from .algorithm.rollout import Rollout, Window
 from .algorithm.sde import Transition, log_prob, transition
 from .policies.base import Conditioning, Schedule
@@ -20,28 +20,18 @@ from .rewards.contract import RewardError
 
 @dataclass(frozen=True)
 class Sampled:
-    """Trajectories of B rows of a dataset, their images and the rewards of these.
-
-    Attributes:
-        rollout: Trajectories and final latents.
-        images: M images, one for each of `rollout.final_latents`.
-        rewards: float32, (B, F, C + 1), on the CPU, of the images that `rollout.image_of` names; NaN where a function does
-            not apply, and throughout where one has failed.
-        failed: bool, (B,), on the CPU: trajectories that a function has failed on.
-        extra: Columns that functions have logged beside their rewards, M values each.
-        error: Failure that has to stop the run.
-        num_failed_images: Number of the M images that a function has failed on.
-        skipped: Failures that do not stop the run.
-    """
+    """Trajectories of B rows of a dataset, their images and the rewards of these."""
 
     rollout: Rollout
-    images: list[Image.Image]
-    rewards: Tensor
-    failed: Tensor
-    extra: dict[str, list] = field(default_factory=dict)
-    error: RewardError | None = None
+    images: list[Image.Image]  # M, one for each of `rollout.final_latents`
+    rewards: (
+        Tensor  # float32, (B, F, C + 1), on the CPU, as `rollout.image_of`; NaN: does not apply, or one has failed
+    )
+    failed: Tensor  # bool, (B,), on the CPU: trajectories that a function has failed on
+    extra: dict[str, list] = field(default_factory=dict)  # columns logged beside the rewards, M values each
+    error: RewardError | None = None  # has to stop the run
     num_failed_images: int = 0
-    skipped: list[RewardError] = field(default_factory=list)
+    skipped: list[RewardError] = field(default_factory=list)  # do not stop the run
 
     def without_images(self) -> "Sampled":
         """Drop what training does not go on with."""
@@ -51,37 +41,21 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Transitions:
-    """One SDE step of B trajectories: the unit of the loss.
+    """One SDE step of B trajectories: the unit of the loss."""
 
-    Attributes:
-        latents: float32, (B, ...), before the step.
-        next_latents: float32, (B, ...), after it.
-        old_log_probs: float32, (B,), when it was sampled; `None`: those of the policy that is trained now.
-        sigma: 0-dimensional, on the CPU, before the step.
-        sigma_next: 0-dimensional, on the CPU, after it.
-        timestep: 0-dimensional, on the CPU, before the step.
-        position: Index of the step in the window, 0 to K - 1.
-        window: The SDE window.
-        conditioning: The B prompts.
-        rows: (B,), on the CPU, the trajectories' rows in the reward table.
-        table: Rewards of all N trajectories.
-        num_trajectories: Number that the loss is the mean over: B and those left out because they add nothing to it.
-        reference: The reference's velocities by position, where they are kept.
-    """
-
-    latents: Tensor
-    next_latents: Tensor
-    old_log_probs: Tensor | None
-    sigma: Tensor
-    sigma_next: Tensor
-    timestep: Tensor
-    position: int
+    latents: Tensor  # float32, (B, ...), before the step
+    next_latents: Tensor  # float32, (B, ...), after it
+    old_log_probs: Tensor | None  # float32, (B,), when it was sampled; None: those of the policy that is trained now
+    sigma: Tensor  # 0-dimensional, on the CPU, before the step
+    sigma_next: Tensor  # 0-dimensional, on the CPU, after it
+    timestep: Tensor  # 0-dimensional, on the CPU, before the step
+    position: int  # index of the step in the window, 0 to K - 1
     window: Window
-    conditioning: Conditioning
-    rows: Tensor
-    table: RewardTable
-    num_trajectories: int
-    reference: dict[int, Tensor]
+    conditioning: Conditioning  # of the B prompts
+    rows: Tensor  # (B,), on the CPU, the trajectories' rows in the reward table
+    table: RewardTable  # rewards of all N trajectories
+    num_trajectories: int  # B and those left out because they add nothing to the loss, which is the mean over all
+    reference: dict[int, Tensor]  # velocities of the reference by position, where they are kept
 
     def transition(self, velocity: Tensor) -> Transition:
         """Return the distribution of the next latents that a predicted velocity (B, ...) gives."""
@@ -95,29 +69,17 @@ class Transitions:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """B trajectories, with all that training on them needs.
+    """B trajectories, with all that training on them needs."""
 
-    Attributes:
-        states: float32, (B, K + 1, ...), on the CPU if they are offloaded.
-        log_probs: float32, (B, K); `None`: those of the policy that is trained now.
-        window: The SDE window.
-        schedule: The noise levels.
-        conditioning: The distinct prompts of the generation batch.
-        prompts: (B,), on the CPU, the trajectories' indices among the prompts.
-        rows: (B,), on the CPU, the trajectories' rows in the reward table.
-        table: Rewards of all N trajectories, on the CPU.
-        reference: The reference's velocities by position, where they are kept.
-    """
-
-    states: Tensor
-    log_probs: Tensor | None
+    states: Tensor  # float32, (B, K + 1, ...), on the CPU if they are offloaded
+    log_probs: Tensor | None  # float32, (B, K); None: those of the policy that is trained now
     window: Window
     schedule: Schedule
-    conditioning: Conditioning
-    prompts: Tensor
-    rows: Tensor
-    table: RewardTable
-    reference: dict[int, Tensor] = field(default_factory=dict)
+    conditioning: Conditioning  # of the distinct prompts of the generation batch
+    prompts: Tensor  # (B,), on the CPU, the trajectories' indices among the prompts
+    rows: Tensor  # (B,), on the CPU, the trajectories' rows in the reward table
+    table: RewardTable  # rewards of all N trajectories, on the CPU
+    reference: dict[int, Tensor] = field(default_factory=dict)  # velocities of the reference by position, if kept
 
     def __len__(self) -> int:
         return len(self.states)
@@ -182,7 +144,7 @@ class Trajectories:
         )
 
 
-SAVED_CLASSES: list[Any] = [Conditioning, CreditRule, RewardTable, Schedule, Trajectories, Window]
+SAVED_CLASSES: list[Any] = [Conditioning, CreditedSteps, CreditRule, RewardTable, Schedule, Trajectories, Window]
 """Classes in the file of a rollout that is in use when a checkpoint is saved."""
 
 SAVED_CLASSES += [

@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; heavy imports wait until it is known which."""
+    """Run a subcommand, and import only what that one needs."""
     argv = list(sys.argv[1:] if argv is None else argv)
     width = max(map(len, COMMANDS))
     listing = "\n".join(f"  {name:<{width}}  {help_text}" for name, help_text in COMMANDS.items())
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextmanager
 def one_recipe(argv: list[str]) -> Iterator[list[str]]:
-    """The arguments with several recipes after `--config` made one, in which later ones override earlier ones.
+    """Yield the arguments with the recipes after `--config` merged into one; later recipes override earlier ones.
 
     Raises:
         ValueError: If a recipe is no mapping of options.

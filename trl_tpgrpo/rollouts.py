@@ -23,7 +23,7 @@ from transformers import TrainerState
 from .algorithm.completion import CompletionRule
 from .algorithm.credit import RewardTable, shortest_window, step_reward_variances
 from .algorithm.fidelity import compare
-from .algorithm.rollout import EXACT, Rollout, Window, fastest_batch_size, roll_out
+from .algorithm.rollout import EXACT, Generators, Rollout, Window, fastest_batch_size, roll_out
 from .batches import Sampled, Trajectories
 from .config import TPGRPOConfig
 from .metrics import Metrics, image_variety
@@ -34,6 +34,8 @@ from .rewards.scorer import ImageBatch, Scorer, Scoring, runs_beside, save_evide
 
 
 logger = logging.getLogger(__name__)
+
+Rows = list[dict[str, Any]]
 
 NOISE, WINDOW, EVALUATION, PROBE, CARD = range(5)
 """Purposes of a seed; the random numbers of one never depend on how many another took."""
@@ -61,24 +63,10 @@ class Pending:
 
 
 class Rollouts:
-    """Samples and scores rows of a dataset.
+    """Samples and scores rows of a dataset, with the model and the trainer's state that two getters give.
 
-    Args:
-        policy: Policy on its device, but for the text encoders.
-        args: Settings of the run.
-        accelerator: Accelerator of the run.
-        reward_funcs: Functions that are trained on.
-        eval_reward_funcs: Functions that are called in evaluation only.
-        embeddings: Encoded prompts.
-        samples: Keeper of the images that callbacks want to see.
-        progress: Display of the phases.
-        metrics: Metrics of `"train"` and of `"eval"`.
-        model: Getter of the model that predicts.
-        state: Getter of the trainer's state.
-
-    Attributes:
-        batch_sizes: Samples that the `"model"` and the `"vae"` are given at once; measured at the first use if absent.
-        measured_window: Window that `sde_window_share` has led to, once it is measured.
+    `batch_sizes` has the samples that the `"model"` and the `"vae"` are given at once; they are measured at the first use
+    if absent.
     """
 
     def __init__(
@@ -86,9 +74,9 @@ class Rollouts:
         policy: FlowPolicy,
         args: TPGRPOConfig,
         accelerator: Accelerator,
+        embeddings: PromptEmbeddings,
         reward_funcs: list[RewardFunc],
         eval_reward_funcs: list[RewardFunc],
-        embeddings: PromptEmbeddings,
         samples: Any,
         progress: Any,
         metrics: dict[str, Metrics],
@@ -105,9 +93,9 @@ class Rollouts:
         self._names = reward_names(functions)
         self._scores_tensors = any(declared(function).image_type == "pt" for function in functions)
         self._offloaded = [one for one in functions if hasattr(one, "to") and not runs_beside(one)]
-        kept_on_cpu = self._offloaded if args.offload_between_phases else []
-        for model in (one for one in functions if hasattr(one, "to") and one not in kept_on_cpu):
-            model.to(args.device)
+        for function in functions:
+            if hasattr(function, "to") and not (args.offload_between_phases and function in self._offloaded):
+                function.to(args.device)
         if args.offload_between_phases:
             policy.pipeline.vae.to("cpu")
         fixed = args.rollout_batch_size
@@ -125,15 +113,10 @@ class Rollouts:
         if self.args.rollout_batch_size is None:  # a fixed one may be another than before, say for lack of memory
             self.batch_sizes = state["batch_sizes"]
 
-    # ---------------------------------------------------------------------------------------- a generation batch
+    # A generation batch
 
-    def generate(self, rows: list[dict[str, Any]], generation: int) -> Trajectories:
-        """Sample a trajectory with its completions for each of B rows and score every image.
-
-        Args:
-            rows: Rows of a dataset.
-            generation: Index of the rollout.
-        """
+    def generate(self, rows: Rows, generation: int) -> Trajectories:
+        """Sample a trajectory with its completions for each of B rows, of rollout `generation`, and score every image."""
         if self.args.sde_window_share is not None and self.measured_window is None:
             self.measured_window = self._measure_window(rows)
         window, rule = self.measured_window or self.draw_window(generation), self.args.completion_rule
@@ -157,8 +140,8 @@ class Rollouts:
 
     def _sample_in_sweeps(
         self,
-        rows: list[dict[str, Any]],
-        generators: list[torch.Generator],
+        rows: Rows,
+        generators: Generators,
         window: Window,
         rule: CompletionRule | None,
     ) -> tuple[Tensor, Tensor, RewardTable]:
@@ -200,7 +183,7 @@ class Rollouts:
         every = 1 if rule is None else rule.every
         return RewardTable(gathered, self.reward_weights, group, len(window), self.args.credit_rule, every)
 
-    def _measure_window(self, rows: list[dict[str, Any]]) -> Window:
+    def _measure_window(self, rows: Rows) -> Window:
         """Find the shortest window with the wanted share of the step rewards' variance, on the first prompts."""
         group = self.args.num_generations
         if len(rows) % group == 0:  # else groups straddle processes, and are whole only if all rows are taken
@@ -213,7 +196,7 @@ class Rollouts:
 
     def _check_completions(
         self,
-        rows: list[dict[str, Any]],
+        rows: Rows,
         window: Window,
         generation: int,
         table: RewardTable,
@@ -233,9 +216,9 @@ class Rollouts:
         for name, value in fidelity.overall().items():
             self.metrics["train"].record(f"completion_check/{name}", value, "nanmean")
 
-    # ------------------------------------------------------------------------------- evaluation and single samples
+    # Evaluation and single samples
 
-    def evaluate(self, rows: list[dict[str, Any]], first: int) -> None:
+    def evaluate(self, rows: Rows, first: int) -> None:
         """Sample B rows, of which the first is row `first` of the dataset, by the ODE, and record their rewards."""
         generators = self.generators(EVALUATION, 0, len(rows), first)
         functions = [*self.reward_funcs, *self.eval_reward_funcs]
@@ -259,11 +242,11 @@ class Rollouts:
 
     def sample_and_score(
         self,
-        rows: list[dict[str, Any]],
-        generators: list[torch.Generator],
-        window: Window | None,
-        completion: CompletionRule | None,
-        reward_funcs: list[RewardFunc] | None,
+        rows: Rows,
+        generators: Generators,
+        window: Window | None = None,
+        completion: CompletionRule | None = None,
+        reward_funcs: list[RewardFunc] | None = None,
     ) -> Sampled:
         """Sample one trajectory for each of B rows, decode its images and score them.
 
@@ -294,12 +277,23 @@ class Rollouts:
         rollout = self.roll_out(self.embeddings(prompts), indices, generators, None, None)
         return to_images(self.decode(rollout.final_latents))
 
-    # --------------------------------------------------------------------------------------------------- the phases
+    def training_log_probs(self, trajectories: Trajectories, autocast: Callable[[], Any]) -> Tensor:
+        """Compute log-probabilities (B, K) as training does, gradients and all, in the context that `autocast` gives."""
+        log_probs = []
+        for position in range(len(trajectories.window)):
+            with torch.enable_grad(), autocast():
+                inputs = trajectories.transitions(position)
+                velocity = self.policy.velocity(self._model(), inputs.latents, inputs.timestep, inputs.conditioning)
+                log_probs.append(inputs.log_prob(inputs.transition(velocity)).detach())
+        self.metrics["train"].record("num_train_evaluations", len(trajectories) * len(log_probs), "sum")
+        return torch.stack(log_probs, 1)
+
+    # The phases
 
     def _sample(
         self,
-        rows: list[dict[str, Any]],
-        generators: list[torch.Generator],
+        rows: Rows,
+        generators: Generators,
         window: Window | None,
         completion: CompletionRule | None,
         reward_funcs: list[RewardFunc],
@@ -349,20 +343,15 @@ class Rollouts:
         self,
         conditioning: Conditioning,
         prompts: Tensor,
-        generators: list[torch.Generator],
+        generators: Generators,
         window: Window | None,
         completion: CompletionRule | None,
         on_step: Callable[[], object] | None = None,
     ) -> Rollout:
         """Sample one trajectory for each of B prompts, see [`~trl_tpgrpo.algorithm.rollout.roll_out`].
 
-        Args:
-            conditioning: Distinct prompts.
-            prompts: (B,), indices among them.
-            generators: B generators; under `share_initial_noise` the first of a group draws the group's noise.
-            window: SDE steps of `num_inference_steps`; `None` takes `num_inference_steps_eval` ODE steps.
-            completion: Rule by which states in the window are completed; `None`: none is.
-            on_step: Callback after each denoising step.
+        `prompts` (B,) are indices among the distinct ones of `conditioning`. Under `share_initial_noise` the first of a
+        group's generators draws the group's noise. Without a window, `num_inference_steps_eval` ODE steps are taken.
         """
         schedule, device = self.policy.schedule(self._num_steps(window)), self.policy.device
         prompts, model = prompts.to(device), self._model()
@@ -378,16 +367,9 @@ class Rollouts:
                 lambda size: velocity(noise[:1].expand(size, *noise.shape[1:]), 0, rows[:size]), self.accelerator
             )
         return roll_out(
-            velocity,
-            noise,
-            schedule.sigmas,
-            window,
-            generators,
-            completion,
-            self.batch_sizes["model"],
-            on_step,
+            velocity, noise, schedule.sigmas, window, generators, completion, self.batch_sizes["model"], on_step,
             offload_states=self.args.offload_trajectories,
-        )
+        )  # fmt: skip
 
     def decode(
         self, latents: Tensor, on_batch: Callable[[int], object] | None = None, keep_on_device: bool = False
@@ -400,9 +382,7 @@ class Rollouts:
                 )
             return self.policy.decode(latents, self.batch_sizes["vae"], on_batch, keep_on_device)
 
-    def _encode(
-        self, rows: list[dict[str, Any]], on_prompt: Callable[[int], object] | None = None
-    ) -> tuple[Conditioning, Tensor]:
+    def _encode(self, rows: Rows, on_prompt: Callable[[int], object] | None = None) -> tuple[Conditioning, Tensor]:
         """Return the distinct prompts of B rows, encoded, and (B,), on the CPU, the rows' indices among them."""
         distinct = list(dict.fromkeys(row["prompt"] for row in rows))
         prompts = torch.tensor([distinct.index(row["prompt"]) for row in rows])
@@ -429,7 +409,7 @@ class Rollouts:
         """Sum rewards (N, F) that apply: (N,); NaN where none does."""
         return (rewards * self.reward_weights).nansum(1).where(~rewards.isnan().all(1), torch.nan)
 
-    # ------------------------------------------------------------------------------------------ randomness, failures
+    # Randomness and failures
 
     def draw_window(self, generation: int) -> Window:
         """Draw the rollout's SDE window, the same on all processes."""
@@ -438,14 +418,11 @@ class Rollouts:
         start = starts[int(np.random.default_rng(seed).integers(len(starts)))]
         return self.args.window(start, start + self.args.num_sde_steps)
 
-    def generators(self, purpose: int, number: int, num_rows: int, first: int | None = None) -> list[torch.Generator]:
+    def generators(self, purpose: int, number: int, num_rows: int, first: int | None = None) -> Generators:
         """Make generators that depend on the seed, their purpose and a row's index among those of all processes.
 
-        Args:
-            purpose: `NOISE`, `EVALUATION`, `PROBE` or `CARD`.
-            number: Index of the rollout.
-            num_rows: Rows of this process.
-            first: Index of its first row; `None`: that of a rollout, where all processes have as many rows.
+        `purpose` is `NOISE`, `EVALUATION`, `PROBE` or `CARD`, `number` the index of the rollout, `first` that of this
+        process's first row; `None`: as in a rollout, where all processes have as many rows.
         """
         if first is None:
             first = self.accelerator.process_index * num_rows

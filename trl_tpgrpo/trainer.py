@@ -5,6 +5,7 @@ here. Mathematics is in `algorithm/`, model families in `policies/`, sampling an
 """
 
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo
 from peft import LoraConfig, PeftModel
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
@@ -24,42 +24,24 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
-from .algorithm.completion import CompletionRule
-from .algorithm.losses import clipped_surrogate, relative_difference
-from .algorithm.rollout import Window
+from .algorithm.losses import clipped_surrogate, first_wrong_term, relative_difference
 from .algorithm.sde import kl_divergence
-from .batches import SAVED_CLASSES, Sampled, Trajectories, Transitions
+from .batches import Sampled, Trajectories, Transitions
+from .callbacks import checkpoints
 from .callbacks.averaging import AveragedWeights
-from .callbacks.checkpoints import (
-    LAST,
-    StopOnSignal,
-    being_written,
-    is_complete,
-    last_complete,
-    load_progress,
-    save_progress,
-)
-from .callbacks.guard_rails import GuardRails
+from .callbacks.guard_rails import watch_over
 from .callbacks.pictures import PictureCallback
-from .callbacks.printing import CompletionPrinter
+from .callbacks.printing import SamplePrinter
 from .callbacks.progress import LogLines, ProgressDisplay
 from .callbacks.samples import Samples
 from .config import TPGRPOConfig
 from .data import EpochSampler, SetEpoch, all_prompts, check_datasets
-from .hub import Contents, HubRepository, without_tokens
+from .hub import HubRepository, RunCard, sample_prompts, without_tokens
 from .metrics import Metrics, rollout_metrics
-from .model_card import sample_prompts, summarize
+from .policies import sharding
 from .policies.embeddings import PromptEmbeddings
 from .policies.loading import check_optimizer, load_policy, prepare_transformer
 from .policies.reference import Reference
-from .policies.sharding import (
-    check_accelerator,
-    check_before_loading,
-    gradient_sync,
-    prepare_for_sharding,
-    prepare_to_evaluate,
-    prepare_to_train,
-)
 from .policies.weights import load_weights, save_weights
 from .rewards.contract import RewardFunc, reward_name, reward_names
 from .rollouts import Rollouts
@@ -67,8 +49,8 @@ from .rollouts import Rollouts
 
 class TPGRPOTrainer(_BaseTrainer):
     """
-    Trainer for TurningPoint-GRPO (arXiv 2602.06422): reinforcement learning of flow-matching text-to-image models in which
-    each denoising step is credited with the reward that it adds.
+    Trainer for TurningPoint-GRPO (arXiv 2602.06422): reinforcement learning of flow-matching text-to-image models with
+    step-level credit.
 
     ```python
     from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
@@ -89,23 +71,22 @@ class TPGRPOTrainer(_BaseTrainer):
             trained, in place.
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             Called as `reward_func(images=..., prompts=..., **other dataset columns, trainer_state=..., log_metric=...)`
-            with N PIL images, N prompts and N values of each column; returns N numbers, `None` where it does not apply to a
-            prompt.
+            with N PIL images, N prompts and N values of each column; returns N numbers, `None` where it does not apply.
         args ([`TPGRPOConfig`], *optional*):
-            The settings. `None`: the paper's.
+            Settings. `None`: the paper's.
         train_dataset ([`~datasets.Dataset`], *optional*):
-            Rows with a string in the column `"prompt"`; other columns are passed to the reward functions. Needed to train.
+            Rows with a string in the column `"prompt"`; other columns are passed to the reward functions.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             The same for evaluation.
         eval_reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
-            Called in evaluation only, and logged there: rewards that are not trained on show when those that are get hacked.
+            Functions for evaluation only: rewards that are not trained on show when those that are get hacked.
         callbacks (`list[~transformers.TrainerCallback]`, *optional*):
-            Added to the default ones.
+            Callbacks besides the default ones.
         optimizers (`tuple`, *optional*):
-            Optimizer and learning-rate schedule to use instead of those of `args`. With `peft_config` the trained weights do
-            not exist before the trainer does: pass the optimizer by `args.optim` then.
+            Optimizer and learning-rate schedule instead of those of `args`. With `peft_config` the trained weights do not
+            exist before the trainer does: choose the optimizer by `args.optim` then.
         peft_config ([`~peft.LoraConfig`], *optional*):
-            Train a LoRA adapter. Without `target_modules` those of the paper for the model's family are taken. `None`: train
+            Config of the LoRA adapter to train; without `target_modules` the paper's for the model's family. `None`: train
             all weights of the transformer.
 
     Raises:
@@ -138,7 +119,7 @@ class TPGRPOTrainer(_BaseTrainer):
                 f"reward_weights has {len(args.reward_weights)} entries for {len(self.reward_funcs)} reward functions."
             )
         check_datasets(train_dataset, eval_dataset, self.reward_funcs, self.eval_reward_funcs, args)
-        check_before_loading()
+        sharding.check_before_loading()
         set_seed(args.seed)  # before the adapter's random weights
         self.policy = load_policy(model, args, use_lora=peft_config is not None)
         transformer, frozen_copy = prepare_transformer(self.policy, peft_config, args)
@@ -150,13 +131,19 @@ class TPGRPOTrainer(_BaseTrainer):
         self._step = self._num_evaluated = 0
         self._buffered_inputs: list[Trajectories] | None = None
         self._is_new_rollout = False
-        self._loss_terms: list[Tensor] = []
+        self._loss_terms: list[tuple[int, dict[str, Tensor], Tensor]] = []
         self._grad_norm: float | None = None
         self._metrics = {"train": Metrics(), "eval": Metrics()}
         self._eval_prefix = "eval"
-        self.hub = HubRepository(args)
-        self.recipe_settings: dict[str, Any] | None = None
-        self._card_samples: dict[str, Image.Image] = {}
+        self.hub = HubRepository(args, is_lora=peft_config is not None)
+        self.card = RunCard(
+            args=args,
+            pipeline=self.policy.pipeline,
+            adapter=transformer.peft_config["default"] if isinstance(transformer, PeftModel) else None,
+            reward_funcs={"reward_funcs": self.reward_funcs, "eval_reward_funcs": self.eval_reward_funcs},
+            prompts=sample_prompts([eval_dataset, train_dataset]),
+        )
+        self.recipe_settings: dict[str, Any] | None = None  # the command line sets its options for the recipe
         args.ddp_find_unused_parameters = args.ddp_find_unused_parameters or False
         super().__init__(
             model=transformer,
@@ -176,17 +163,13 @@ class TPGRPOTrainer(_BaseTrainer):
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: launch one process per GPU with `accelerate launch`.")
         check_optimizer(self.optimizer)
-        check_accelerator(self.accelerator, self.model, frozen_copy, args)
-        frozen_copy = prepare_for_sharding(self.accelerator, self.model, frozen_copy, self.policy.dtype)
+        sharding.check_accelerator(self.accelerator, self.model, frozen_copy, args)
+        frozen_copy = sharding.prepare_for_sharding(self.accelerator, self.model, frozen_copy, self.policy.dtype)
         if frozen_copy is not None and not args.offload_reference:
             frozen_copy.to(args.device)
+        record = self._metrics["train"].record
         self.reference = Reference(
-            self.policy,
-            self.accelerator,
-            self.model,
-            frozen_copy,
-            keep=args.num_iterations > 1,
-            on_evaluation=lambda number: self._metrics["train"].record("num_train_evaluations", number, "sum"),
+            self.policy, self.accelerator, self.model, frozen_copy, args.num_iterations > 1, record
         )
 
     def _add_parts(self, embeddings: PromptEmbeddings) -> None:
@@ -199,39 +182,17 @@ class TPGRPOTrainer(_BaseTrainer):
         if self.pop_callback(PrinterCallback) is not None:
             self.add_callback(LogLines)
         self.samples = Samples(self.callback_handler, args, self.reward_func_names, is_main)
-        self.rollouts = Rollouts(
-            self.policy,
-            args,
-            self.accelerator,
-            self.reward_funcs,
-            self.eval_reward_funcs,
-            embeddings,
-            self.samples,
-            self.progress,
-            self._metrics,
-            model=lambda: self._policy_model,
-            state=lambda: self.state,
-        )
+        rewards, shown = (self.reward_funcs, self.eval_reward_funcs), (self.samples, self.progress, self._metrics)
+        getters = (lambda: self._policy_model), (lambda: self.state)
+        self.rollouts = Rollouts(self.policy, args, self.accelerator, embeddings, *rewards, *shown, *getters)
         self.averaged = AveragedWeights(self.model, args.ema_decay, args.ema_update_every)
-        self.stop_on_signal = StopOnSignal(self.accelerator)
+        self.stop_on_signal = checkpoints.StopOnSignal(self.accelerator)
         self._set_epoch = SetEpoch()
         pictures = PictureCallback(self.callback_handler)
-        for callback in (CompletionPrinter(), pictures, self._set_epoch, self.averaged, self.stop_on_signal):
+        for callback in (SamplePrinter(), pictures, self._set_epoch, self.averaged, self.stop_on_signal):
             self.add_callback(callback)
-        self.guard_rails = self._add_guard_rails()
-
-    def _add_guard_rails(self) -> GuardRails | None:
-        """Take the guard rails among the user's callbacks, or those that `args.guard_rails` asks for."""
-        given = [callback for callback in self.callback_handler.callbacks if isinstance(callback, GuardRails)]
-        if not given and self.args.guard_rails != "off":
-            given = [GuardRails(self.args.guard_rails)]
-            self.add_callback(given[0])
         held_out = [reward_name(function) for function in self.eval_reward_funcs]
-        for guard_rails in given[:1]:
-            if guard_rails.action == "skip" and self.is_deepspeed_enabled:
-                raise ValueError("guard_rails='skip' cannot hold back an update of DeepSpeed: use 'warn' or 'stop'.")
-            guard_rails.watch(self._metrics_of_update, self._metrics["train"].record, held_out)
-        return next(iter(given), None)
+        self.guard_rails = watch_over(self, self._metrics_of_update, self._metrics["train"].record, held_out)
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL's reads `model.config.model_type`, which diffusers models do not have."""
@@ -295,34 +256,20 @@ class TPGRPOTrainer(_BaseTrainer):
         if self.args.offload_reference:
             self.reference.precompute(chunks, self.args.offload_trajectories)
         if self.args.recompute_old_log_probs:
+            autocast = self.compute_loss_context_manager
             first_update = self.args.gradient_accumulation_steps if self.args.num_iterations == 1 else 0
             chunks = [
-                replace(chunk, log_probs=None if number < first_update else self._training_log_probs(chunk))
+                replace(
+                    chunk,
+                    log_probs=None if number < first_update else self.rollouts.training_log_probs(chunk, autocast),
+                )
                 for number, chunk in enumerate(chunks)
             ]
         return chunks
 
-    def _training_log_probs(self, trajectories: Trajectories) -> Tensor:
-        """Compute log-probabilities (B, K) as training does, gradients and all."""
-        log_probs = []
-        for position in range(len(trajectories.window)):
-            with torch.enable_grad(), self.compute_loss_context_manager():
-                inputs = trajectories.transitions(position)
-                velocity = self._velocity(self._policy_model, inputs)
-                log_probs.append(inputs.log_prob(inputs.transition(velocity)).detach())
-        self._metrics["train"].record("num_train_evaluations", len(trajectories) * len(log_probs), "sum")
-        return torch.stack(log_probs, 1)
-
-    def sample_and_score(
-        self,
-        rows: list[dict[str, Any]],
-        generators: list[torch.Generator],
-        window: Window | None = None,
-        completion: CompletionRule | None = None,
-        reward_funcs: list[RewardFunc] | None = None,
-    ) -> Sampled:
-        """Sample and score B rows of a dataset, see [`~trl_tpgrpo.rollouts.Rollouts.sample_and_score`]."""
-        return self.rollouts.sample_and_score(rows, generators, window, completion, reward_funcs)
+    def sample_and_score(self, *args: Any, **kwargs: Any) -> Sampled:
+        """Sample and score rows of a dataset, see [`~trl_tpgrpo.rollouts.Rollouts.sample_and_score`]."""
+        return self.rollouts.sample_and_score(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------- the training
 
@@ -338,10 +285,10 @@ class TPGRPOTrainer(_BaseTrainer):
         if self.guard_rails is not None:
             self.guard_rails.forget()
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(last_complete(self.args.output_dir))
-        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            resume_from_checkpoint = str(checkpoints.last_complete(self.args.output_dir))
+        elif resume_from_checkpoint and not checkpoints.is_complete(resume_from_checkpoint):
             raise FileNotFoundError(f"{resume_from_checkpoint} is no checkpoint, or was not written to its end.")
-        prepare_to_train(self)
+        sharding.prepare_to_train(self)
         with self.stop_on_signal.listening():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -363,12 +310,16 @@ class TPGRPOTrainer(_BaseTrainer):
             total = torch.stack(losses).sum()
             if self._is_new_rollout:
                 self._report_rollout(inputs, trajectories)
-            self._check_loss(total)
+            if not torch.isfinite(total):
+                raise FloatingPointError(
+                    f"The loss at update {self.state.global_step} is {total.item()}: {first_wrong_term(self._loss_terms)}. "
+                    "The last update has probably been too large (learning_rate, max_grad_norm), or float16 has overflowed."
+                )
         self._step += 1
         return total
 
     def _backward_of_one_step(self, model: torch.nn.Module, transitions: Transitions, is_last: bool) -> Tensor:
-        with gradient_sync(self.accelerator, model, is_last):
+        with sharding.gradient_sync(self.accelerator, model, is_last):
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, transitions)
             loss = loss / (len(transitions.window) * self.current_gradient_accumulation_steps)
@@ -389,22 +340,22 @@ class TPGRPOTrainer(_BaseTrainer):
         """
         if return_outputs:
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
-        advantages = inputs.table.advantages[inputs.rows, inputs.position].to(inputs.latents.device)  # (B,)
+        advantages = inputs.table.credited.advantages[inputs.rows, inputs.position].to(inputs.latents.device)  # (B,)
         velocity = self._velocity(model, inputs)
         step = inputs.transition(velocity)
         log_probs = inputs.log_prob(step)
         old_log_probs = log_probs.detach() if inputs.old_log_probs is None else inputs.old_log_probs
         surrogate = clipped_surrogate(log_probs, old_log_probs, advantages, self.args.epsilon, self.args.epsilon_high)
         loss, metrics = surrogate.loss.sum() / inputs.num_trajectories, self._metrics["train"]
-        terms = [loss.detach(), surrogate.ratio.max()]
+        terms = {"surrogate": loss.detach()}
         if self.args.beta > 0:
             reference = self.reference.velocity(inputs)
             kl = kl_divergence(step, inputs.transition(reference)).mean()
             loss = loss + self.args.beta * kl
-            terms.append(kl.detach())
+            terms["KL divergence"] = kl.detach()
             metrics.record("kl", kl)
             metrics.record("reference_drift", relative_difference(velocity.detach(), reference))
-        self._loss_terms.append(torch.stack([torch.full_like(terms[0], inputs.position), *terms]))
+        self._loss_terms.append((inputs.position, terms, surrogate.ratio.max()))
         metrics.record("ratio/mean", surrogate.ratio.mean())
         metrics.record("ratio/max_deviation", (surrogate.ratio - 1).abs().max(), "max")
         metrics.record("ratio/frac_above_one", (0.5 * (surrogate.ratio - 1).sign() + 0.5).mean())
@@ -414,19 +365,6 @@ class TPGRPOTrainer(_BaseTrainer):
 
     def _velocity(self, model: torch.nn.Module, inputs: Transitions) -> Tensor:
         return self.policy.velocity(model, inputs.latents, inputs.timestep, inputs.conditioning)
-
-    def _check_loss(self, total: Tensor) -> None:
-        """Stop where the loss is not finite, and say in which term it began."""
-        if torch.isfinite(total):
-            return
-        terms = torch.stack(self._loss_terms).cpu()  # (steps, 3 or 4): position, surrogate, largest ratio, KL
-        wrong = next((row for row in terms.tolist() if not np.isfinite(row).all()), terms[-1].tolist())
-        term = "KL divergence" if np.isfinite(wrong[1:3]).all() and len(wrong) > 3 else "surrogate"
-        raise FloatingPointError(
-            f"The loss at update {self.state.global_step} is {total.item()}: the {term} of SDE step {wrong[0]:.0f} of the "
-            f"window; the largest probability ratio there is {wrong[2]:.3g}. The last update has probably been too large "
-            "(learning_rate, max_grad_norm), or float16 has overflowed."
-        )
 
     def _report_rollout(self, rows: list[dict[str, Any]], trajectories: Trajectories) -> None:
         """Log a rollout and hand its sample to callbacks, once its credit has been computed in the loss."""
@@ -466,9 +404,10 @@ class TPGRPOTrainer(_BaseTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
             check_datasets(None, eval_dataset, self.reward_funcs, self.eval_reward_funcs, self.args)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
-        prepare_to_evaluate(self)
+        sharding.prepare_to_evaluate(self)
         self.samples.evaluation_begins()
-        with self.averaged.in_use(), self.progress.evaluation(self.state):
+        is_shown = self.progress in self.callback_handler.callbacks  # the user may have taken the display out
+        with self.averaged.in_use(), self.progress.evaluation(self.state) if is_shown else nullcontext():
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self.samples.evaluation_ends(metric_key_prefix, self.state, self.control)
         return metrics
@@ -520,11 +459,11 @@ class TPGRPOTrainer(_BaseTrainer):
             None,
         )  # none is deleted before this one is whole
         try:
-            with being_written(folder, self.accelerator):
+            with checkpoints.being_written(folder, self.accelerator):
                 if not self.args.save_only_model:
-                    save_progress(folder, self.accelerator.process_index, self._progress())
+                    checkpoints.save_progress(self, folder)
                     if self.averaged.num_moves:
-                        self._save_weights(folder / LAST)
+                        self._save_weights(folder / checkpoints.LAST)
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
@@ -532,26 +471,11 @@ class TPGRPOTrainer(_BaseTrainer):
             rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
         self.push_checkpoint(folder)
 
-    def _progress(self) -> dict[str, Any]:
-        """Return what training goes on from, besides what transformers saves and the weights."""
-        return {
-            "step": self._step,
-            "layout": self._layout,
-            "buffered_inputs": self._buffered_inputs if self._step % self._generate_every else None,
-            "num_moves_of_average": self.averaged.num_moves,
-            "guard_rails": self.guard_rails and self.guard_rails.state_dict(),
-            **self.rollouts.state_dict(),
-        }
-
-    @property
-    def _layout(self) -> dict[str, int]:
-        """What a resumed run must have in common with the one before."""
-        names = ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps", "num_iterations",
-                 "num_generations", "num_inference_steps", "seed")  # fmt: skip
-        return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        trained, last = self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint) / LAST
+        trained, last = (
+            self.accelerator.unwrap_model(model or self.model),
+            Path(resume_from_checkpoint) / checkpoints.LAST,
+        )
         load_weights(trained, resume_from_checkpoint)
         if last.exists():  # what has just been loaded is the average
             if self.args.ema_decay is not None:
@@ -568,18 +492,7 @@ class TPGRPOTrainer(_BaseTrainer):
             return
         if self.is_deepspeed_enabled:  # its engine has loaded the weights, but knows nothing of their average
             self._load_from_checkpoint(checkpoint)
-        parts = [] if self.is_deepspeed_enabled else ["optimizer", "scheduler"]
-        process = self.accelerator.process_index
-        saved = load_progress(Path(checkpoint), process, self._layout, parts, SAVED_CLASSES)
-        self._step, buffered = saved["step"], saved["buffered_inputs"]
-        if self.averaged.average is not None:
-            self.averaged.average.optimization_step = saved["num_moves_of_average"]
-        if self.guard_rails is not None and saved["guard_rails"] is not None:
-            self.guard_rails.load_state_dict(saved["guard_rails"])
-        self.rollouts.load_state_dict(saved)
-        self._buffered_inputs = buffered and [
-            trajectories.to(self.args.device, self.args.offload_trajectories) for trajectories in buffered
-        ]
+        checkpoints.load_progress(self, Path(checkpoint))
 
     # ------------------------------------------------------------------------------------------------------ the Hub
 
@@ -587,6 +500,14 @@ class TPGRPOTrainer(_BaseTrainer):
         """Create the repository of the run, unless it exists."""
         if self.is_world_process_zero():
             self.hub_model_id = self.hub.create(token, private)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write `README.md`, with the images of the last push if there was one, and `recipe.yaml`."""
+        if self.is_world_process_zero():
+            tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
+            self.card.write(self.state, self.hub_model_id, model_name, dataset_name, tags, self.recipe_settings)
 
     def push_to_hub(
         self,
@@ -597,84 +518,40 @@ class TPGRPOTrainer(_BaseTrainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo | Future | None:
-        """Save the trained weights with a card, sample images and the recipe, and push them; to be called on all processes.
+        """Save the trained weights with a card, sample images and the recipe, and push them: call it on all processes.
 
-        The arguments are those of [`~transformers.Trainer.push_to_hub`]; `kwargs` go to `create_model_card`.
-
-        Returns:
-            On the main process what was committed, or without `blocking` its future.
+        The arguments are those of [`~transformers.Trainer.push_to_hub`], which says what is returned; `kwargs` go to
+        `create_model_card`.
 
         Raises:
-            HubError: On the main process, if the Hub does not take it, or lacks a checkpoint that it should have. All is on
-                disk then, and the message has the command that pushes it later.
+            HubError: On the main process, with the command that pushes what is on disk later.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
-        images = self._card_images()
-        self._card_samples = dict(zip(self._card_prompts, images, strict=True))
+        with self.averaged.in_use():
+            self.card.images = self.rollouts.sample(self.card.prompts)
         if not self.is_world_process_zero():
             return None
         try:
             if self.hub.repo_id is None:
-                self.hub_model_id = self.hub.create(token, private, self._pushed)
+                self.hub_model_id = self.hub.create(token, private, is_trained=True)
         finally:  # whatever the Hub says, the card is on disk
             self.create_model_card(**kwargs)
-        return self.hub.push(self._pushed, commit_message, blocking, token, revision)
+        return self.hub.push(commit_message, blocking, token, revision)
 
     def push_checkpoint(self, checkpoint: Path) -> None:
         """Write the card, and begin to push what `hub_strategy` asks for at a checkpoint, which must be whole."""
-        if self.is_world_process_zero():
-            self.create_model_card()
-            if self.hub.pushes_checkpoints:
-                self.callback_handler.on_push_begin(self.args, self.state, self.control)
-            self.hub.push_checkpoint(checkpoint, self._is_lora, self.state.global_step)
+        self.create_model_card()
+        if self.is_world_process_zero() and self.args.push_to_hub and self.args.hub_strategy != "end":
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self.hub.push_checkpoint(checkpoint, self.state.global_step)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Called in the middle of writing a checkpoint, which `push_checkpoint` pushes when it is whole."""
+        """Do nothing in the middle of writing a checkpoint: `push_checkpoint` pushes it when it is whole."""
 
     def _finish_current_push(self) -> None:
-        """At the end of training: wait for pushes, then delete the checkpoints that had to stay for them."""
+        """Wait for pushes at the end of training, then delete the checkpoints that had to stay for them."""
         self.hub.finish()
         if self.args.should_save:
             run, best = self._get_output_dir(trial=None), self.state.best_model_checkpoint
             rotate_checkpoints(run, self.args.save_total_limit, best, use_mtime=True)
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write `README.md`, with the images of the last push if there was one, and `recipe.yaml`."""
-        if not self.is_world_process_zero():
-            return
-        summary = summarize(
-            args=self.args,
-            state=self.state,
-            pipeline=self.policy.pipeline,
-            adapter=self.model.peft_config["default"] if self._is_lora else None,
-            reward_funcs={"reward_funcs": self.reward_funcs, "eval_reward_funcs": self.eval_reward_funcs},
-            recipe_settings=self.recipe_settings,
-            repo_id=self.hub_model_id,
-            model_name=model_name,
-            dataset_name=dataset_name,
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            prompts=self._card_prompts,
-            samples=self._card_samples,
-        )
-        summary.write(Path(self.args.output_dir))
-
-    @property
-    def _is_lora(self) -> bool:
-        return isinstance(self.model, PeftModel)
-
-    @property
-    def _card_prompts(self) -> list[str]:
-        return sample_prompts([self.eval_dataset, self.train_dataset])
-
-    @property
-    def _pushed(self) -> Contents:
-        """What is on disk for the repository of a run that has ended."""
-        output_dir = Path(self.args.output_dir)
-        return Contents.of_run(output_dir, output_dir, self._is_lora)
-
-    def _card_images(self) -> list[Image.Image]:
-        with self.averaged.in_use():
-            return self.rollouts.sample(self._card_prompts)

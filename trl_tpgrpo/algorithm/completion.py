@@ -1,8 +1,7 @@
-"""How the ODE completes a state to an image: on all the sigmas that are left, or more cheaply on some of them.
+"""How the ODE completes a state to an image: over all the sigmas that are left, or more cheaply over some of them.
 
-A cheap completion stands on a subset of the sampler's own sigmas, so that it goes through the model together with the
-trajectories. Its first evaluation is free, being that of the trajectory at the same state. What it approximates is the
-exact completion, the image of the sampler's own Euler steps, not the ODE's true end.
+A cheap completion stops at some of the sampler's own sigmas, so that the model evaluates it with the trajectories. It
+approximates the exact completion, the image of the sampler's own Euler steps, not the true end of the ODE.
 """
 
 import re
@@ -18,14 +17,17 @@ FORM = re.compile(r"(exact|one_step|(euler|ab2)_([1-9]\d*)|at((?:_\d+)+))(?:_eve
 
 @dataclass(frozen=True)
 class CompletionRule:
-    """Which states are completed, and where on the way the model is asked.
+    """Which states are completed, and before which steps a completion evaluates the model.
+
+    For example, `parse("at_1_2_5_every_2")` is `CompletionRule(at=(1, 2, 5), extrapolate=True, every=2)`. It completes
+    the states x_0, x_2, x_4 and so on, and with T = 10 steps the completion of x_2 has `stops(2, 10) == [2, 5, 10]`.
 
     Attributes:
-        num_steps: Ask the model at most so often on each way, at even distances; `None`: no such limit.
-        at: Ask the model only at these places of the schedule, after the state's own; `None`: no such limit.
-        extrapolate: Over steps without an evaluation, extrapolate the velocity linearly from the last two (Adams-Bashforth)
-            instead of keeping the last (Euler).
-        every: Complete the states before every so-manieth SDE step; credit is then that of blocks of so many steps.
+        num_steps: Largest number of evaluations of a completion, evenly spaced; `None`: no such limit.
+        at: Steps before which alone the model is evaluated, beside the state's own; `None`: no such limit.
+        extrapolate: Whether the velocity over steps without an evaluation is extrapolated linearly from the last two
+            (Adams-Bashforth) instead of kept from the last (Euler).
+        every: Stride n: the states before every n-th SDE step are completed; credit is then that of blocks of n steps.
     """
 
     num_steps: int | None = None
@@ -35,55 +37,47 @@ class CompletionRule:
 
     @classmethod
     def parse(cls, name: str) -> "CompletionRule":
-        """The rule of a name: `exact`, `at_1_2_4`, `ab2_N`, `euler_N`, `one_step`, each also with `_every_M` at its end.
+        """Return the rule of a name such as `exact`, `at_1_2_4`, `ab2_4`, `euler_4`, `one_step` or `exact_every_2`.
 
         Raises:
-            ValueError: If it is not of this form.
+            ValueError: If the name is not of these forms.
         """
         match = FORM.fullmatch(name)
         if match is None:
             raise ValueError(
-                "completion must be 'exact', 'at_P_Q_...' (ask the model at steps P, Q, ... alone), 'ab2_N' or 'euler_N' (ask "
-                f"it N times) or 'one_step', each also with '_every_M' (complete every M-th state), got {name!r}."
+                "completion must be 'exact', 'at_P_Q_...' (evaluate at steps P, Q, ... alone), 'ab2_N' or 'euler_N' "
+                f"(N evaluations) or 'one_step', each also with '_every_M' (complete every M-th state), got {name!r}."
             )
-        whole, kind, number, places, every = match.groups()
+        whole, kind, number, steps, every = match.groups()
         num_steps = 1 if whole == "one_step" else int(number) if number else None
-        at = tuple(sorted({int(place) for place in places.split("_")[1:]})) if places else None
+        at = tuple(sorted({int(step) for step in steps.split("_")[1:]})) if steps else None
         return cls(num_steps, at, extrapolate=kind == "ab2" or at is not None, every=int(every or 1))
 
-    def positions(self, num_sde_steps: int) -> range:
-        """The SDE steps, 0 to K - 1, before which states are completed."""
-        return range(0, num_sde_steps, self.every)
-
-    def places(self, start: int, num_inference_steps: int) -> list[int]:
-        """Where in the schedule the completion of the state before step `start` asks the model, and last its end."""
+    def stops(self, start: int, num_inference_steps: int) -> list[int]:
+        """Return the steps before which a completion that starts at step `start` is evaluated, and last the end."""
         left = num_inference_steps - start
         if self.at is not None:
-            return [start, *(place for place in self.at if start < place < num_inference_steps), num_inference_steps]
+            return [start, *(step for step in self.at if start < step < num_inference_steps), num_inference_steps]
         num_steps = min(self.num_steps or left, left)
         return [start + round(left * step / num_steps) for step in range(num_steps + 1)]
 
 
-class Completion:
-    """The ways of N trajectories' states to their images, all at the same place of the schedule.
+@dataclass
+class Branch:
+    """Latents on their way to images: the trajectories, or the completions of their states before one step."""
 
-    Attributes:
-        latents: float32, (N, ...).
-        rows: (N,), the trajectories' numbers.
-        places: Where the model is still to be asked, beginning with where they stand, and last the end.
-    """
-
-    def __init__(self, latents: Tensor, rows: Tensor, places: list[int], extrapolate: bool):
-        self.latents, self.rows, self.places = latents, rows, places
-        self._extrapolate = extrapolate
-        self._before: tuple[Tensor, Tensor] | None = None
+    latents: Tensor  # float32, (N, ...)
+    rows: Tensor  # (N,), indices of the trajectories
+    stops: list[int]  # steps before which the model is still to be evaluated, the present one first, and last the end
+    extrapolate: bool = False
+    previous: tuple[Tensor, Tensor] | None = None  # velocity and sigma of the last evaluation, where extrapolated
 
     def advance(self, velocity: Tensor, sigmas: Tensor) -> None:
-        """Go on to the next place with the velocity (N, ...) at this one."""
-        here, there = self.places[:2]
-        if self._before is None or there == here + 1:
+        """Integrate the ODE to the next stop with the velocity (N, ...) at this one."""
+        here, there = self.stops[:2]
+        if self.previous is None or there == here + 1:
             latents = ode_step(self.latents, velocity, sigmas[here], sigmas[there])
         else:
-            latents = extrapolated_steps(self.latents, velocity, *self._before, sigmas[here : there + 1])
-        self.latents, self.places = latents.float(), self.places[1:]
-        self._before = (velocity, sigmas[here]) if self._extrapolate else None
+            latents = extrapolated_steps(self.latents, velocity, *self.previous, sigmas[here : there + 1])
+        self.latents, self.stops = latents.float(), self.stops[1:]
+        self.previous = (velocity, sigmas[here]) if self.extrapolate else None

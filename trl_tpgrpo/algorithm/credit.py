@@ -1,10 +1,8 @@
-"""Rewards along a trajectory, turned into what each of its steps is credited with, and that into advantages.
+"""Rewards along a trajectory, turned into the credit of each step, and credit into advantages.
 
 Shapes: `B` trajectories (groups of G with the same prompt, one after the other), `K` SDE steps, `F` reward functions.
-`rewards[:, j]` is the reward of the image reached by j SDE steps and then the ODE: column 0 is the ODE's own image,
-column K the trajectory's.
-
-The equations are TurningPoint-GRPO's (arXiv 2602.06422). `x.sign()` is 0 at 0, so a zero neither flips nor agrees.
+`rewards[:, j]` is R_j, the reward of the image reached by j SDE steps and then the ODE: column 0 is the ODE's own
+image, column K the trajectory's. The equations are TurningPoint-GRPO's (arXiv 2602.06422).
 """
 
 from dataclasses import dataclass
@@ -20,77 +18,7 @@ BASELINES = ("group", "completion")
 SCALES = ("group", "batch", "none")
 SCOPES = ("step", "joint")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
-
 EPSILON = 1e-4
-
-
-def step_rewards(rewards: Tensor) -> Tensor:
-    """What each step added, `r_j = R_{j+1} - R_j`: (B, K) from (B, K + 1)."""
-    return rewards.diff(dim=1)
-
-
-def aggregated_rewards(rewards: Tensor) -> Tensor:
-    """What followed from each step to the end, `A_j = R_K - R_j`: (B, K) from (B, K + 1)."""
-    return rewards[:, -1:] - rewards[:, :-1]
-
-
-def turning_points(
-    rewards: Tensor,
-    consistent: bool = True,
-    trend: str = "remaining",
-    first_step: bool = True,
-    deadzone: float = 0.0,
-) -> Tensor:
-    """Which steps turn their trajectory around: bool, (B, K).
-
-    Args:
-        rewards: (B, K + 1).
-        consistent: Also ask that what follows the step goes its way, hence `|A_j| > |r_j|` (Definition 5.1).
-        trend: What a step is held against: `"remaining"`, the gain from it to the end (the paper's text), or
-            `"global"`, that of the whole trajectory (the paper's demo code).
-        first_step: Whether the first step, which has none before it, may be one (Remark 5.2).
-        deadzone: Step rewards up to this size count as 0.
-    """
-    gained, remaining = step_rewards(rewards), aggregated_rewards(rewards)
-    direction = torch.where(gained.abs() <= deadzone, 0.0, gained).sign()
-    held_against = remaining.sign() if trend == "remaining" else remaining[:, :1].sign().expand_as(remaining)
-    along = direction * held_against
-    turning = along > 0
-    turning[:, 0] &= first_step
-    turning[:, 1:] &= along[:, :-1] < 0
-    if consistent:
-        turning &= direction * (rewards[:, -1:] - rewards[:, 1:]).sign() > 0
-    return turning & (remaining != 0)
-
-
-def balance(turning: Tensor, aggregated: Tensor) -> Tensor:
-    """Keep as many turning points of positive as of negative aggregated reward, those with the largest: bool, (B, K).
-
-    To be called on the whole generation batch of all processes, so that the result does not depend on their number.
-    """
-    signed = torch.where(turning, aggregated, 0.0).flatten()
-    number = min(int((signed > 0).sum()), int((signed < 0).sum()))
-    kept = torch.zeros_like(signed, dtype=torch.bool)
-    for one_sign in (signed, -signed):
-        kept[one_sign.argsort(descending=True, stable=True)[:number]] = True
-    return kept.view_as(turning)
-
-
-def step_reward_variances(rewards: Tensor, num_generations: int) -> Tensor:
-    """Variance of each step's reward within a prompt's group, on average: (K,) from (B, K + 1)."""
-    grouped = step_rewards(rewards).unflatten(0, (-1, num_generations))
-    return (grouped - grouped.nanmean(1, keepdim=True)).square().nanmean(1).nanmean(0)
-
-
-def shortest_window(variances: Tensor, share: float) -> tuple[int, int]:
-    """The fewest neighbouring steps [start, stop) with `share` of the sum of variances (K,); of several the earliest."""
-    total = torch.cat([variances.new_zeros(1), variances.cumsum(0)])
-    for length in range(1, len(variances)):
-        held = total[length:] - total[:-length]
-        start = int((held >= share * total[-1]).float().argmax())
-        if held[start] >= share * total[-1]:
-            return start, start + length
-    return 0, len(variances)
 
 
 @dataclass(frozen=True)
@@ -98,17 +26,17 @@ class CreditRule:
     """How rewards along a trajectory become advantages; the defaults are the paper's.
 
     Attributes:
-        credit: `"outcome"` (the final reward on every step: Flow-GRPO), `"incremental"` (`r_j`), `"turning_point"` and
+        credit: `"outcome"` (the final reward on every step: Flow-GRPO), `"incremental"` (`r_j`), `"turning_point"` or
             `"consistent"` (`A_j` at turning points, `r_j` elsewhere) or `"lambda"` (the lambda-return of the `r_j`).
         lambda_: Decay of `"lambda"`: 0 is `"incremental"`, 1 is `A_j` everywhere.
-        trend: See `turning_points`.
-        first_step: See there.
-        deadzone: See there.
+        trend: Gain with whose sign turning points agree: `"remaining"`, from the step on, or `"global"`, of all steps.
+        first_step: Whether the first step, which has none before it, may be a turning point (Remark 5.2).
+        deadzone: Largest step reward that counts as 0 in the search for turning points.
         balanced: Whether to apply `balance`.
-        baseline: `"group"` subtracts the group's mean, `"completion"` nothing: `R_j` already is the state's value.
-        scale: Divide by the spread within the `"group"`, within the `"batch"`, or not at all (`"none"`).
-        scope: Mean and spread of each `"step"` on its own, or `"joint"` over all steps.
-        aggregation: Of several reward functions: `"sum_then_normalize"` or `"normalize_then_sum"` (GDPO).
+        baseline: Mean to subtract: that of the `"group"`, or none (`"completion"`), as `R_j` is the state's value.
+        scale: Spread to divide by: within the `"group"`, within the `"batch"`, or none (`"none"`).
+        scope: Steps over which mean and spread are taken: each `"step"` on its own, or all of them (`"joint"`).
+        aggregation: Order for several reward functions: `"sum_then_normalize"` or `"normalize_then_sum"` (GDPO).
     """
 
     credit: str = "consistent"
@@ -122,79 +50,110 @@ class CreditRule:
     scope: str = "step"
     aggregation: str = "sum_then_normalize"
 
-    def turning_points(self, rewards: Tensor) -> Tensor:
-        """The steps that get their aggregated reward: bool, (B, K); none where the credit knows no turning points."""
-        if self.credit not in ("turning_point", "consistent"):
-            return torch.zeros_like(rewards[:, 1:], dtype=torch.bool)
-        turning = turning_points(rewards, self.credit == "consistent", self.trend, self.first_step, self.deadzone)
-        return balance(turning, aggregated_rewards(rewards)) if self.balanced else turning
+
+def step_rewards(rewards: Tensor) -> Tensor:
+    """Return the gain of each step, `r_j = R_{j+1} - R_j`: (B, K) from (B, K + 1)."""
+    return rewards.diff(dim=1)
 
 
-def credit(rewards: Tensor, rule: CreditRule, num_steps: int) -> Tensor:
-    """What each SDE step is credited with: (B, K).
+def aggregated_rewards(rewards: Tensor) -> Tensor:
+    """Return the gain from each step to the end, `A_j = R_K - R_j`: (B, K) from (B, K + 1)."""
+    return rewards[:, -1:] - rewards[:, :-1]
 
-    Args:
-        rewards: (B, K + 1); for `"outcome"` the last column is enough: (B, 1).
-        rule: The rule.
-        num_steps: K.
+
+def turning_points(rewards: Tensor, rule: CreditRule) -> Tensor:
+    """Find the steps that turn their trajectory around, before they are balanced: bool, (B, K) from (B, K + 1).
+
+    Unless the credit is `"turning_point"`, the gain after the step must agree: `|A_j| > |r_j|` (Definition 5.1).
+    The sign of 0 is 0: a zero neither flips nor agrees.
     """
+    gained, remaining = step_rewards(rewards), aggregated_rewards(rewards)
+    direction = torch.where(gained.abs() <= rule.deadzone, 0.0, gained).sign()
+    trend_sign = (remaining if rule.trend == "remaining" else remaining[:, :1]).sign()
+    agreement = direction * trend_sign
+    turning = agreement > 0
+    turning[:, 0] &= rule.first_step
+    turning[:, 1:] &= agreement[:, :-1] < 0
+    if rule.credit != "turning_point":
+        turning &= direction * (rewards[:, -1:] - rewards[:, 1:]).sign() > 0
+    return turning & (remaining != 0)
+
+
+def balance(turning: Tensor, aggregated: Tensor) -> Tensor:
+    """Keep as many turning points of positive as of negative aggregated reward, the largest of all B: bool, (B, K)."""
+    signed = torch.where(turning, aggregated, 0.0).flatten()
+    number = min(int((signed > 0).sum()), int((signed < 0).sum()))
+    kept = torch.zeros_like(signed, dtype=torch.bool)
+    for ranked in (signed, -signed):
+        kept[ranked.argsort(descending=True, stable=True)[:number]] = True
+    return kept.view_as(turning)
+
+
+def assign_credit(rewards: Tensor, rule: CreditRule, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Return the credit of each of K = `num_steps` steps and whether as a turning point (bool): both (B, K).
+
+    Rewards are (B, K + 1); for `"outcome"` the last column is enough: (B, 1).
+    """
+    if rule.credit in ("turning_point", "consistent"):
+        turning, aggregated = turning_points(rewards, rule), aggregated_rewards(rewards)
+        turning = balance(turning, aggregated) if rule.balanced else turning
+        return torch.where(turning, aggregated, step_rewards(rewards)), turning
     if rule.credit == "outcome":
-        return rewards[:, -1:].expand(-1, num_steps)
-    gained = step_rewards(rewards)
-    if rule.credit == "lambda":
-        return lambda_return(gained, rule.lambda_)
-    return torch.where(rule.turning_points(rewards), aggregated_rewards(rewards), gained)
+        credits = rewards[:, -1:].expand(-1, num_steps)
+    else:
+        credits = step_rewards(rewards) if rule.credit == "incremental" else lambda_return(rewards, rule.lambda_)
+    return credits, torch.zeros_like(credits, dtype=torch.bool)
 
 
-def lambda_return(gained: Tensor, decay: float) -> Tensor:
-    """`c_j = sum_l decay^l r_{j+l}`, from the last step backwards: (B, K)."""
-    returns = gained.clone()
-    for step in range(gained.shape[1] - 2, -1, -1):
+def lambda_return(rewards: Tensor, decay: float) -> Tensor:
+    """Return `c_j = sum_l decay^l r_{j+l}`, from the last step backwards: (B, K) from (B, K + 1)."""
+    returns = step_rewards(rewards)
+    for step in range(returns.shape[1] - 2, -1, -1):
         returns[:, step] += decay * returns[:, step + 1]
     return returns
 
 
-def advantages(credits: Tensor, num_generations: int, rule: CreditRule) -> Tensor:
-    """Standardise credit within the prompt's group: (B, K).
+def normalize(credits: Tensor, num_generations: int, rule: CreditRule) -> Tensor:
+    """Standardise credit (B, K) within the prompts' groups of `num_generations` adjacent rows: (B, K).
 
-    With the group's mean as baseline the spread is the population's standard deviation; with no baseline it is the root
-    mean square, as nothing is subtracted. A group without spread gets 0.
-
-    A row that is NaN (the function does not apply) stays so and is left out of every mean. Computed in float64: the rounding
-    of a mean in float32 would not be small against the 1e-4 that is added to a spread of 0.
-
-    Args:
-        credits: (B, K); rows of one prompt are adjacent.
-        num_generations: G, the group's size.
-        rule: Baseline, scale and scope.
+    The spread is the standard deviation of the population, or without a baseline the root mean square. A group without
+    spread gets 0. A row that is NaN (the function does not apply) stays so and is left out of every mean. In float64,
+    as the rounding of a mean in float32 would not be small against the `EPSILON` that is added to a spread of 0.
     """
     grouped = credits.double().unflatten(0, (-1, num_generations))  # (B / G, G, K)
-    scope = (1,) if rule.scope == "step" else (1, 2)
-    centred = grouped - grouped.nanmean(scope, keepdim=True) if rule.baseline == "group" else grouped
-    if rule.scale == "none":
-        return centred.flatten(0, 1).to(credits.dtype)
-    if rule.scale == "group":
-        spread = centred.square().nanmean(scope, keepdim=True).sqrt()
-    else:
-        whole = grouped - grouped.nanmean((0, *scope), keepdim=True) if rule.baseline == "group" else grouped
-        spread = whole.square().nanmean((0, *scope), keepdim=True).sqrt()
-    return (centred / (spread + EPSILON)).flatten(0, 1).to(credits.dtype)
+    dims = (1,) if rule.scope == "step" else (1, 2)
+    spread_dims = dims if rule.scale == "group" else (0, *dims)
+    has_mean = rule.baseline == "group"
+    mean, spread_mean = (grouped.nanmean(over, keepdim=True) if has_mean else 0.0 for over in (dims, spread_dims))
+    spread = (grouped - spread_mean).square().nanmean(spread_dims, keepdim=True).sqrt() + EPSILON
+    return ((grouped - mean) / (1 if rule.scale == "none" else spread)).flatten(0, 1).to(credits.dtype)
+
+
+@dataclass(frozen=True)
+class CreditedSteps:
+    """Advantages and turning points (the share of the functions that see one) of all steps: float32, (B, K)."""
+
+    advantages: Tensor
+    turning_points: Tensor
 
 
 @dataclass(frozen=True)
 class RewardTable:
     """The rewards of one generation batch of all processes, and the advantages that follow from them.
 
+    For example, two images of one prompt (F = 1, K = 2) with `rewards_per_func = [[[0, 2, 3]], [[0, -2, 1]]]` have
+    `step_rewards = [[2, 1], [-2, 3]]`. `CreditRule("incremental", scale="none")` subtracts the mean of each column:
+    `advantages = [[2, -1], [-2, 1]]`.
+
     Attributes:
-        rewards_per_func: float32, (B, F, K + 1), or (B, F, 1) if only the trajectory's own image is scored; NaN where a
-            function does not apply to a prompt. A trajectory that is NaN throughout is left out: of every mean and spread,
-            with advantages of 0.
+        rewards_per_func: float32, (B, F, K + 1), or (B, F, 1) of the trajectories' own images alone; NaN where a
+            function does not apply. A trajectory that is NaN throughout is left out of means and has advantages of 0.
         reward_weights: (F,).
-        num_generations: G.
-        num_steps: K.
-        rule: How rewards become advantages.
-        every: Only the states before every so-manieth SDE step have a reward, C in all: each step gets the credit of the
-            block of steps that starts there, and K + 1 reads C + 1.
+        num_generations: Group size G.
+        num_steps: Number K of SDE steps.
+        rule: Rule that turns rewards into advantages.
+        every: Stride n: only the states before every n-th SDE step have a reward, C in all. Each step gets the credit
+            of the block of n steps that it is in, and K + 1 reads C + 1.
     """
 
     rewards_per_func: Tensor
@@ -216,31 +175,56 @@ class RewardTable:
         return self.rewards_per_func.isnan().flatten(1).all(1)
 
     @cached_property
-    def advantages(self) -> Tensor:
-        """(B, K), computed at the first look."""
-        if self.rule.aggregation == "sum_then_normalize":
-            return self._of_steps(self._advantages(self.rewards).nan_to_num(0.0))
-        each = [self._advantages(rewards) for rewards in self.rewards_per_func.unbind(1)]
-        summed = (torch.stack(each, 1) * self.reward_weights[:, None]).nansum(1)
-        scale = 1.0 if self.rule.scale == "none" else summed[~self.left_out].square().mean().sqrt() + EPSILON
-        return self._of_steps(summed / scale)
+    def credited(self) -> CreditedSteps:
+        """Advantages and turning points, computed at the first access and kept."""
+        return compute_advantages(self)
 
-    @cached_property
+    @property
+    def advantages(self) -> Tensor:
+        return self.credited.advantages
+
+    @property
     def turning_points(self) -> Tensor:
-        """Share of the functions whose credit takes the step for a turning point: (B, K), 0 or 1 for a sum of functions."""
-        if self.rule.aggregation == "sum_then_normalize":
-            return self._of_steps(self.rule.turning_points(self.rewards).float())
-        each = [self.rule.turning_points(rewards) for rewards in self.rewards_per_func.unbind(1)]
-        return self._of_steps(torch.stack(each).float().mean(0))
+        return self.credited.turning_points
 
     @property
     def step_rewards(self) -> Tensor:
-        """What each step added, or the block of steps that it is in: (B, K)."""
-        return self._of_steps(step_rewards(self.rewards))
+        """Gain of each step, or of the block of steps that it is in: (B, K)."""
+        return self.by_step(step_rewards(self.rewards))
 
-    def _advantages(self, rewards: Tensor) -> Tensor:
-        num_blocks = -(-self.num_steps // self.every)
-        return advantages(credit(rewards, self.rule, num_blocks), self.num_generations, self.rule)
+    def by_step(self, by_block: Tensor) -> Tensor:
+        """Return values of blocks, (B, C), as values of their steps: (B, K)."""
+        return by_block[:, torch.arange(self.num_steps) // self.every]
 
-    def _of_steps(self, of_blocks: Tensor) -> Tensor:
-        return of_blocks[:, torch.arange(self.num_steps) // self.every]
+
+def compute_advantages(table: RewardTable) -> CreditedSteps:
+    """Compute credit and advantages of a generation batch, of the functions' weighted sum or function by function."""
+    rule, num_blocks = table.rule, -(-table.num_steps // table.every)
+    together = rule.aggregation == "sum_then_normalize"
+    per_func = [table.rewards] if together else table.rewards_per_func.unbind(1)
+    credits, turning = zip(*(assign_credit(rewards, rule, num_blocks) for rewards in per_func), strict=True)
+    normalized = [normalize(one, table.num_generations, rule) for one in credits]
+    if together:
+        advantages = normalized[0].nan_to_num(0.0)
+    else:
+        advantages = (torch.stack(normalized, 1) * table.reward_weights[:, None]).nansum(1)
+        if rule.scale != "none":
+            advantages = advantages / (advantages[~table.left_out].square().mean().sqrt() + EPSILON)
+    return CreditedSteps(table.by_step(advantages), table.by_step(torch.stack(turning).float().mean(0)))
+
+
+def step_reward_variances(rewards: Tensor, num_generations: int) -> Tensor:
+    """Return the mean over groups of the variance of each step's reward within the group: (K,) from (B, K + 1)."""
+    grouped = step_rewards(rewards).unflatten(0, (-1, num_generations))
+    return (grouped - grouped.nanmean(1, keepdim=True)).square().nanmean(1).nanmean(0)
+
+
+def shortest_window(variances: Tensor, share: float) -> tuple[int, int]:
+    """Find the fewest, earliest neighbouring steps [start, stop) with `share` of the sum of variances (K,)."""
+    total = torch.cat([variances.new_zeros(1), variances.cumsum(0)])
+    for length in range(1, len(variances)):
+        enough = total[length:] - total[:-length] >= share * total[-1]
+        if enough.any():
+            start = int(enough.float().argmax())
+            return start, start + length
+    return 0, len(variances)

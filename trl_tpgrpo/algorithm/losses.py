@@ -1,4 +1,4 @@
-"""The clipped surrogate of PPO and GRPO, for one transition a row, and how far a policy has moved from its reference."""
+"""The clipped surrogate of PPO and GRPO, one transition a row, and how far a policy has moved from its reference."""
 
 from dataclasses import dataclass
 
@@ -8,30 +8,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Surrogate:
-    """The loss of each transition and what became of its ratio.
+    """The loss of each transition and what became of its ratio, each (B,)."""
 
-    Attributes:
-        loss: (B,), with gradient.
-        ratio: (B,), new over old probability.
-        clipped: (B,) bool, whether the clip took the gradient away.
-    """
-
-    loss: Tensor
-    ratio: Tensor
-    clipped: Tensor
+    loss: Tensor  # with gradient
+    ratio: Tensor  # new over old probability
+    clipped: Tensor  # bool, whether the clip took the gradient away
 
 
 def clipped_surrogate(
     log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, epsilon: float, epsilon_high: float
 ) -> Surrogate:
-    """`-min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A)` (arXiv 1707.06347, equation 7).
+    """Compute `-min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A)` (arXiv 1707.06347, equation 7).
 
-    Args:
-        log_prob: (B,), under the policy that is trained.
-        old_log_prob: (B,), under the policy that sampled.
-        advantages: (B,).
-        epsilon: How far below 1 the ratio may go.
-        epsilon_high: How far above 1.
+    Log-probabilities under the policy that is trained and under the one that sampled, and advantages, are (B,).
     """
     ratio = torch.exp(log_prob - old_log_prob)
     clipped_ratio = torch.clamp(ratio, 1 - epsilon, 1 + epsilon_high)
@@ -42,11 +31,19 @@ def clipped_surrogate(
 
 
 def relative_difference(velocity: Tensor, reference: Tensor) -> Tensor:
-    """`|v - v_ref|^2 / |v_ref|^2`, (B,): how far a prediction has moved, whatever the sampler makes of it.
-
-    Args:
-        velocity: (B, ...).
-        reference: (B, ...).
-    """
+    """Return `|v - v_ref|^2 / |v_ref|^2`, (B,), of velocities (B, ...): a distance that no SDE or schedule scales."""
     distance = (velocity.float() - reference.float()).flatten(1).square().sum(1)
     return distance / reference.float().flatten(1).square().sum(1)
+
+
+def first_wrong_term(terms: list[tuple[int, dict[str, Tensor], Tensor]]) -> str:
+    """Name the first SDE step and term of a loss that is not finite, and the largest ratio there.
+
+    Args:
+        terms: By step its position in the window, the terms of its loss by name, and the largest probability ratio.
+    """
+    for position, named, ratio in terms:
+        wrong = [name for name, value in named.items() if not torch.isfinite(value)]
+        if wrong:
+            return f"the {wrong[0]} of SDE step {position}, where the largest probability ratio is {ratio.item():.3g}"
+    return "the sum of finite terms"

@@ -15,6 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..batches import SAVED_CLASSES
+
 
 logger = logging.getLogger(__name__)
 
@@ -58,47 +60,71 @@ def being_written(checkpoint: Path, accelerator: Accelerator) -> Iterator[None]:
         (checkpoint / INCOMPLETE).unlink()
 
 
-def save_progress(checkpoint: Path, process: int, progress: dict[str, Any]) -> None:
-    """Write what a process goes on from, besides what transformers saves and the weights."""
-    torch.save(progress, _progress_file(checkpoint, process))
-
-
-def load_progress(
-    checkpoint: Path, process: int, layout: dict[str, int], parts: list[str], classes: list[Any]
-) -> dict[str, Any]:
-    """Read what `save_progress` wrote; nothing in the file is executed.
+def save_progress(trainer: Any, checkpoint: Path) -> None:
+    """Write what this process goes on from, besides what transformers saves and the weights.
 
     Args:
+        trainer: The `TPGRPOTrainer`.
         checkpoint: Folder of the checkpoint.
-        process: Index of this process.
-        layout: Settings that a resumed run must share with the one before.
-        parts: Parts of which transformers must have written a file, such as `"optimizer"`.
-        classes: Classes that the file may hold, those of older checkpoints as pairs of a class and the former name.
+    """
+    is_used_up = trainer._step % trainer._generate_every == 0
+    progress = {
+        "step": trainer._step,
+        "layout": layout(trainer.args, trainer.accelerator.num_processes),
+        "buffered_inputs": None if is_used_up else trainer._buffered_inputs,
+        "num_moves_of_average": trainer.averaged.num_moves,
+        "guard_rails": trainer.guard_rails and trainer.guard_rails.state_dict(),
+        **trainer.rollouts.state_dict(),
+    }
+    torch.save(progress, _progress_file(checkpoint, trainer.accelerator.process_index))
+
+
+def load_progress(trainer: Any, checkpoint: Path) -> None:
+    """Go on from what `save_progress` wrote; nothing in the file is executed.
+
+    Args:
+        trainer: The `TPGRPOTrainer`.
+        checkpoint: Folder of the checkpoint.
 
     Raises:
         FileNotFoundError: If a part is missing.
-        ValueError: If the layout is another.
+        ValueError: If the run that wrote it had another layout.
     """
-    for part in parts:
+    for part in () if trainer.is_deepspeed_enabled else ("optimizer", "scheduler"):
         if not any(checkpoint.glob(f"*{part}*")):
             raise FileNotFoundError(
                 f"{checkpoint} holds no {part} (saved with save_only_model?): it cannot be resumed."
             )
-    path = _progress_file(checkpoint, process)
+    path = _progress_file(checkpoint, trainer.accelerator.process_index)
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is missing: the rollout in use when the checkpoint was saved. (A run is resumed on the number of "
             "processes that it was saved on.)"
         )
-    with torch.serialization.safe_globals([*classes, (_as_list, "collections.deque")]):
+    with torch.serialization.safe_globals([*SAVED_CLASSES, (_as_list, "collections.deque")]):
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    for name, value in layout.items():
+    for name, value in layout(trainer.args, trainer.accelerator.num_processes).items():
         if saved["layout"][name] != value:
             raise ValueError(
                 f"{checkpoint} was saved with {saved['layout'][name]} for {name}, and this run has {value}: a run is "
                 "resumed with the batches, processes and seed that it was begun with."
             )
-    return saved
+    trainer._step = saved["step"]
+    if trainer.averaged.average is not None:
+        trainer.averaged.average.optimization_step = saved["num_moves_of_average"]
+    if trainer.guard_rails is not None and saved["guard_rails"] is not None:
+        trainer.guard_rails.load_state_dict(saved["guard_rails"])
+    trainer.rollouts.load_state_dict(saved)
+    device, offload = trainer.args.device, trainer.args.offload_trajectories
+    buffered = saved["buffered_inputs"]
+    trainer._buffered_inputs = buffered and [trajectories.to(device, offload) for trajectories in buffered]
+
+
+def layout(args: Any, num_processes: int) -> dict[str, int]:
+    """Return what a resumed run must have in common with the one before."""
+    names = ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps", "num_iterations",
+             "num_generations", "num_inference_steps", "seed")  # fmt: skip
+    return {"processes": num_processes} | {name: getattr(args, name) for name in names}
 
 
 def _as_list(values: Iterable = (), maxlen: int | None = None) -> list:

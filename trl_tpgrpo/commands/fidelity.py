@@ -1,8 +1,9 @@
-"""`trl-tpgrpo fidelity`: what cheap completions save, and how well they agree with exact ones, on your model and reward."""
+"""`trl-tpgrpo fidelity`: what cheap completions save, and how well they agree with exact ones."""
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +13,39 @@ from tqdm import tqdm
 from ..algorithm.completion import CompletionRule
 from ..algorithm.credit import CreditRule
 from ..algorithm.fidelity import Fidelity, compare
+from ..config import described
 from ..rollouts import NOISE
 from ..trainer import TPGRPOTrainer
 from .train import build_trainer, make_parser
 
 
+@described
 @dataclass
 class FidelityArguments:
     """
     Arguments of `trl-tpgrpo fidelity`, besides those of `trl-tpgrpo train`, which say what is sampled.
 
-    Args:
-        completions (`list[str]`, *optional*):
-            Rules to compare with `exact`. `None`: a selection for `num_inference_steps`.
-        num_prompts (`int`, *optional*, defaults to `16`):
-            Prompts of the dataset, each with `num_generations` trajectories.
+    Parameters:
+        completions (`list[str]`, *optional*): Rules to compare with `exact`, such as `euler_6`, `ab2_4`, `at_1_2_3_5`,
+            `exact_every_2`. `None`: a selection for `num_inference_steps`.
+        num_prompts (`int`, *optional*, defaults to `16`): Prompts of the dataset, each with `num_generations`
+            trajectories.
     """
 
     _argument_group_name = "Fidelity"
 
-    completions: list[str] | None = field(
-        default=None, metadata={"help": "Rules such as euler_6, ab2_4, at_1_2_3_5, exact_every_2. None: a selection."}
-    )
-    num_prompts: int = field(default=16, metadata={"help": "Prompts, each with num_generations trajectories."})
+    completions: list[str] | None = None
+    num_prompts: int = 16
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A rule, what it takes and what it gives.
+    """What a rule takes and what it gives.
 
     Attributes:
-        name: The rule's.
-        evaluations: Of the model, a trajectory.
-        images: Decoded and scored, a trajectory.
+        name: Name of the rule.
+        evaluations: Function evaluations (NFE) per trajectory.
+        images: Images that are decoded and scored per trajectory.
         fidelity: Agreement with exact completions.
     """
 
@@ -74,39 +75,35 @@ def main(argv: list[str]) -> int:
 
 
 def selection(num_inference_steps: int) -> list[str]:
-    """Rules worth a look for so many steps."""
+    """Return names of rules that are worth a look for so many denoising steps."""
     unit = max(1, round(num_inference_steps / 10))
     last = (num_inference_steps - 1) // unit
     dense = [list(range(1, stop)) for stop in range(max(2, last // 2), last + 1)]
-    thinned = [[*places, places[-1] + 2] for places in dense if places[-1] + 2 <= last]
-    at = ["at_" + "_".join(str(unit * place) for place in places) for places in sorted(dense + thinned)]
-    return ["one_step", *(f"{kind}_{number}" for kind in ("euler", "ab2") for number in (2, 4, 6)), *at,
-            "exact_every_2", "exact_every_3"]  # fmt: skip
+    thinned = [[*steps, steps[-1] + 2] for steps in dense if steps[-1] + 2 <= last]
+    at = ["at_" + "_".join(str(unit * step) for step in steps) for steps in sorted(dense + thinned)]
+    solvers = [f"{kind}_{number}" for kind in ("euler", "ab2") for number in (2, 4, 6)]
+    return ["one_step", *solvers, *at, "exact_every_2", "exact_every_3"]
 
 
 @torch.no_grad()
 def measure(trainer: TPGRPOTrainer, prompts: list[dict[str, Any]], names: list[str]) -> list[Measured]:
     """Compare each rule with `exact` on `num_generations` trajectories of each prompt.
 
-    The trajectories are the same for all rules, since their noise is.
+    The trajectories are the same for all rules, since the noise is.
     """
     number = trainer.args.num_generations
     trainer.model.eval()
     rewards: dict[str, list[torch.Tensor]] = {name: [] for name in ["exact", *names]}
     evaluations, images = dict.fromkeys(rewards, 0), dict.fromkeys(rewards, 0)
-    progress = tqdm(total=len(prompts) * len(rewards), desc="Prompts x rules")
-    for place, prompt in enumerate(prompts):
-        window = trainer.rollouts.draw_window(place)
-        for name in rewards:
-            generators = trainer.rollouts.generators(NOISE, place, number)
-            with trainer.accelerator.autocast():
-                sampled = trainer.sample_and_score([prompt] * number, generators, window, CompletionRule.parse(name))
-            weighted = (sampled.rewards * trainer.rollouts.reward_weights[:, None]).nansum(1)
-            rewards[name].append(weighted.masked_fill(sampled.failed[:, None], torch.nan))
-            evaluations[name] += sampled.rollout.num_evaluations
-            images[name] += len(sampled.images)
-            progress.update()
-    progress.close()
+    for (index, prompt), name in tqdm(list(product(enumerate(prompts), rewards)), desc="Prompts x rules"):
+        window = trainer.rollouts.draw_window(index)
+        generators = trainer.rollouts.generators(NOISE, index, number)
+        with trainer.accelerator.autocast():
+            sampled = trainer.sample_and_score([prompt] * number, generators, window, CompletionRule.parse(name))
+        weighted = (sampled.rewards * trainer.rollouts.reward_weights[:, None]).nansum(1)
+        rewards[name].append(weighted.masked_fill(sampled.failed[:, None], torch.nan))
+        evaluations[name] += sampled.rollout.num_evaluations
+        images[name] += len(sampled.images)
     total, rule = len(prompts) * number, trainer.args.credit_rule
     exact = torch.cat(rewards["exact"])
     return [
@@ -122,7 +119,7 @@ def _compare(exact: torch.Tensor, rewards: list[torch.Tensor], name: str, rule: 
 
 
 def table(measured: list[Measured]) -> str:
-    """The rules by what they take, as a table in Markdown."""
+    """Return the rules, sorted by what they take, as a table in Markdown."""
     lines = [
         "| completion | evaluations | images | correlation | sign agreement | turning points, F1 |",
         "|---|---|---|---|---|---|",
@@ -141,20 +138,7 @@ def save(measured: list[Measured], output_dir: Path) -> None:
     from ..callbacks.figures import save_pareto  # needs Matplotlib
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {
-            "completion": one.name,
-            "evaluations": one.evaluations,
-            "images": one.images,
-            **{name: _number(value) for name, value in one.fidelity.overall().items()},
-            **{
-                f"{name}_by_step": [_number(value) for value in values[:-1].tolist()]
-                for name, values in vars(one.fidelity).items()
-            },
-        }
-        for one in measured
-    ]
-    (output_dir / "fidelity.json").write_text(json.dumps(rows, indent=1))
+    (output_dir / "fidelity.json").write_text(json.dumps([_row(one) for one in measured], indent=1))
     save_pareto(
         output_dir / "fidelity.png",
         [one.name for one in measured],
@@ -164,6 +148,14 @@ def save(measured: list[Measured], output_dir: Path) -> None:
     )
 
 
+def _row(one: Measured) -> dict[str, Any]:
+    row: dict[str, Any] = {"completion": one.name, "evaluations": one.evaluations, "images": one.images}
+    row |= {name: _number(value) for name, value in one.fidelity.overall().items()}
+    for name, values in vars(one.fidelity).items():
+        row[f"{name}_by_step"] = [_number(value) for value in values[:-1].tolist()]
+    return row
+
+
 def _number(value: float) -> float | None:
-    """`None` for NaN, which JSON does not know."""
+    """Return a rounded value, or `None` for NaN, which JSON does not know."""
     return None if math.isnan(value) else round(value, 4)

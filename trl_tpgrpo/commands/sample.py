@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser; an option that is not given is left to the pipeline."""
+    """Return the parser, in which an option that is not given is left to the pipeline."""
     parser = argparse.ArgumentParser(
         prog="trl-tpgrpo sample", description="Make images with a model, with or without a trained adapter."
     )
@@ -56,21 +56,25 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompts_file", type=Path, help="text file with a prompt a line")
     add("--output_dir", type=Path, default=Path("samples"), help="folder of the PNG files (default: %(default)s)")
     add("--num_images_per_prompt", type=int, default=1, help="images of each prompt (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of each prompt's first image (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of each prompt's first image (default: %(default)s)")
     add("--num_inference_steps", type=int, help="denoising steps (default: the pipeline's)")
     add("--guidance_scale", type=float, help="guidance (default: the pipeline's)")
     add("--true_cfg_scale", type=float, help="FLUX only, with --negative_prompt (default: the pipeline's)")
     add("--negative_prompt", help="what images are guided away from (default: nothing)")
-    add("--height", type=int, help="in pixels (default: the pipeline's)")
-    add("--width", type=int, help="in pixels (default: the pipeline's)")
+    add("--height", type=int, help="height in pixels (default: the pipeline's)")
+    add("--width", type=int, help="width in pixels (default: the pipeline's)")
     add("--max_sequence_length", type=int, help="tokens of the T5 encoder (default: the pipeline's)")
-    add("--dtype", help="of the model (default: bfloat16 on a GPU, float32 on the CPU)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    add("--dtype", help="data type of the model (default: bfloat16 on a GPU, float32 on the CPU)")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device of the model (default: %(default)s)",
+    )
     return parser
 
 
 def build_pipeline(model: str, adapter: str | None, dtype: str | None, device: str) -> DiffusionPipeline:
-    """The pipeline with the trained weights in it: a LoRA, or a transformer in the folder `transformer`."""
+    """Load a pipeline and the trained weights into it: a LoRA, or a transformer in the folder `transformer`."""
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     pipeline = load_pipeline(TESTBED if model == "testbed" else model, dtype)
     if adapter is not None and (Path(adapter) / "transformer").is_dir():
@@ -85,7 +89,7 @@ def build_pipeline(model: str, adapter: str | None, dtype: str | None, device: s
 
 
 def sample(pipeline: DiffusionPipeline, prompt: str, number: int, seed: int, options: dict) -> list[Image.Image]:
-    """`number` images of a prompt; image i depends on `seed + i` alone, not on how many there are."""
+    """Sample `number` images of a prompt, of which image i depends on `seed + i` alone, not on the number."""
     generators = [torch.Generator("cpu").manual_seed(seed + index) for index in range(number)]
     return [pipeline(prompt, generator=generator, **options).images[0] for generator in generators]
 

@@ -4,11 +4,18 @@ from collections.abc import Callable
 from typing import Any
 
 from ..rewards.serving.functions import find_function
-from ..rewards.serving.program import main as serve
 
 
 def main(argv: list[str]) -> int:
-    """Serve built-in reward functions and those of one's own modules."""
+    """Serve built-in reward functions and those of one's own modules.
+
+    Raises:
+        ImportError: If Starlette or uvicorn is missing.
+    """
+    try:
+        from ..rewards.serving.program import main as serve
+    except ImportError as error:
+        raise ImportError(f"serve-reward needs {error.name}: pip install 'trl-tpgrpo[serve]'.") from error
     return serve(argv, find_reward)
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from datasets import Dataset, load_dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset, get_peft_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from ..config import TPGRPOConfig, non_defaults
+from ..config import PARAMETER, TPGRPOConfig, described, non_defaults
 from ..hub import HubError
 from ..rewards import RewardFunc
 from ..rewards.remote import remote_reward_from_url
@@ -39,41 +40,21 @@ BUILT_IN_REWARDS = {
     "strict_reward": "trl_tpgrpo.testbed.checker.strict_reward",
 }
 
-# The first field of each group of TPGRPOConfig, in its order
-GROUPS = {
-    "model_init_kwargs": "TP-GRPO: model",
-    "num_generations": "TP-GRPO: data",
-    "height": "TP-GRPO: sampling",
-    "sde_type": "TP-GRPO: SDE",
-    "completion": "TP-GRPO: completions",
-    "reward_failures": "TP-GRPO: reward and credit",
-    "beta": "TP-GRPO: training",
-    "quantization": "TP-GRPO: memory and speed",
-    "log_completions": "TP-GRPO: logging",
-}
+# The heading of a group of parameters in a docstring
+HEADING = re.compile(r" {4}> Parameters (?:that control (?:the )?(.+))?")
 
 
 @dataclass
 class TPGRPOScriptArguments(ScriptArguments):
-    """
-    Script arguments of `trl-tpgrpo train`.
-
-    Args:
-        reward_funcs (`list[str]`):
-            Names of built-in reward functions, dotted import paths, such as `my_rewards.mine`, looked up from the current
-            directory too, or URLs of served ones, such as `http://host:8000/pick_score`. A class is created without
-            arguments.
-        eval_reward_funcs (`list[str]`, *optional*):
-            The same for functions that are called in evaluation only.
-    """
+    """Script arguments of `trl-tpgrpo train`: TRL's and the reward functions."""
 
     _argument_group_name = "Script"
 
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"Reward functions: {', '.join(BUILT_IN_REWARDS)}, dotted import paths (my_rewards.mine), or URLs of served "
-            "ones (http://host:8000/pick_score)."
+            "help": f"Reward functions: {', '.join(BUILT_IN_REWARDS)}, dotted import paths (my_rewards.mine; found "
+            "in the current folder too, a class is created without arguments), or URLs (http://host:8000/pick_score)."
         },
     )
     eval_reward_funcs: list[str] | None = field(
@@ -81,26 +62,28 @@ class TPGRPOScriptArguments(ScriptArguments):
     )
 
 
+@described
 @dataclass
 class TPGRPOModelConfig(ModelConfig):
     """
-    TRL's `ModelConfig` with defaults for diffusion transformers: rank 32 and alpha 64 as in the paper, no dropout (the
-    policy that is trained must be the one that sampled), no task, and the dtype that the precision of the run asks for.
+    TRL's `ModelConfig` with the paper's LoRA and without what is for language models.
+
+    Parameters:
+        dtype (`str`, *optional*): Data type of the model. `None`: the precision of the run for LoRA, else `float32`.
+        lora_r (`int`, *optional*, defaults to `32`): Rank of the LoRA.
+        lora_alpha (`int`, *optional*, defaults to `64`): Scale of the LoRA times the rank.
+        lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout of the LoRA. Only 0 works, since the trained
+            policy must be the one that sampled.
+        lora_task_type (`str`, *optional*): Leave it out: tasks are for language models.
     """
 
     _argument_group_name = "Model"
 
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "dtype of the model. None: the precision of the run for LoRA, float32 otherwise.",
-            "choices": ["bfloat16", "float16", "float32"],
-        },
-    )
-    lora_r: int = field(default=32, metadata={"help": "LoRA R value."})
-    lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout; only 0 works."})
-    lora_task_type: str | None = field(default=None, metadata={"help": "Leave it out."})
+    dtype: str | None = field(default=None, metadata={"choices": ["bfloat16", "float16", "float32"]})
+    lora_r: int = 32
+    lora_alpha: int = 64
+    lora_dropout: float = 0.0
+    lora_task_type: str | None = None
 
     def __post_init__(self) -> None:
         targets: Any = self.lora_target_modules  # type: ignore[has-type]
@@ -131,7 +114,9 @@ def main(argv: list[str]) -> int:
 
 
 def split_options(parser: TrlParser, argv: list[str]) -> tuple[list[str], list[str]]:
-    """Options of `accelerate launch`, from the command line and the recipe, and the command line without them.
+    """Return the options of `accelerate launch` in the recipe and the command line, and the command line without them.
+
+    No config is built, since it may be valid for the launched number of processes only.
 
     Raises:
         ValueError: If an option is neither of the trainer nor of accelerate.
@@ -139,54 +124,17 @@ def split_options(parser: TrlParser, argv: list[str]) -> tuple[list[str], list[s
     arguments, unknown = parser.parse_known_args(argv)
     recipe = yaml.safe_load(Path(arguments.config).read_text()) if arguments.config else {}
     names = {action.dest for action in parser._actions} | {"env"}
-    of_recipe = [item for name, value in recipe.items() if name not in names for item in (f"--{name}", str(value))]
-    launch_options = resolve_accelerate_config_argument(of_recipe + unknown)
-    _, foreign = launch_command_parser().parse_known_args([*launch_options, "script"])
-    if foreign:
-        raise ValueError(
-            f"Unknown options: {' '.join(foreign)}. See trl-tpgrpo train --help and accelerate launch --help."
-        )
+    others = [item for name, value in recipe.items() if name not in names for item in (f"--{name}", str(value))]
+    launch_options = resolve_accelerate_config_argument(others + unknown)
+    _, refused = launch_command_parser().parse_known_args([*launch_options, "script"])
+    if refused:
+        options = " ".join(refused)
+        raise ValueError(f"Unknown options: {options}. See trl-tpgrpo train --help and accelerate launch --help.")
     return launch_options, _without(argv, unknown)
 
 
-def make_parser(
-    prog: str = "trl-tpgrpo train",
-    description: str = "Fine-tune a text-to-image model with TP-GRPO.",
-    own_types: tuple[type, ...] = (),
-) -> TrlParser:
-    """The parser of all options of a training, which `--help` shows in groups, after those of `own_types`."""
-    types = (*own_types, TPGRPOScriptArguments, TPGRPOModelConfig, DatasetMixtureConfig, TPGRPOConfig)
-    parser = TrlParser(types, prog=prog, description=description)
-    parser.add_argument(
-        "--config",
-        metavar="RECIPE.yaml ...",
-        help="Recipes with any of the options below; later ones override earlier ones, and the command line overrides all.",
-    )
-    _group_own_options(parser)
-    return parser
-
-
-def _group_own_options(parser: TrlParser) -> None:
-    """Show the options of TPGRPOConfig in the groups of its docstring and those of TrainingArguments after them."""
-    actions = {action.dest: action for action in parser._actions}
-    title: str | None = None
-    groups: dict[str, Any] = {}
-    for name in TPGRPOConfig.__annotations__:
-        title = GROUPS.get(name, title)
-        if title is None:
-            continue
-        groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
-        action = actions[name]
-        for group in parser._action_groups:
-            if action in group._group_actions:
-                group._group_actions.remove(action)
-        groups[title]._group_actions.append(action)
-    parser._optionals.title = "transformers.TrainingArguments"
-    parser._action_groups.append(parser._action_groups.pop(parser._action_groups.index(parser._optionals)))
-
-
 def _without(arguments: list[str], removed: list[str]) -> list[str]:
-    """`arguments` less the ordered subsequence `removed`."""
+    """Return `arguments` without the ordered subsequence `removed`."""
     kept, pending = [], list(removed)
     for argument in arguments:
         if pending and argument == pending[0]:
@@ -196,6 +144,38 @@ def _without(arguments: list[str], removed: list[str]) -> list[str]:
     return kept
 
 
+def make_parser(
+    prog: str = "trl-tpgrpo train",
+    description: str = "Fine-tune a text-to-image model with TP-GRPO.",
+    own_types: tuple[type, ...] = (),
+) -> TrlParser:
+    """Return the parser of all options of a training, which `--help` shows in groups, after those of `own_types`."""
+    types = (*own_types, TPGRPOScriptArguments, TPGRPOModelConfig, DatasetMixtureConfig, TPGRPOConfig)
+    parser = TrlParser(types, prog=prog, description=description)
+    parser.add_argument(
+        "--config",
+        metavar="RECIPE.yaml ...",
+        help="Recipes with any of the options below; later ones override earlier ones, the command line all.",
+    )
+    _group_own_options(parser)
+    return parser
+
+
+def _group_own_options(parser: TrlParser) -> None:
+    """Show the options of TPGRPOConfig in the groups of its docstring, and the others after them."""
+    others = group = parser._optionals
+    for line in inspect.cleandoc(TPGRPOConfig.__doc__ or "").splitlines():
+        if heading := HEADING.match(line):
+            group = parser.add_argument_group(f"TP-GRPO: {heading[1]}") if heading[1] else others
+        elif parameter := PARAMETER.match(line):
+            actions = [action for action in others._group_actions if action.dest == parameter[1]]
+            others._group_actions = [action for action in others._group_actions if action not in actions]
+            group._group_actions += actions
+    others.title = "transformers.TrainingArguments"
+    parser._action_groups.remove(others)
+    parser._action_groups.append(others)
+
+
 def run(
     script_args: TPGRPOScriptArguments,
     model_args: TPGRPOModelConfig,
@@ -203,10 +183,10 @@ def run(
     training_args: TPGRPOConfig,
 ) -> None:
     """Load model, rewards and data; train, save and, if asked to, push."""
-    given = {
-        name: value for part in (script_args, model_args, dataset_args) for name, value in non_defaults(part).items()
-    }
-    settings = given | training_args.given
+    settings: dict[str, Any] = {}
+    for part in (script_args, model_args, dataset_args):
+        settings |= non_defaults(part)
+    settings |= training_args.given
     try:
         trainer = build_trainer(script_args, model_args, dataset_args, training_args)
         trainer.recipe_settings = settings
@@ -235,10 +215,10 @@ def build_trainer(
     dataset_args: DatasetMixtureConfig,
     training_args: TPGRPOConfig,
 ) -> TPGRPOTrainer:
-    """The trainer of the options, with its model, rewards and data.
+    """Return a trainer with the model, rewards and data of the options.
 
     Raises:
-        ValueError: If an option that it needs is missing or cannot work.
+        ValueError: If a necessary option is missing or cannot work.
     """
     if script_args.dataset_streaming:
         raise ValueError("--dataset_streaming is not supported: a rollout draws its prompts by number.")
@@ -266,7 +246,7 @@ def build_trainer(
 
 
 def load_reward(name: str) -> RewardFunc:
-    """Find a reward function by its built-in name, its dotted import path or its URL; a class is created without arguments.
+    """Find a reward function by built-in name, dotted import path or URL; a class is created without arguments.
 
     Raises:
         ValueError: If there is none.
@@ -276,8 +256,8 @@ def load_reward(name: str) -> RewardFunc:
     path = BUILT_IN_REWARDS.get(name, name)
     if "." not in path:
         raise ValueError(
-            f"No reward function {name!r}: use one of {list(BUILT_IN_REWARDS)}, a dotted import path such as my_rewards.mine, "
-            "or a URL."
+            f"No reward function {name!r}: use one of {list(BUILT_IN_REWARDS)}, a dotted import path such as "
+            "my_rewards.mine, or a URL."
         )
     found: Any = find_function(path)
     reward_func: Any = found() if inspect.isclass(found) else found
@@ -287,7 +267,7 @@ def load_reward(name: str) -> RewardFunc:
 def load_prompts(
     script_args: TPGRPOScriptArguments, dataset_args: DatasetMixtureConfig, evaluate: bool
 ) -> tuple[Dataset, Dataset | None]:
-    """The training prompts, and those of the evaluation if there is one.
+    """Load the prompts of the training, and those of the evaluation if there is one.
 
     Raises:
         ValueError: If no dataset is named, or a split is missing.

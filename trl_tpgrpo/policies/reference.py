@@ -19,7 +19,7 @@ class Reference:
         model: Model that is trained.
         copy: Frozen copy of it, where no adapter can be switched off.
         keep: Whether velocities are kept with their trajectories, because these are trained on again.
-        on_evaluation: Callback with the number of function evaluations.
+        record: Recorder of a metric, for the number of function evaluations.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class Reference:
         model: torch.nn.Module,
         copy: torch.nn.Module | None,
         keep: bool,
-        on_evaluation: Callable[[int], object],
+        record: Callable[[str, float, str], None],
     ):
         self.policy, self.accelerator, self.model, self.copy = policy, accelerator, model, copy
-        self.keep, self.on_evaluation = keep, on_evaluation
+        self.keep, self.record = keep, record
 
     def velocity(self, inputs: Any) -> Tensor:
         """Predict the velocity (B, ...) of [`~trl_tpgrpo.batches.Transitions`], or take the one that was kept."""
@@ -45,7 +45,7 @@ class Reference:
 
     @torch.no_grad()
     def _evaluate(self, inputs: Any) -> Tensor:
-        self.on_evaluation(len(inputs.latents))
+        self.record("num_train_evaluations", len(inputs.latents), "sum")
         if self.copy is not None:
             with self.accelerator.autocast():
                 return self.policy.velocity(self.copy, inputs.latents, inputs.timestep, inputs.conditioning)

@@ -1,4 +1,4 @@
-"""Reward functions served over HTTP by `trl-tpgrpo serve-reward`, or by anything that speaks docs/remote_rewards.md."""
+"""Reward functions served over HTTP by `trl-tpgrpo serve-reward`, or by what else speaks docs/remote_rewards.md."""
 
 import asyncio
 import base64
@@ -6,19 +6,29 @@ import io
 import json
 import math
 import os
+import random
 import uuid
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
+import tenacity
 from PIL import Image
 
 from .contract import RewardUnavailable
-from .http_client import HTTPClient, Unanswered, bearer, checked_url, error_message, gather
+from .serving.protocol import is_loopback
 
 
 TOKEN_VARIABLE = "TRL_TPGRPO_REWARD_TOKEN"
-RETRIED_STATUSES = frozenset({502, 503, 504})
+RETRIED_STATUSES = (502, 503, 504)
+RETRIED_ERRORS = (TimeoutError, httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
+RETRIED = tenacity.retry_if_exception_type(RETRIED_ERRORS) | tenacity.retry_if_result(
+    lambda response: response.status_code in RETRIED_STATUSES
+)
+FIRST_PAUSE = 0.5
+MAX_PAUSE = 30.0
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 REMEDIES = {
@@ -45,13 +55,13 @@ class RemoteReward:
     script, `asyncio.run(reward(images, prompts))`.
 
     Args:
-        url: Of the server, such as `"http://127.0.0.1:8000"`.
-        reward: The name that the server has for the function, and its name in metrics.
-        token: What the server asks for; the environment variable `TRL_TPGRPO_REWARD_TOKEN` if `None`.
+        url: URL of the server, such as `"http://127.0.0.1:8000"`.
+        reward: Name that the server has for the function, which is the reward's name in metrics too.
+        token: Token that the server asks for; the environment variable `TRL_TPGRPO_REWARD_TOKEN` if `None`.
         timeout: Seconds for one attempt of a request, the time in the server's queue included.
-        num_retries: Further attempts after a lost connection, a timeout, and the statuses 502, 503 and 504. Pauses grow
-            from half a second to half a minute; 10 retries last over two minutes, in which a server may be started
-            again.
+        num_retries: Further attempts after a lost connection, a timeout, and the statuses 502, 503 and 504. Pauses
+            grow from half a second to half a minute; 10 retries last over two minutes, in which a server may be
+            started again.
         batch_size: Images a request.
         concurrency: Requests under way at once.
         columns: Columns of the dataset that are sent; all if `None`.
@@ -71,19 +81,29 @@ class RemoteReward:
         concurrency: int = 4,
         columns: Sequence[str] | None = None,
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {batch_size}.")
+        least = {"batch_size": (batch_size, 1), "num_retries": (num_retries, 0), "concurrency": (concurrency, 1)}
+        for name, (value, minimum) in least.items():
+            if value < minimum:
+                raise ValueError(f"{name} must be {minimum} or more, got {value}.")
+        if not timeout > 0:
+            raise ValueError(f"timeout must be above 0 seconds, got {timeout}.")
         if not reward.isidentifier():
             raise ValueError(f"reward must be a name that the server has, such as 'pick_score', got {reward!r}.")
-        self.server = checked_url("url", url)
+        self.server = _checked_url("url", url)
         self.url = f"{self.server}/{reward}"
         self.__name__ = reward
-        self.num_images_per_request = batch_size  # `batch_size` would have the trainer split the calls
+        # The attributes `batch_size` and `timeout` would tell the trainer to split the calls, and to end them.
+        self.num_images_per_request, self.seconds_per_attempt = batch_size, timeout
+        self.num_retries, self.concurrency = num_retries, concurrency
         self.columns = None if columns is None else tuple(columns)
-        token = os.environ.get(TOKEN_VARIABLE) if token is None else token
-        self._client = HTTPClient(
-            self.server, bearer("The token", token), timeout, num_retries, concurrency, RETRIED_STATUSES
-        )
+        self._client_options: dict[str, Any] = {
+            "headers": _headers(os.environ.get(TOKEN_VARIABLE) if token is None else token),
+            "timeout": None,  # httpx2's are for single steps; `_post` has one from the connection to the last byte
+            "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency),
+            "trust_env": not is_loopback(urlsplit(url).hostname or ""),  # no proxy to this machine
+        }
+        self._random = random.Random()  # the global one is the training's
+        self._slots: weakref.WeakKeyDictionary[Any, asyncio.Semaphore] = weakref.WeakKeyDictionary()
 
     async def __call__(
         self,
@@ -100,28 +120,18 @@ class RemoteReward:
             RemoteRewardError: If the server gives no rewards.
             ValueError: If an image or a column cannot be sent.
         """
-        columns = self._sendable(columns)
-        size = self.num_images_per_request
-        async with self._client.connected() as connections:
-            answers = await gather(
-                [
-                    self._ask(connections, start, images[start : start + size], prompts[start : start + size], part)
-                    for start in range(0, len(images), size)
-                    for part in [{name: values[start : start + size] for name, values in columns.items()}]
-                ]
-            )
+        answers = await self._answers(images, prompts, self._sendable(columns))
         if log_metric is not None:
-            for name, value in ((name, value) for answer in answers for name, value in answer["metrics"]):
-                log_metric(name, value)
+            for logged in [logged for answer in answers for logged in answer["metrics"]]:
+                log_metric(*logged)
         if log_extra is not None:
             for name in dict.fromkeys(name for answer in answers for name in answer["extra"]):
-                missing = [[None] * len(answer["rewards"]) for answer in answers]
-                parts = [answer["extra"].get(name, none) for answer, none in zip(answers, missing, strict=True)]
+                parts = [answer["extra"].get(name, [None] * len(answer["rewards"])) for answer in answers]
                 log_extra(name, [value for part in parts for value in part])
         return [reward for answer in answers for reward in answer["rewards"]]
 
     def _sendable(self, columns: dict[str, list]) -> dict[str, list]:
-        """The columns that are sent.
+        """Return the columns that are sent.
 
         Raises:
             ValueError: If one is missing, or has something that JSON would not give back as it is.
@@ -138,61 +148,73 @@ class RemoteReward:
                     )
         return {name: columns[name] for name in names}
 
+    async def _answers(self, images: list, prompts: list[str], columns: dict[str, list]) -> list[dict[str, Any]]:
+        tasks, size = [], self.num_images_per_request
+        try:
+            async with httpx2.AsyncClient(**self._client_options) as client, asyncio.TaskGroup() as requests:
+                for start in range(0, len(images), size):
+                    rows = slice(start, start + size)
+                    part = {name: values[rows] for name, values in columns.items()}
+                    tasks.append(requests.create_task(self._ask(client, start, images[rows], prompts[rows], part)))
+        except ExceptionGroup as group:  # the first error has ended the other requests
+            raise group.exceptions[0] from group.exceptions[0].__cause__
+        return [task.result() for task in tasks]
+
     async def _ask(
-        self,
-        connections: httpx2.AsyncClient,
-        first_row: int,
-        images: list[Image.Image],
-        prompts: list[str],
-        columns: dict[str, list],
+        self, client: httpx2.AsyncClient, first_row: int, images: list, prompts: list[str], columns: dict[str, list]
     ) -> dict[str, Any]:
-        async with self._client.slot():
-            content = await asyncio.to_thread(self._encoded, first_row, images, prompts, columns)
+        # A request is made within its slot, so that no more of them are in memory than are under way.
+        async with self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.concurrency)):
+            body = await asyncio.to_thread(_encoded, first_row, images, prompts, columns)
+            stop = tenacity.stop_after_attempt(self.num_retries + 1)
+            retrying = tenacity.AsyncRetrying(retry=RETRIED, wait=self._pause, stop=stop)
             try:
-                response, _ = await self._client.post(connections, self.url, content)
-            except Unanswered as error:
+                response: httpx2.Response = await retrying(self._post, client, body)
+            except tenacity.RetryError as error:
                 raise ServerUnavailable(
                     f"The reward server {self.url} has not scored rows {first_row} to {first_row + len(images) - 1}: "
-                    f"{error}. Is it running, and is its queue long enough for all its clients? "
+                    f"{self._last_failure(error)}. Is it running, and is its queue long enough for all its clients? "
                     "Longer `timeout` and more `num_retries` wait longer."
                 ) from error
         if response.status_code != 200:
             raise self._refused(response, first_row, prompts)
         return self._parsed(response, len(images))
 
-    def _encoded(
-        self, first_row: int, images: list[Image.Image], prompts: list[str], columns: dict[str, list]
-    ) -> bytes:
-        for row, image in enumerate(images, first_row):
-            if image.mode not in PNG_MODES:
-                raise ValueError(
-                    f"The image of row {row} has mode {image.mode!r}, which PNG does not have: convert it."
-                )
-        body = {
-            "id": uuid.uuid4().hex,  # the same in all attempts, so that the server does not score twice
-            "images": [base64_png(image) for image in images],
-            "prompts": prompts,
-            "columns": columns,
-        }
-        return json.dumps(body, allow_nan=False).encode()
+    async def _post(self, client: httpx2.AsyncClient, body: bytes) -> httpx2.Response:
+        async with asyncio.timeout(self.seconds_per_attempt):
+            return await client.post(self.url, content=body)
+
+    def _pause(self, state: tenacity.RetryCallState) -> float:
+        """Return the seconds until the next attempt, which the server may have asked for."""
+        pause, outcome = tenacity.wait_exponential(FIRST_PAUSE, MAX_PAUSE)(state), state.outcome
+        if outcome is not None and not outcome.failed:
+            asked = outcome.result().headers.get("Retry-After", "")
+            pause = min(MAX_PAUSE, float(asked)) if asked.isascii() and asked.isdigit() else pause
+        return pause * self._random.uniform(1, 1.25)
+
+    def _last_failure(self, retry: tenacity.RetryError) -> str:
+        attempt = retry.last_attempt
+        error = attempt.exception()
+        if error is None:
+            what = f"status {attempt.result().status_code}: {_error(attempt.result())[1]}"
+        elif isinstance(error, TimeoutError):
+            what = f"no answer within {self.seconds_per_attempt:g} seconds"
+        else:
+            what = f"no connection: {type(error).__name__} {error}".rstrip()
+        return f"{what} ({attempt.attempt_number} attempts)" if attempt.attempt_number > 1 else what
 
     def _refused(self, response: httpx2.Response, first_row: int, prompts: list[str]) -> RemoteRewardError:
-        """The server's error, with the row of the call and its prompt."""
-        try:
-            row = response.json()["error"]["row"]
-        except (ValueError, KeyError, TypeError):  # a proxy's, for example
-            row = None
+        """Return the server's error, with the row of the call and its prompt."""
+        row, message = _error(response)
         known = isinstance(row, int) and 0 <= row < len(prompts)
         where = f" (row {first_row + row}, prompt {prompts[row]!r})" if known else ""
         remedy = REMEDIES.get(response.status_code, "See docs/remote_rewards.md for what the server's answers mean")
         remedy = remedy.format(server=self.server, batch_size=self.num_images_per_request)
-        return RemoteRewardError(
-            f"The reward server {self.url} answered with status {response.status_code}{where}: "
-            f"{error_message(response)} {remedy}."
-        )
+        answered = f"The reward server {self.url} answered with status {response.status_code}{where}"
+        return RemoteRewardError(f"{answered}: {message} {remedy}.")
 
     def _parsed(self, response: httpx2.Response, number: int) -> dict[str, Any]:
-        """The rewards, metrics and extra columns of an answer.
+        """Return the rewards, metrics and extra columns of an answer.
 
         Raises:
             RemoteRewardError: If it is not of the protocol's form.
@@ -202,47 +224,82 @@ class RemoteReward:
             rewards, metrics, extra = answer["rewards"], answer.get("metrics", {}), answer.get("extra", {})
             if len(rewards) != number:
                 raise ValueError(f"{len(rewards)} rewards for {number} images")
-            for reward in rewards:
-                if reward is not None and (type(reward) not in (int, float) or not math.isfinite(reward)):
-                    raise ValueError(f"{reward!r} is no reward")
             for name, values in extra.items():
                 if len(values) != number:
                     raise ValueError(f"{len(values)} values of {name!r} for {number} images")
-            logged = [
-                (name, math.nan if value is None else float(value))
-                for name, values in metrics.items()
-                for value in values
-            ]
+            for reward in rewards:
+                if reward is not None and (type(reward) not in (int, float) or not math.isfinite(reward)):
+                    raise ValueError(f"{reward!r} is no reward")
+            logged = [(name, value) for name, values in metrics.items() for value in values]
+            metrics = [(name, math.nan if value is None else float(value)) for name, value in logged]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RemoteRewardError(
-                f"The reward server {self.url} answered with what is no answer of protocol 1: "
-                f"{type(error).__name__}: {error}. "
-                f"It began with {response.text[:100]!r}. See docs/remote_rewards.md."
+                f"The reward server {self.url} answered with what is no answer of protocol 1: {type(error).__name__}: "
+                f"{error}. It began with {response.text[:100]!r}. See docs/remote_rewards.md."
             ) from error
-        return {"rewards": rewards, "metrics": logged, "extra": extra}
+        return {"rewards": rewards, "metrics": metrics, "extra": extra}
 
 
 def remote_reward_from_url(url: str) -> RemoteReward:
-    """The remote reward of an URL such as `http://127.0.0.1:8000/pick_score`, with the token of the environment.
+    """Return the remote reward of an URL such as `http://127.0.0.1:8000/pick_score`, with the environment's token.
 
     Raises:
         ValueError: If the URL has no path, or is no URL.
     """
-    server, _, reward = checked_url("A remote reward", url).rpartition("/")
+    server, _, reward = _checked_url("A remote reward", url).rpartition("/")
     if not reward.isidentifier() or server in ("http:/", "https:/"):
         raise ValueError(f"A remote reward is http://HOST:PORT/REWARD, got {url!r}.")
     return RemoteReward(server, reward)
 
 
 def base64_png(image: Image.Image) -> str:
-    """An image without loss, compressed as little as is quick."""
+    """Encode an image without loss, compressed as little as is quick."""
     file = io.BytesIO()
     image.save(file, format="PNG", compress_level=1)
     return base64.b64encode(file.getvalue()).decode()
 
 
+def _encoded(first_row: int, images: list[Image.Image], prompts: list[str], columns: dict[str, list]) -> bytes:
+    for row, image in enumerate(images, first_row):
+        if image.mode not in PNG_MODES:
+            raise ValueError(f"The image of row {row} has mode {image.mode!r}, which PNG does not have: convert it.")
+    # The id is the same in all attempts, so that the server does not score twice.
+    body = {"id": uuid.uuid4().hex, "images": list(map(base64_png, images)), "prompts": prompts, "columns": columns}
+    return json.dumps(body, allow_nan=False).encode()
+
+
+def _error(response: httpx2.Response) -> tuple[Any, str]:
+    """Return the row and the message of an error, or the beginning of an answer that is a proxy's, for example."""
+    try:
+        error = response.json()["error"]
+        return error.get("row"), str(error["message"])[:500]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None, f"it said {response.text[:200]!r}."
+
+
+def _headers(token: str | None) -> httpx2.Headers:  # a dictionary would show the token where it is printed
+    headers = httpx2.Headers({"Content-Type": "application/json"})
+    if token is not None:
+        if not token or not token.isascii() or not token.isprintable() or token != token.strip():
+            raise ValueError(
+                "The token must be printable ASCII characters without spaces around; it is not shown here."
+            )
+        headers["Authorization"] = f"Bearer {token}"
+    return headers
+
+
+def _checked_url(name: str, url: str) -> str:
+    """Return the URL without a slash at its end, or refuse one whose password or query would be shown in messages."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{name} must be an URL such as http://127.0.0.1:8000, got {parts.scheme or url!r}.")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError(f"{name} must have no user, password, query or fragment; a token is given by itself.")
+    return url.rstrip("/")
+
+
 def _is_json(value: Any) -> bool:
-    """Whether it comes back from JSON as it is."""
+    """Say whether the value comes back from JSON as it is."""
     if type(value) is list:
         return all(_is_json(item) for item in value)
     if type(value) is dict:

@@ -1,4 +1,4 @@
-"""`python -m trl_tpgrpo.rewards.serving` serves reward functions where the package's own dependencies are not installed."""
+"""`python -m trl_tpgrpo.rewards.serving` serves reward functions without the package's other dependencies."""
 
 import sys
 

@@ -10,11 +10,9 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -23,31 +21,19 @@ from .protocol import Refusal
 
 logger = logging.getLogger(__name__)
 
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 RESERVED_NAMES = ("health",)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one call gave N images.
+class Outcome(NamedTuple):
+    """What one call gave N images."""
 
-    Attributes:
-        rewards: N rewards; `None` where the function does not apply, a `Refusal` where it returned what is no reward.
-        metrics: Values by name that the function has logged; `None` for NaN, which JSON does not have.
-        extra: Columns that the function has logged, N values each.
-    """
-
-    rewards: list[float | None | Refusal]
-    metrics: dict[str, list[float | None]]
-    extra: dict[str, list]
+    rewards: list[float | None | Refusal]  # N; a `Refusal` where the function has returned what is no reward
+    metrics: dict[str, list[float | None]]  # logged values; `None` for NaN, which JSON does not have
+    extra: dict[str, list]  # logged columns, N values each
 
 
 class ServedReward:
-    """A reward function and what it declares.
-
-    Args:
-        function: The function, or a callable object, or a class of such that needs no arguments.
-        device: Where its model is moved, if it has one; `None` leaves it where it is.
+    """A reward function, or a class of such that needs no arguments, and what it declares.
 
     Raises:
         ValueError: If its name cannot be part of an URL, or it declares what does not exist.
@@ -62,12 +48,11 @@ class ServedReward:
         self.name: str = getattr(innermost, "__name__", type(innermost).__name__)
         self.batch_size: int | None = getattr(innermost, "batch_size", None)
         self.image_type: str = getattr(innermost, "image_type", "pil")
-        if not NAME.fullmatch(self.name) or self.name in RESERVED_NAMES:
+        if not (self.name.isidentifier() and self.name.isascii()) or self.name in RESERVED_NAMES:
             raise ValueError(f"The reward function's name {self.name!r} cannot be part of an URL: set its __name__.")
         if self.image_type not in ("pil", "pt"):
-            raise ValueError(
-                f"The reward function {self.name!r} has image_type={self.image_type!r}, not 'pil' or 'pt'."
-            )
+            message = f"The reward function {self.name!r} has image_type={self.image_type!r}, not 'pil' or 'pt'."
+            raise ValueError(message)
         move = getattr(innermost, "to", None)
         if device is not None and move is not None:
             move(device)
@@ -76,8 +61,8 @@ class ServedReward:
         """Score N images.
 
         Raises:
-            Refusal: If it returns no list of N values.
-            Exception: Whatever it raises.
+            Refusal: If the function returns no list of N values.
+            Exception: Whatever the function raises.
         """
         metrics: dict[str, list[float | None]] = {}
         extra: dict[str, list] = {}
@@ -93,15 +78,15 @@ class ServedReward:
             json.dumps(listed, allow_nan=False)
             extra[name] = listed
 
-        logging: dict[str, Any] = {"trainer_state": None, "log_metric": log_metric, "log_extra": log_extra}
+        log: dict[str, Any] = {"trainer_state": None, "log_metric": log_metric, "log_extra": log_extra}
         given: Any = self._tensor(images) if self.image_type == "pt" else images
-        values = self.function(images=given, prompts=prompts, **columns, **logging)
+        values = self.function(images=given, prompts=prompts, **columns, **log)
         if inspect.isawaitable(values):
-            values = asyncio.run(_awaited(values))
+            values = asyncio.run(asyncio.wait_for(values, timeout=None))  # which takes what `run` does not
         return Outcome(self._checked(values, len(images)), metrics, extra)
 
     def _tensor(self, images: list[Image.Image]) -> Any:
-        """float32, (N, 3, H, W), in [0, 1], on the device."""
+        """Return float32, (N, 3, H, W), in [0, 1], on the device."""
         import numpy as np
         import torch
 
@@ -110,20 +95,16 @@ class ServedReward:
 
     def _checked(self, values: Any, number: int) -> list[float | None | Refusal]:
         try:
-            listed = list(values)
+            rewards = [None if value is None else self._reward(value) for value in values]
         except TypeError:
             raise self._wrong(f"must return a list of numbers, got {type(values).__name__}") from None
-        if len(listed) != number:
-            raise self._wrong(f"returned {len(listed)} rewards for {number} images")
-        return [self._reward(value) for value in listed]
+        if len(rewards) != number:
+            raise self._wrong(f"returned {len(rewards)} rewards for {number} images")
+        return rewards
 
-    def _reward(self, value: Any) -> float | None | Refusal:
-        if value is None:
-            return None
-        if isinstance(value, str):
-            return self._wrong(f"returned {value!r}, no number")
+    def _reward(self, value: Any) -> float | Refusal:
         try:
-            reward = float(value)
+            reward = float(None if isinstance(value, str) else value)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             return self._wrong(f"returned {value!r}, no number")
         if not math.isfinite(reward):
@@ -134,15 +115,11 @@ class ServedReward:
         return Refusal(500, "no_reward", f"The reward function {self.name!r} {what}.")
 
     def raised(self, error: BaseException, where: str = "") -> Refusal:
-        """What is answered where the function has raised; the log has the traceback."""
-        kind = type(error).__name__
+        """Return the answer to requests on which the function has raised; the log has the traceback."""
         logger.error("The reward function %r raised%s.", self.name, where, exc_info=error)
+        kind = type(error).__name__
         message = f"The reward function {self.name!r} raised {kind}: {error}{where}."
         return Refusal(500 if where else 422, "reward_raised", message, exception=kind)
-
-
-async def _awaited(values: Any) -> Any:
-    return await values
 
 
 def find_function(path: str) -> Callable[..., Any]:
@@ -159,12 +136,11 @@ def find_function(path: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_path)
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"The module of the reward function {path!r} cannot be imported: {error}. It is looked for in the current folder "
-            "and among the installed packages."
-        ) from error
+        where = "It is looked for in the current folder and among the installed packages."
+        raise ValueError(f"The module of the reward function {path!r} cannot be imported: {error}. {where}") from error
     finally:
         sys.path.remove(folder)
-    if name not in vars(module):
+    function: Any = getattr(module, name, None)
+    if function is None:
         raise ValueError(f"The module {module_path!r} has no reward function {name!r}.")
-    return vars(module)[name]
+    return function

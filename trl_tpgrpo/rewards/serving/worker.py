@@ -1,12 +1,15 @@
-"""Requests made into calls: a bounded queue of images, and one thread that scores them in batches."""
+"""Requests made into calls: a bounded queue of images, and one thread that scores them in batches.
+
+All but the calls themselves runs in the server's event loop, so that nothing here needs a lock.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import math
-import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .functions import Outcome, ServedReward
@@ -17,187 +20,115 @@ MAX_RETRY_AFTER = 60
 
 
 class Job:
-    """A request on its way. The worker's thread alone writes to it until `done`."""
+    """A request on its way; `answer` becomes what the client gets, or raises the `Refusal` that it gets instead."""
 
     def __init__(self, request: ScoreRequest):
-        self.id = request.id
-        self.done = threading.Event()
-        self.refusal: Refusal | None = None
-        self._rewards: list[float | None] = [None] * len(request.images)
-        self._num_left = len(request.images)
-        self._metrics: dict[str, list[float | None]] = {}
-        self._extra: dict[str, list] = {}
+        self.digest, self.num_left = request.digest, len(request.images)
+        self.body: dict[str, Any] = {"id": request.id, "rewards": [None] * self.num_left, "metrics": {}, "extra": {}}
+        self.answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
 
-    def accept(self, row: int, reward: float | None) -> None:
-        self._rewards[row] = reward
-        self._num_left -= 1
-        if self._num_left == 0:
-            self.done.set()
+    def accept(self, row: int, reward: float | None, extra: dict[str, Any]) -> None:
+        for name, value in extra.items():
+            self.body["extra"].setdefault(name, [None] * len(self.body["rewards"]))[row] = value
+        self.body["rewards"][row] = reward
+        self.num_left -= 1
+        if self.num_left == 0:
+            self.answer.set_result(self.body)
 
     def refuse(self, refusal: Refusal) -> None:
-        """The first reason stands."""
-        if not self.done.is_set():
-            self.refusal = refusal
-            self.done.set()
-
-    def log(self, metrics: dict[str, list[float | None]]) -> None:
-        for name, values in metrics.items():
-            self._metrics.setdefault(name, []).extend(values)
-
-    def log_extra(self, row: int, name: str, value: Any) -> None:
-        self._extra.setdefault(name, [None] * len(self._rewards))[row] = value
-
-    def answer(self) -> dict[str, Any]:
-        """What the client gets.
-
-        Raises:
-            Refusal: If it gets no rewards.
-        """
-        if self.refusal is not None:
-            raise self.refusal
-        return {"id": self.id, "rewards": self._rewards, "metrics": self._metrics, "extra": self._extra}
+        """Give up the whole request; the first reason counts."""
+        if not self.answer.done():
+            self.answer.set_exception(refusal)
 
 
-@dataclass(frozen=True)
 class Item:
-    """One image that waits: row `row` of its request."""
+    """One image that waits, and its row of the request; items with the same key may share a call."""
 
-    job: Job
-    request: ScoreRequest
-    row: int
-    key: tuple  # items of one key may share a call
+    def __init__(self, job: Job, request: ScoreRequest, row: int, image_type: str):
+        self.job, self.row, self.image, self.prompt = job, row, request.images[row], request.prompts[row]
+        self.columns = {name: values[row] for name, values in request.columns.items()}
+        self.key = (sorted(self.columns), self.image.size if image_type == "pt" else None)
 
 
 class Worker:
-    """Scores what is submitted, in the order of submission.
-
-    Args:
-        reward: Called by one thread, one call after the other.
-        max_queue: How many images may wait.
-    """
+    """Scores what is submitted in the order of submission, one call of the function after the other, in one thread."""
 
     def __init__(self, reward: ServedReward, max_queue: int):
         self.reward, self.max_queue = reward, max_queue
         self.num_scored = 0
-        self._waiting: deque[Item] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
+        self.waiting: deque[Item] = deque()
         self._seconds_per_image = 0.0
-        self._thread = threading.Thread(target=self._work, name=reward.name, daemon=True)
-        self._thread.start()
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=reward.name)
+        self._task: asyncio.Future | None = None
 
     def submit(self, request: ScoreRequest) -> Job:
         """Queue a request.
 
         Raises:
-            Refusal: With 503 if the queue has no room now or the server stops, with 413 if it never has.
+            Refusal: With 503 if the queue has no room now, with 413 if it never has.
         """
-        number = len(request.images)
+        number, num_waiting = len(request.images), len(self.waiting)
         if number > self.max_queue:
             message = f"The request has {number} images; the queue holds {self.max_queue} (--max_queue)."
             raise Refusal(413, "too_many_images", message)
+        if num_waiting + number > self.max_queue:
+            message = f"The queue of {self.reward.name!r} is full: {num_waiting} images wait for their turn."
+            seconds = math.ceil(num_waiting / 2 * self._seconds_per_image)  # until half of them are scored
+            retry_after = str(max(1, min(MAX_RETRY_AFTER, seconds)))
+            raise Refusal(503, "queue_full", message, headers={"Retry-After": retry_after})
         job = Job(request)
-        sizes = [image.size if self.reward.image_type == "pt" else None for image in request.images]
-        names = tuple(sorted(request.columns))
-        with self._changed:
-            if self._closed:
-                raise Refusal(503, "stopping", "The server is being stopped.", retry_after=1)
-            if len(self._waiting) + number > self.max_queue:
-                message = (
-                    f"The queue of {self.reward.name!r} is full: {len(self._waiting)} images wait for their turn."
-                )
-                raise Refusal(503, "queue_full", message, retry_after=self._retry_after())
-            self._waiting.extend(Item(job, request, row, (names, size)) for row, size in enumerate(sizes))
-            self._changed.notify()
+        self.waiting.extend(Item(job, request, row, self.reward.image_type) for row in range(number))
+        if self._task is None or self._task.done():
+            self._task = asyncio.ensure_future(self._work())
         return job
 
-    def close(self) -> None:
-        """Take nothing more, and score what waits; returns when that is done."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        self._thread.join()
-
-    def _retry_after(self) -> int:
-        """Seconds until about half of the queue is scored."""
-        seconds = len(self._waiting) / 2 * self._seconds_per_image
-        return max(1, min(MAX_RETRY_AFTER, math.ceil(seconds)))
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                while not self._waiting and not self._closed:
-                    self._changed.wait()
-                if not self._waiting:
-                    return
-                items = self._next_batch()
+    async def _work(self) -> None:
+        while self.waiting:
+            items = self._next_batch()
             if items:
                 start = time.monotonic()
-                self._score(items)
+                for part in await asyncio.get_running_loop().run_in_executor(self._thread, self._score, items):
+                    _deliver(*part)
                 self._seconds_per_image = (time.monotonic() - start) / len(items)
                 self.num_scored += len(items)
 
     def _next_batch(self) -> list[Item]:
-        """The images that have waited longest, without those of requests that have failed already."""
+        """Take the images that have waited longest, without those of requests that have failed already."""
         items: list[Item] = []
         limit = self.reward.batch_size or self.max_queue
-        while self._waiting and len(items) < limit and (not items or self._waiting[0].key == items[0].key):
-            item = self._waiting.popleft()
-            if not item.job.done.is_set():
+        while self.waiting and len(items) < limit and (not items or self.waiting[0].key == items[0].key):
+            item = self.waiting.popleft()
+            if not item.job.answer.done():
                 items.append(item)
         return items
 
-    def _call(self, items: list[Item]) -> Outcome:
-        columns = {name: [item.request.columns[name][item.row] for item in items] for name in items[0].request.columns}
-        images = [item.request.images[item.row] for item in items]
-        return self.reward.call(images, [item.request.prompts[item.row] for item in items], columns)
-
-    def _score(self, items: list[Item]) -> None:
+    def _score(self, items: list[Item]) -> list[tuple[list[Item], Outcome | Refusal]]:
+        """Score a batch, or one by one if the function raises on it, to serve the requests that are not the cause."""
+        columns = {name: [item.columns[name] for item in items] for name in items[0].columns}
         try:
-            _deliver(items, self._call(items))
+            return [(items, self.reward.call([i.image for i in items], [i.prompt for i in items], columns))]
         except Refusal as refusal:
-            for item in items:
-                item.job.refuse(refusal)
+            return [(items, refusal)]
         except (Exception, SystemExit) as error:  # whatever a function raises is reported to those who asked
             if len(items) == 1:
-                items[0].job.refuse(self.reward.raised(error).at(items[0].row))
-            else:
-                self._score_one_by_one(items, error)
+                return [(items, self.reward.raised(error).at(items[0].row))]
+            one_by_one = [part for item in items for part in self._score([item])]
+            if any(isinstance(outcome, Refusal) for _, outcome in one_by_one):
+                return one_by_one
+            # Batches of this size are what fails, and nobody should have to guess that from a slow server.
+            return [(items, self.reward.raised(error, f" (on a batch of {len(items)} images, on none alone)"))]
 
-    def _score_one_by_one(self, items: list[Item], error: BaseException) -> None:
-        """Find the images that a batch has failed on, so that the requests without one get their rewards."""
-        num_failed = 0
-        outcomes: list[tuple[Item, Outcome]] = []
+
+def _deliver(items: list[Item], outcome: Outcome | Refusal) -> None:
+    if isinstance(outcome, Refusal):
         for item in items:
-            try:
-                outcomes.append((item, self._call([item])))
-            except Refusal as refusal:
-                num_failed += 1
-                item.job.refuse(refusal.at(item.row))
-            except (Exception, SystemExit) as alone:
-                num_failed += 1
-                item.job.refuse(self.reward.raised(alone).at(item.row))
-        if not num_failed:  # it cannot do batches of this size, which nobody should have to guess from its slowness
-            of_all = self.reward.raised(error, f" (on a batch of {len(items)} images, on none alone)")
-            for item in items:
-                item.job.refuse(of_all)
-            return
-        for item, outcome in outcomes:
-            _deliver([item], outcome)
-
-
-def _deliver(items: list[Item], outcome: Outcome) -> None:
-    for job in {id(item.job): item.job for item in items}.values():
-        job.log(outcome.metrics)
-    for place, item in enumerate(items):
-        for name, values in outcome.extra.items():
-            item.job.log_extra(item.row, name, values[place])
-        reward = outcome.rewards[place]
+            item.job.refuse(outcome)
+        return
+    for job in {item.job for item in items}:
+        for name, logged in outcome.metrics.items():
+            job.body["metrics"].setdefault(name, []).extend(logged)
+    for index, (item, reward) in enumerate(zip(items, outcome.rewards)):  # noqa: B905 - not in Python 3.8
         if isinstance(reward, Refusal):
             item.job.refuse(reward.at(item.row))
         else:
-            item.job.accept(item.row, reward)
+            item.job.accept(item.row, reward, {name: values[index] for name, values in outcome.extra.items()})

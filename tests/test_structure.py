@@ -1,0 +1,146 @@
+"""How long things may be, so that the package stays one that a person can read.
+
+`python tests/test_structure.py` prints the numbers.
+"""
+
+import ast
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import trl_tpgrpo
+
+
+ROOT = Path(trl_tpgrpo.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+HEART = ["config.py", "trainer.py", "data.py", "rollouts.py", "batches.py", "metrics.py", "algorithm", "policies",
+         "rewards/scorer.py", "rewards/contract.py"]  # fmt: skip
+VERBS = {
+    "account", "activate", "add", "adjust", "advance", "allow", "answer", "append", "apply", "arrange", "ask", "assert", "assign",
+    "average", "await", "balance", "begin", "bring", "build", "call", "cancel", "cast", "change", "check", "choose", "clear",
+    "close", "collect", "combine", "command", "commit", "compare", "compile", "complete", "compute", "connect", "convert", "copy",
+    "correct", "count", "create", "credit", "crop", "cut", "decide", "decode", "derive", "describe", "detect", "divide", "do", "download",
+    "draw", "drop", "embed", "encode", "end", "enter", "estimate", "evaluate", "exchange", "expand", "explain", "fill", "find",
+    "finish", "fit", "flip", "forget", "format", "free", "freeze", "gather", "get", "give", "go", "group", "guard", "guide", "hand",
+    "handle", "hash", "hold", "import", "initialize", "initialise", "insert", "integrate", "join", "judge", "keep", "label", "launch", "lay",
+    "leave", "let", "limit", "list", "listen", "load", "log", "look", "make", "map", "mark", "match", "measure", "merge",
+    "mix", "move", "name", "normalize", "normalise", "note", "offload", "open", "order", "pad", "paint", "parse", "pass", "pick",
+    "place", "plan", "precompute", "predict", "prepare", "print", "process", "push", "put", "queue", "raise", "rank", "read", "recompute",
+    "record", "reduce", "refuse", "remember", "remove", "rename", "render", "repeat", "replace", "report", "resize", "resolve", "restore",
+    "return", "reward", "roll", "rotate", "round", "run", "sample", "save", "say", "scale", "score", "select", "send", "separate", "serve", "set",
+    "settle", "shard", "shift", "shorten", "show", "shuffle", "skip", "solve", "sort", "split", "stand", "standardise", "start",
+    "step", "stop", "submit", "sum", "summarize", "summarise", "switch", "take", "tell", "test", "time", "tokenize", "track",
+    "train", "transform", "truncate", "try", "turn", "undo", "unpack", "update", "use", "visit", "wait", "walk", "want", "warn",
+    "weigh", "work", "wrap", "write", "yield",
+}  # fmt: skip
+"""First words of docstrings in use; a new verb gets a place here."""
+
+
+@lru_cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def functions() -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    return [
+        (f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", node)
+        for path in FILES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+
+
+def lines(paths: list[Path]) -> int:
+    return sum(len(path.read_text().splitlines()) for path in paths)
+
+
+def heart() -> int:
+    named = [ROOT / name for name in HEART]
+    return lines([file for path in named for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])])
+
+
+def lengths() -> dict[str, int]:
+    """Lines of each function, from its signature to its end."""
+    return {name: int(node.end_lineno or 0) - node.lineno + 1 for name, node in functions()}
+
+
+def percentile_90() -> int:
+    return sorted(lengths().values())[int(0.9 * len(lengths()))]
+
+
+def entries() -> list[str]:
+    """What `ls` shows, besides the names that Python and PEP 561 prescribe."""
+    prescribed = {"__init__.py", "__main__.py", "__pycache__", "py.typed"}
+    return sorted({path.name for path in ROOT.iterdir()} - prescribed)
+
+
+def internal_imports() -> float:
+    """Statements that import from the package, a module."""
+    found = [
+        node for path in FILES for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    return len(found) / len(FILES)
+
+
+def loaded_by_one_family() -> list[str]:
+    command = (
+        "import sys, trl_tpgrpo.policies.sd3; print(*[name for name in sys.modules if name.startswith('trl_tpgrpo')])"
+    )
+    run = subprocess.run([sys.executable, "-c", command], cwd=ROOT.parent, capture_output=True, text=True, check=True)
+    return run.stdout.split()
+
+
+def without_verb() -> tuple[list[str], int]:
+    """Functions whose docstring does not begin with a verb, and the number of those that have one; properties are nouns."""
+    wrong, number = [], 0
+    for name, node in functions():
+        text = ast.get_docstring(node)
+        is_property = any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
+        if text and not is_property:
+            number += 1
+            if text.split()[0].strip(".,:;`").lower() not in VERBS:
+                wrong.append(f"{name}: {text.splitlines()[0]}")
+    return wrong, number
+
+
+def test_ls_tells_the_story() -> None:
+    assert len(entries()) <= 14, entries()
+
+
+def test_the_heart_and_the_whole_stay_small() -> None:
+    assert heart() <= 3300
+    assert lines(FILES) <= 9000
+
+
+def test_files_and_functions_fit_a_screen() -> None:
+    assert not {str(path.relative_to(ROOT)): lines([path]) for path in FILES if lines([path]) > 520}
+    assert not {name: length for name, length in lengths().items() if length > 60}
+    assert percentile_90() <= 25
+
+
+def test_modules_know_few_others() -> None:
+    assert internal_imports() <= 1.8
+
+
+def test_importing_one_family_loads_no_other() -> None:
+    assert len(loaded_by_one_family()) <= 6, loaded_by_one_family()
+
+
+def test_docstrings_begin_with_a_verb() -> None:
+    wrong, number = without_verb()
+    assert len(wrong) <= 0.05 * number, "\n".join(wrong)
+
+
+if __name__ == "__main__":
+    for name, value in {
+        "entries": len(entries()),
+        "lines of the heart": heart(),
+        "lines of the package": lines(FILES),
+        "lines of the longest files": sorted(((lines([path]), path.name) for path in FILES), reverse=True)[:4],
+        "lines of a function, p90 and most": (percentile_90(), max(lengths().values())),
+        "internal imports a module": round(internal_imports(), 2),
+        "modules loaded by one family": len(loaded_by_one_family()),
+        "docstrings without a verb": (len(without_verb()[0]), without_verb()[1]),
+    }.items():
+        print(f"{name}: {value}")  # noqa: T201

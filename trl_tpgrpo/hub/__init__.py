@@ -1,0 +1,7 @@
+"""What a run gives to the Hub: weights, card, images, recipe and checkpoints."""
+
+from .card import RunCard, sample_prompts
+from .repository import HubError, HubRepository, without_tokens
+
+
+__all__ = ["HubError", "HubRepository", "RunCard", "sample_prompts", "without_tokens"]

@@ -1,0 +1,145 @@
+"""The card that goes to the Hub with a trained adapter or transformer, and the recipe beside it."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig
+from PIL import Image
+from transformers import TrainerState
+
+from .recipe import LOCAL, import_paths, is_local, to_yaml
+
+
+TEMPLATE = Path(__file__).with_name("card.md")
+CARD_FILE, RECIPE_FILE, SAMPLE_FILES = CARD_FILES = "README.md", "recipe.yaml", "images/sample_*.png"
+NUM_SAMPLES = 4
+FIRST_ROWS = 64
+"""Rows of a dataset in which distinct prompts are looked for."""
+
+
+@dataclass(kw_only=True)
+class RunCard:
+    """What is told of a run, without what only its machine knows.
+
+    Attributes:
+        args: Settings of the run.
+        pipeline: Pipeline whose transformer is trained.
+        adapter: Adapter that is trained; `None`: all weights.
+        reward_funcs: Functions by option of the command line.
+        prompts: Prompts that images are sampled for.
+        images: Images of the trained model, one a prompt; none before the first push.
+    """
+
+    args: Any
+    pipeline: DiffusionPipeline
+    adapter: LoraConfig | None
+    reward_funcs: dict[str, list[Callable]]
+    prompts: list[str]
+    images: list[Image.Image] = field(default_factory=list)
+
+    def write(
+        self,
+        state: TrainerState,
+        repo_id: str | None,
+        model_name: str | None,
+        dataset_name: str | None,
+        tags: list[str],
+        options: dict[str, Any] | None,
+    ) -> None:
+        """Write `README.md`, its images, and `recipe.yaml` to `output_dir`, over those of a card before.
+
+        Args:
+            state: State of the trainer, with the log.
+            repo_id: Repository on the Hub; `None`: there is none.
+            model_name: Title; `None`: name of the repository or folder.
+            dataset_name: Name as on the command line; `None`: unknown.
+            tags: Tags besides those of the task.
+            options: Options of the command line for the recipe; `None`: those that follow from the attributes.
+        """
+        folder = Path(self.args.output_dir)
+        dataset = None if dataset_name is None or is_local(dataset_name) else dataset_name
+        name = (model_name or repo_id or folder.name).split("/")[-1]
+        for stale in folder.glob(SAMPLE_FILES):
+            stale.unlink()
+        for number, image in enumerate(self.images):
+            (folder / _sample_file(number)).parent.mkdir(parents=True, exist_ok=True)
+            image.save(folder / _sample_file(number))
+        self._card(state, name, repo_id or name, dataset, tags).save(folder / CARD_FILE)
+        options = self._options(dataset) | self.args.given if options is None else options
+        settings = self.args.to_dict()  # enums as their values
+        recipe = to_yaml({option: settings.get(option, value) for option, value in options.items()})
+        (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
+
+    def _card(self, state: TrainerState, name: str, repo: str, dataset: str | None, tags: list[str]) -> ModelCard:
+        """Return the card, with metadata in the Hub's conventions for diffusers."""
+        is_lora, base_model = self.adapter is not None, self._base_model
+        shown = enumerate(self.prompts[: len(self.images)])
+        metadata = ModelCardData(
+            base_model=base_model,
+            base_model_relation=None if base_model is None else "adapter" if is_lora else "finetune",
+            library_name="diffusers",
+            pipeline_tag="text-to-image",
+            datasets=dataset if dataset and "/" in dataset else None,  # others, as "testbed", are not on the Hub
+            model_name=name,
+            tags=sorted({*tags, "text-to-image", "diffusers", *(["lora"] if is_lora else [])}),
+            widget=[{"text": prompt, "output": {"url": _sample_file(number)}} for number, prompt in shown] or None,
+        )
+        evaluated = rewards_by_update(state.log_history, r"eval_(.+_)?(reward|rewards/.+/mean)")
+        return ModelCard.from_template(
+            metadata,
+            template_path=str(TEMPLATE),
+            args=self.args,
+            is_lora=is_lora,
+            repo=repo,
+            transformer=type(self.pipeline.transformer).__name__,
+            prompt=next(iter(self.prompts), "a photo of a cat"),
+            updates=state.global_step,
+            evaluated=bool(evaluated),
+            rewards=evaluated or rewards_by_update(state.log_history, r"reward|rewards/.+/mean"),
+        )
+
+    def _options(self, dataset: str | None) -> dict[str, Any]:
+        """Return the options of the command line, besides the config's, that a run set up in Python amounts to."""
+        options = {"model_name_or_path": self._base_model or LOCAL, "dataset_name": dataset or LOCAL}
+        options |= {option: import_paths(functions) for option, functions in self.reward_funcs.items() if functions}
+        if self.adapter is not None:
+            targets = self.adapter.target_modules
+            options |= {"use_peft": True, "lora_r": self.adapter.r, "lora_alpha": self.adapter.lora_alpha}
+            options["lora_target_modules"] = targets if isinstance(targets, str) else sorted(targets or [])
+            options |= {name: True for name in ("use_rslora", "use_dora") if getattr(self.adapter, name)}
+        return options
+
+    @property
+    def _base_model(self) -> str | None:
+        """Hub id of the pipeline; `None` for a model that nobody else could load."""
+        name = self.pipeline.config.get("_name_or_path")
+        return None if not name or is_local(name) or Path(name).exists() else name
+
+
+def rewards_by_update(log_history: list[dict[str, Any]], pattern: str) -> dict[str, list[tuple[int, float]]]:
+    """Return (update, value) of every log entry, in order, by metrics whose whole names match `pattern`."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for entry in log_history:
+        for name in entry:
+            if re.fullmatch(pattern, name):
+                found.setdefault(name, []).append((entry["step"], entry[name]))
+    return found
+
+
+def sample_prompts(datasets: Iterable[Any]) -> list[str]:
+    """Return the first prompts of the first dataset there is, of those that are a dict of datasets the first."""
+    for dataset in datasets:
+        chosen = next(iter(dataset.values()), None) if isinstance(dataset, dict) else dataset
+        if isinstance(chosen, Dataset) and len(chosen):
+            return list(dict.fromkeys(chosen[:FIRST_ROWS]["prompt"]))[:NUM_SAMPLES]
+    return []
+
+
+def _sample_file(number: int) -> str:
+    return SAMPLE_FILES.replace("*", str(number))
