@@ -213,7 +213,7 @@ def planned_model(folder: Path, args: TPGRPOConfig, peft_config: LoraConfig | No
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_near_those_of_real_models(family, full: bool, checkpointing: bool, tmp_path: Path) -> None:
-    """What is kept for the backward pass errs to the safe side, by a third; peaks of models this small are within 2."""
+    """Compare with what autograd keeps (the plan errs to the safe side, by a third), and with peaks of tiny models."""
     pipeline = family()
     pipeline.save_pretrained(tmp_path / "model")
     options = {"height": 32, "width": 32, "num_generations": 8, "per_device_train_batch_size": 32, "beta": 0.1}
@@ -243,7 +243,7 @@ def test_activations_are_near_those_of_real_models(family, full: bool, checkpoin
 
 
 def test_what_the_vae_needs_is_what_is_allocated() -> None:
-    """The CPU's convolutions take workspaces besides, which are not in the sum."""
+    """Compare with a CPU, whose convolutions take workspaces besides, which are not in the sum."""
     vae = load_architecture(
         SD3, **dict.fromkeys(("transformer", "text_encoder", "text_encoder_2", "text_encoder_3"))
     ).vae

@@ -35,7 +35,7 @@ MARGIN = 0.95  # share of a GPU that is used: cards have a little less than thei
 # larger of what SD3.5-medium and FLUX.1-dev take at 512 pixels. docs/models.md: how they were measured, how far off.
 EVALUATION = 57
 KEPT = {True: 53, False: 91}  # for the backward pass, by each layer: with an adapter, with all weights trained
-CHECKPOINTED = 82  # in the layer that is computed anew; of each layer its input is kept, 2 bytes
+CHECKPOINTED = 82  # in the layer that is computed anew; of each layer the input is kept besides, 2 bytes
 DECODING = 768  # numbers a pixel
 ENCODING = 200_000  # bytes a text token
 # Bytes a weight of a linear layer, and a row of them; nf4 has scales of 64 weights each, in 8 bit and with scales too.
@@ -156,8 +156,8 @@ class PlannedModel:
     def activations(self, args: Any, batch_size: int, trains: bool = False) -> float:
         """Estimate the bytes of a model call besides the weights, with a backward pass if it `trains`."""
         half = run_dtype(args).itemsize == 2
-        kept = 2 * self.layers + CHECKPOINTED if args.activation_checkpointing else self.layers * KEPT[self.is_adapter]
-        casts = 2 * sum(self.trained) if half else 0  # autocast keeps a copy of float32 weights
+        inputs, casts = (2 * self.layers, 2 * sum(self.trained)) if half else (3 * self.layers, 0)  # autocast's copies
+        kept = inputs + CHECKPOINTED if args.activation_checkpointing else self.layers * KEPT[self.is_adapter]
         each = (kept if trains else EVALUATION) * (1 if half else 1.3) * (1 + self.policy.uses_negative_prompt)
         return batch_size * self.hidden * each + casts + (self.largest if args.quantization else 0)
 
