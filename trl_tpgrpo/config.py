@@ -4,7 +4,7 @@ import inspect
 import operator
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from itertools import chain
 from types import MappingProxyType
 from typing import Annotated, Any, TypeVar, get_origin
@@ -57,17 +57,15 @@ def _is_within(value: Any, limit: Any) -> bool:
     return all(COMPARISONS[bound[:-2]](value, int(bound[-1])) for bound in bounds.split(" and "))
 
 
-def _public_fields(config: Any) -> list[Field]:
-    return [item for item in fields(config) if not item.name.endswith("_token")]
+def _defaults(config: Any) -> dict[str, Any]:
+    public = [item for item in fields(config) if not item.name.endswith("_token")]
+    return {item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in public}
 
 
 def non_defaults(config: Any) -> dict[str, Any]:
     """Return the fields of a dataclass, but for tokens, whose values are not the defaults."""
-    defaults = {
-        item.name: item.default if item.default_factory is MISSING else item.default_factory()
-        for item in _public_fields(config)
-    }
-    return {name: getattr(config, name) for name, default in defaults.items() if getattr(config, name) != default}
+    defaults = _defaults(config)
+    return {name: value for name, value in vars(config).items() if name in defaults and value != defaults[name]}
 
 
 @described
@@ -168,8 +166,8 @@ class TPGRPOConfig(_BaseConfig):
             is what is evaluated and saved. `None`: no average.
         ema_update_every (`int`, *optional*, defaults to `8`): Updates between two moves of the average. Before the
             first, after as many updates, the weights themselves are evaluated and saved.
-        guard_rails (`str`, *optional*, defaults to `"warn"`): Answer, before an update, to signs of a run that goes
-            wrong: `"warn"`, `"skip"` it, `"stop"`, or `"off"`. Other limits: [`~trl_tpgrpo.GuardRails`] in
+        guard_rails (`str`, *optional*, defaults to `"warn"`): Answer, before each update, to signs of a run that goes
+            wrong: `"warn"`, `"skip"`, `"stop"` or `"off"`. For other limits pass [`~trl_tpgrpo.GuardRails`] in
             `callbacks`.
         recompute_old_log_probs (`bool`, *optional*, defaults to `False`): Whether to recompute a rollout's
             log-probabilities as training does, before the first update. Where kernels differ with gradients (NF4,
@@ -195,9 +193,9 @@ class TPGRPOConfig(_BaseConfig):
             (1,024 pixels for SD3.5 and FLUX.1) in overlapping, blended tiles: less memory, slightly other images.
 
         > Parameters that control the logging
-        log_completions (`bool`, *optional*, defaults to `False`): Whether each log prints samples (prompts, rewards,
-            the mean advantage, the rewards along the trajectory), their images saved in `output_dir/completions`. The
-            name is TRL's: the ODE's completions are not meant.
+        log_completions (`bool`, *optional*, defaults to `False`): Whether to print samples of the rollout with each
+            log (prompts, rewards, the mean advantage and the rewards along the trajectory) and save their images in
+            `output_dir/completions`. The name is TRL's: the ODE's completions are not meant.
         num_completions_to_print (`int`, *optional*): Samples shown, from the first. `None`: the first prompt's group.
         log_images_steps (`int`, *optional*, defaults to `20`): Updates between reports to TensorBoard, W&B or trackio
             (`report_to`): the samples' images, a trajectory with turning points, histograms of rewards, step rewards
@@ -295,7 +293,7 @@ class TPGRPOConfig(_BaseConfig):
         sizes = self._settle_batch_sizes("gradient_accumulation_steps" in given)
         for message in chain(sizes, self._sampling_errors(), self._credit_errors()):
             raise ValueError(message)
-        self._given, self._settled = given, {item.name: getattr(self, item.name) for item in _public_fields(self)}
+        self._given, self._settled = given, {name: getattr(self, name) for name in _defaults(self)}
 
     @property
     def given(self) -> dict[str, Any]:
