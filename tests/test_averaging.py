@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from test_trainer import assert_same, brightness, build, logged, prompts, trained
 
 from trl_tpgrpo import TPGRPOConfig
+from trl_tpgrpo.policies.weights import save_weights
 
 
 def test_the_average_is_that_of_the_formula(tmp_path: Path) -> None:
@@ -39,8 +40,8 @@ def test_the_average_is_that_of_the_formula(tmp_path: Path) -> None:
 
 def test_the_average_never_changes_training(tmp_path: Path) -> None:
     runs = [
-        build(tmp_path, max_steps=4, ema_update_every=1, ema_decay=decay, eval_dataset=prompts(4), eval_strategy="steps",
-              eval_steps=1, per_device_eval_batch_size=4, save_strategy="steps", save_steps=2)
+        build(tmp_path, max_steps=4, ema_update_every=1, ema_decay=decay, eval_dataset=prompts(4), eval_steps=1,
+              eval_strategy="steps", per_device_eval_batch_size=4, save_strategy="steps", save_steps=2)
         for decay in (None, 0.9)
     ]  # fmt: skip
     for run in runs:
@@ -86,14 +87,14 @@ def test_saved_weights_are_the_average(full: bool, tmp_path: Path) -> None:
     assert_same(saved, in_checkpoint)
     assert any(not torch.equal(saved[key], last[key]) for key in saved)
     with trainer.averaged.in_use():
-        trainer.policy.save_weights(trainer.model, tmp_path / "expected")
+        save_weights(trainer.model, tmp_path / "expected", trainer.policy.pipeline_class)
     assert_same(saved, load_file(tmp_path / "expected" / name))
 
 
 def test_until_the_first_move_the_weights_themselves_are_saved(tmp_path: Path) -> None:
     trainer = build(tmp_path, max_steps=3, save_strategy="steps", save_steps=3)
     trainer.train()
-    trainer.policy.save_weights(trainer.model, tmp_path / "expected")
+    save_weights(trainer.model, tmp_path / "expected", trainer.policy.pipeline_class)
     name = "pytorch_lora_weights.safetensors"
     assert_same(load_file(tmp_path / "checkpoint-3" / name), load_file(tmp_path / "expected" / name))
     assert not (tmp_path / "checkpoint-3/last").exists()

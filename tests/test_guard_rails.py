@@ -1,4 +1,4 @@
-"""Guard rails: planted collapses are caught within three updates, healthy runs raise no warning, and each action does what it says."""
+"""Guard rails: planted collapses are caught within three updates, healthy runs raise no warning, actions act."""
 
 import logging
 import math
@@ -22,9 +22,9 @@ def on_testbed(output_dir: Path, adapter: bool, **changes: object) -> TPGRPOTrai
     """The demo's run, on half as many images."""
     settings = {
         "use_cpu": True, **PIPELINE_KWARGS, "guidance_scale": 1.0, "num_inference_steps": 8, "sde_window_size": 3,
-        "num_generations": 4, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "sde_type": "flow_sde",
-        "epsilon": 1e-3, "beta": 0.0, "learning_rate": 1e-4, "ema_decay": None, "activation_checkpointing": False,
-        "save_strategy": "no", "disable_tqdm": True, "seed": 0, **changes,
+        "num_generations": 4, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1,
+        "sde_type": "flow_sde", "epsilon": 1e-3, "beta": 0.0, "learning_rate": 1e-4, "ema_decay": None,
+        "activation_checkpointing": False, "save_strategy": "no", "disable_tqdm": True, "seed": 0, **changes,
     }  # fmt: skip
     return TPGRPOTrainer(
         model=TESTBED,
@@ -46,7 +46,8 @@ COLLAPSES = {
 HEALTHY = {
     "all weights": {"adapter": False, "beta": 1e-3},
     "an adapter under the paper's SDE": {
-        "adapter": True, "learning_rate": 3e-4, "beta": 4e-4, "sde_type": "cps", "epsilon": 1e-5, "sde_window_size": 7, **TWO_UPDATES,
+        "adapter": True, "learning_rate": 3e-4, "beta": 4e-4, "sde_type": "cps", "epsilon": 1e-5,
+        "sde_window_size": 7, **TWO_UPDATES,
     },
 }  # fmt: skip
 
@@ -77,7 +78,7 @@ def test_a_healthy_run_raises_no_warning(case: str, tmp_path: Path, caplog) -> N
 
 
 def run_into(action: str, output_dir: Path, **changes: object) -> tuple[TPGRPOTrainer, dict[str, torch.Tensor]]:
-    """A trainer whose every update is a problem (not even no distance from the reference is allowed), and its weights."""
+    """Build a trainer whose every update is a problem (no distance from the reference will do); give its weights."""
     trainer = TPGRPOTrainer(
         model=tiny_sd3(),
         reward_funcs=brightness,
@@ -212,8 +213,8 @@ def test_rewards_of_few_prompts_say_nothing_about_the_policy(tmp_path: Path) -> 
 def evaluation(trained_on: float, held_out: float) -> dict[str, float]:
     """Of 100 images with a spread of 0.5, whose standard error is 0.05."""
     return {
-        "eval_reward": trained_on, "eval_reward_std": 0.5, "eval_rewards/held_out/mean": held_out, "eval_rewards/held_out/std": 0.5,
-        "eval_num_scored_images": 100.0,
+        "eval_reward": trained_on, "eval_reward_std": 0.5, "eval_rewards/held_out/mean": held_out,
+        "eval_rewards/held_out/std": 0.5, "eval_num_scored_images": 100.0,
     }  # fmt: skip
 
 

@@ -15,23 +15,12 @@ from test_trainer import build, prompts
 
 from trl_tpgrpo import TPGRPOTrainer
 from trl_tpgrpo.algorithm.credit import CreditRule, RewardTable
-from trl_tpgrpo.callbacks.grids import (
-    GAP,
-    MARGIN,
-    TITLE,
-    Row,
-    first_row,
-    fitting,
-    grid,
-    resized,
-    size_in_grid,
-    wrapped,
-)
-from trl_tpgrpo.callbacks.pictures import of_rollout, trajectory_image
+from trl_tpgrpo.callbacks.grids import CAPTION, GAP, TITLE, grid, resized
+from trl_tpgrpo.callbacks.pictures import rollout_pictures, trajectory_image
 from trl_tpgrpo.callbacks.samples import RolloutSample
 
 
-TAGS = {"rollout/samples", "rollout/trajectory", "eval/images", "eval/over_time"}
+TAGS = {"rollout/samples", "rollout/trajectory", "eval/images"}
 HISTOGRAMS = {"rollout/rewards", "rollout/step_rewards", "rollout/advantages"}
 
 
@@ -111,7 +100,7 @@ def test_wandb_has_the_pictures_and_histograms(tmp_path: Path, monkeypatch: pyte
     assert TAGS | HISTOGRAMS <= set(summary)
     assert len(summary["rollout/samples"]["captions"]) == 2 and ": 0." in summary["rollout/samples"]["captions"][0]
     assert {summary[name]["_type"] for name in HISTOGRAMS} == {"histogram"}
-    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/**/*.png"))) == 5
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/**/*.png"))) == 4
 
 
 def test_trajectories_that_a_reward_function_has_failed_on_are_not_in_histograms_or_figures() -> None:
@@ -120,7 +109,7 @@ def test_trajectories_that_a_reward_function_has_failed_on_are_not_in_histograms
     rewards = torch.tensor([[[torch.nan] * 3], [[0.2, 0.5, 0.4]]])
     table = RewardTable(rewards, torch.ones(1), 2, 2, CreditRule())
     shown = RolloutSample(["a"] * 2, [[picture(8, "red")] * 3, [picture(8, "blue")] * 3], table, ["reward"])
-    histograms = of_rollout(shown).histograms
+    histograms = rollout_pictures(shown).histograms
     assert histograms["rollout/rewards"].tolist() == pytest.approx([0.4])
     for values in histograms.values():
         wandb.Histogram(values)  # refuses NaN
@@ -140,65 +129,51 @@ def test_trackio_has_the_pictures_and_histograms(tmp_path: Path, monkeypatch: py
     assert TAGS - {"rollout/samples"} | HISTOGRAMS | {"rollout/samples_00", "rollout/samples_01"} <= set(logs)
     assert logs["rollout/samples_00"]["_type"] == "trackio.image"
     assert ": 0." in logs["rollout/samples_00"]["caption"]
-    assert len(list((tmp_path / "trackio").rglob("*.png"))) == 5
-
-
-# ------------------------------------------------------------------------------------------- evaluations over time
-
-
-def test_each_evaluation_leaves_a_grid_and_the_course_so_far(tmp_path: Path) -> None:
-    trainer = watched(tmp_path, "none", eval_on_start=True)
-    trainer.train()
-    folder = tmp_path / "images/eval"
-    names = [*(f"step_00000{step}.png" for step in range(4)), "over_time.png"]
-    assert {path.name for path in folder.iterdir()} == set(names)
-    with Image.open(folder / "over_time.png") as course, Image.open(folder / "step_000003.png") as latest:
-        width, height = size_in_grid(picture(16, "red"))
-        of_latest = first_row(latest, (width, height), 2)
-        for image, left in zip(of_latest, (MARGIN, MARGIN + width + GAP), strict=True):
-            top = MARGIN + 3 * (TITLE + height + GAP) + TITLE  # the fourth of four rows
-            in_course = course.crop((left, top, left + width, top + height))
-            assert (np.asarray(image) == np.asarray(in_course)).all()
-        assert course.height == MARGIN + 4 * (TITLE + height + GAP) - GAP + MARGIN
-
-
-def test_the_course_goes_on_after_a_resume_and_leaves_out_the_grids_of_another_run(tmp_path: Path) -> None:
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_steps": 2}
-    watched(tmp_path, "none", **options).train()
-    grids = sorted((tmp_path / "images/eval").glob("step_*.png"))
-    whole = Image.open(tmp_path / "images/eval/over_time.png").copy()
-    grids[0].with_name("step_000001.png").write_bytes(grids[0].read_bytes())  # no evaluation of this run
-    resumed = watched(tmp_path, "none", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    again = Image.open(tmp_path / "images/eval/over_time.png")
-    assert (np.asarray(again) == np.asarray(whole)).all()
+    assert len(list((tmp_path / "trackio").rglob("*.png"))) == 4
 
 
 # ----------------------------------------------------------------------------------------------------------- grids
 
 
+def test_each_evaluation_leaves_a_grid(tmp_path: Path) -> None:
+    watched(tmp_path, "none", eval_on_start=True).train()
+    assert {path.name for path in (tmp_path / "images/eval").iterdir()} == {
+        f"step_00000{step}.png" for step in range(4)
+    }
+
+
+def test_a_resumed_run_leaves_the_same_grids(tmp_path: Path) -> None:
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+    watched(tmp_path, "none", **options).train()
+    grids = sorted((tmp_path / "images/eval").glob("step_*.png"))
+    before = grids[1].read_bytes()
+    grids[1].unlink()
+    watched(tmp_path, "none", **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [grid.name for grid in grids] == ["step_000002.png", "step_000004.png"] and grids[1].read_bytes() == before
+
+
 @pytest.mark.parametrize(("size", "shown"), [(16, 112), (32, 128), (112, 112), (200, 200), (1024, 256)])
 def test_images_are_of_a_size_that_can_be_seen(size: int, shown: int) -> None:
-    assert size_in_grid(picture(size, "red")) == (shown, shown)
-    assert (
-        size_in_grid(Image.new("RGB", (2 * size, size)))[0] == 2 * size_in_grid(Image.new("RGB", (2 * size, size)))[1]
-    )
+    assert resized(picture(size, "red")).size == (shown, shown)
+    wide = resized(Image.new("RGB", (2 * size, size)))
+    assert wide.width == 2 * wide.height
 
 
-def test_rows_come_out_of_a_grid_as_they_went_in() -> None:
-    colours = ["red", "green", "blue"]
+def test_a_grid_shows_the_images_under_their_prompts() -> None:
+    colours = ["red", "green", "blue", "yellow", "cyan"]
     images = [picture(32, colour) for colour in colours]
-    shown = grid([Row("a prompt", images, ["1", "2", "3"]), Row("another", images[:1], ["4"])])
-    for image, again in zip(images, first_row(shown, (128, 128), 3), strict=True):
-        assert (np.asarray(resized(image, (128, 128))) == np.asarray(again)).all()
+    shown = grid({"a prompt": [(image, 0.5) for image in images], "another": [(images[0], 0.25)]})
+    width, height = resized(images[0]).width + 2 * GAP, resized(images[0]).height + TITLE + CAPTION
+    assert shown.size == (4 * width, 3 * height)  # the first in rows of 4 and 1
+    for index, colour in {0: "red", 3: "yellow", 4: "cyan", 8: "red"}.items():
+        corner = (index % 4 * width + GAP, index // 4 * height + TITLE)
+        inside = shown.crop((*corner, corner[0] + 128, corner[1] + 128))
+        assert (np.asarray(inside) == np.asarray(resized(picture(32, colour)))).all()
+    assert (np.asarray(shown.crop((width, height + TITLE, 4 * width, 2 * height))) == 255).all()
 
 
-def test_long_rows_are_wrapped_and_long_titles_cut_off() -> None:
-    row = Row("a prompt", [picture(32, "red")] * 5, list("abcde"))
-    assert [(part.title, part.captions) for part in wrapped(row, 2)] == [
-        ("a prompt", ["a", "b"]),
-        ("", ["c", "d"]),
-        ("", ["e"]),
-    ]
-    assert fitting("a prompt", 300) == "a prompt"
-    assert fitting("a prompt " * 50, 300).endswith("...") and len(fitting("a prompt " * 50, 300)) > 20
+def test_long_prompts_are_cut_off_and_short_rows_leave_them_room() -> None:
+    image = picture(256, "red")
+    short, long, longer = (grid({text: [(image, 0.5)]}) for text in ("a prompt", "word " * 20, "word " * 40))
+    assert short.width == long.width >= 360
+    assert (np.asarray(long) == np.asarray(longer)).all() and (np.asarray(short) != np.asarray(long)).any()

@@ -11,7 +11,7 @@ from test_samples import sample
 from test_trainer import brightness, build
 
 from trl_tpgrpo.callbacks import printing
-from trl_tpgrpo.callbacks.printing import drawn, table
+from trl_tpgrpo.callbacks.printing import table, trajectory
 
 
 def blueness(images: list[Image.Image], **columns: object) -> list[float]:
@@ -20,13 +20,13 @@ def blueness(images: list[Image.Image], **columns: object) -> list[float]:
 
 def test_a_trajectory_as_text_marks_where_turning_points_start() -> None:
     shown = sample(torch.tensor([[0.5, 0.2, 0.4, 0.9], [0.21, 0.35, 0.80, 0.78]]))
-    assert drawn(shown, 0) == "0.50 0.20* 0.40 0.90"
-    assert drawn(shown, 1) == "0.21* 0.35 0.80 0.78"
+    assert trajectory(shown, 0) == "0.50 0.20* 0.40 0.90"
+    assert trajectory(shown, 1) == "0.21* 0.35 0.80 0.78"
 
 
 def test_a_function_that_does_not_apply_has_a_dash() -> None:
     shown = sample(torch.full((2, 1), torch.nan), credit="outcome")
-    assert table(shown, [Path("0.png"), Path("1.png")])[1][2] == "-"
+    assert table(shown)[1][0][2] == "-"
 
 
 @pytest.mark.parametrize("has_rich", [True, False])
@@ -49,7 +49,7 @@ def test_samples_are_printed_and_saved_with_each_log(
 
 
 def test_prompts_that_look_like_markup_are_printed_as_they_are() -> None:
-    text = printing.rendered([["image", "prompt", "x"], ["00.png", "a [red] circle", "1"]], "title")
+    text = printing.rendered(["image", "prompt", "x"], [["00.png", "a [red] circle", "1"]])
     assert "a [red] circle" in text
 
 

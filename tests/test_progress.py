@@ -16,76 +16,75 @@ from datasets import Dataset
 from test_trainer import build, prompts
 from transformers import PrinterCallback, ProgressCallback, TrainerState
 
-from trl_tpgrpo.callbacks.progress import LINES_A_HEADER, WIDTH, LogTable, Pace, ProgressDisplay, duration
+from trl_tpgrpo.callbacks.progress import ProgressDisplay, duration, log_line
 
+
+WIDTH = 120
 
 LOGS = {
     "loss": 0.0, "grad_norm": 0.0213, "learning_rate": 3e-4, "epoch": 0.1, "reward": 0.512, "reward_std": 0.31,
     "turning_points/rate": 0.218, "turning_points/step_0": 0.1, "clip_ratio": 0.031, "kl": 1.2e-5,
     "ratio/mean": 1.0, "ratio/max_deviation": 2.5e-5, "rewards/shapes/mean": 0.512, "rewards/shapes/std": 0.31,
-    "seconds/encode": 0.1, "seconds/rollout": 123.4, "seconds/decode": 12.3, "seconds/score": 1.25, "seconds/train": 1234.0,
+    "seconds/encode": 0.1, "seconds/rollout": 123.4, "seconds/decode": 12.3, "seconds/score": 1.25,
+    "seconds/train": 1234.0,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
 
 
 def state(step: int = 1, max_steps: int = 3000) -> TrainerState:
     return TrainerState(global_step=step, max_steps=max_steps, is_world_process_zero=True)
 
 
-def table(shows_time_left: bool = True) -> LogTable:
-    return LogTable(Pace(), shows_time_left)
-
-
-def test_a_line_shows_the_numbers_that_matter_under_their_titles() -> None:
-    header, line = table(shows_time_left=False).lines(LOGS, state())
-    assert header.split() == (
-        "update reward +- std turns clip kl |ratio-1| grad lr encode rollout decode score train s".split()
+def test_a_line_shows_the_numbers_that_matter_with_their_names() -> None:
+    assert log_line(LOGS, state()) == (
+        "update 1/3000  reward 0.512 +- 0.310  turns 21.8%  clip 3.1%  kl 1.2e-05  grad 0.021  "
+        "rollout 123.4 s  train 1234.0 s"
     )
-    assert line.split() == (
-        "1/3000 0.512 +- 0.310 22% 3.1% 1.2e-05 2.5e-05 0.0213 3.0e-04 0.10 123 12.3 1.25 1234".split()
+
+
+def test_a_wide_terminal_shows_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    line = log_line(LOGS | {"rewards/other/mean": 0.25}, state(), "1:00 left")
+    assert line == (
+        "update 1/3000  1:00 left  reward 0.512 +- 0.310  shapes 0.512  other 0.250  turns 21.8%  clip 3.1%  "
+        "kl 1.2e-05  grad 0.021  rollout 123.4 s  train 1234.0 s  score 1.2 s  decode 12.3 s  encode 0.1 s  "
+        "|ratio-1| 2.5e-05  lr 0.0003"
     )
-    assert len(header) == len(line) <= WIDTH
 
 
-def test_lines_fit_however_many_reward_functions_there_are() -> None:
-    many = {f"rewards/a_function_with_a_long_name_{number}/mean": 0.5 for number in range(9)}
-    one, few = {"rewards/other/mean": 0.25}, {f"rewards/reward_{number}/mean": 0.5 for number in range(2)}
-    for extra in (one, few, many):
-        for line in table().lines(LOGS | extra, state()):
-            assert len(line) <= WIDTH
-    header = table().lines(LOGS | one, state())[0].split()
-    assert header[4:6] == ["shapes", "other"] and "lr" not in header and header[-1] == "left"
+@pytest.mark.parametrize("number", [1, 2, 9])
+def test_lines_fit_however_many_reward_functions_there_are(number: int) -> None:
+    functions = {f"rewards/a_function_with_a_long_name_{index}/mean": 0.5 for index in range(number)}
+    for kind in ("", "eval_"):
+        logs = {f"{kind}{name}": value for name, value in (LOGS | functions).items()} | (
+            {f"{kind}runtime": 1.0} if kind else {}
+        )
+        assert len(log_line(logs, state(), "1:00 left")) <= WIDTH
 
 
-def test_an_update_without_a_rollout_has_dashes_and_no_new_header() -> None:
-    lines = table()
-    assert len(lines.lines(LOGS, state(1))) == 2
-    without = {name: value for name, value in LOGS.items() if "reward" not in name and "turning" not in name}
-    (line,) = lines.lines(without, state(2))
-    assert line.split()[1:3] == ["-", "-"]
-
-
-def test_the_header_comes_again_after_some_lines_and_with_a_new_number() -> None:
-    lines = table()
-    numbers = [len(lines.lines(LOGS, state(step))) for step in range(1, LINES_A_HEADER + 3)]
-    assert numbers == [2] + [1] * (LINES_A_HEADER - 1) + [2, 1]
-    assert len(lines.lines(LOGS | {"rewards/other/mean": 0.1}, state(99))) == 2
+def test_an_update_without_a_rollout_shows_only_what_was_logged() -> None:
+    logs = {name: value for name, value in LOGS.items() if "reward" not in name and "turning" not in name}
+    assert log_line(logs, state(2)).startswith("update 2/3000  clip 3.1%  kl")
+    assert log_line({"reward": 0.5, "mine": 1.0}, state(2)) == "update 2/3000"
 
 
 def test_evaluations_and_the_end_have_lines_of_their_own() -> None:
     logs = {
-        "eval_a_reward": 0.5,
-        "eval_a_rewards/one/mean": 0.25,
-        "eval_a_rewards/two/mean": 0.75,
-        "eval_a_runtime": 61.0,
-        "eval_a_num_scored_images": 64.0,
-    }
-    expected = "evaluation of a after update 7:  reward 0.500  one 0.250  two 0.750  (64 images in 1:01)"
-    assert table().lines(logs, state(7)) == [expected]
-    assert table().lines({"train_runtime": 30.0}, state(10)) == ["finished after update 10, in 30 s"]
+        "eval_a_reward": 0.5, "eval_a_reward_std": 0.25, "eval_a_rewards/one/mean": 0.25,
+        "eval_a_rewards/two/mean": 0.75, "eval_a_runtime": 61.0, "eval_a_num_scored_images": 64.0,
+    }  # fmt: skip
+    expected = "evaluation of a after update 7 (64 images in 1:01)  reward 0.500 +- 0.250  one 0.250  two 0.750"
+    assert log_line(logs, state(7)) == expected
+    assert log_line({"eval_runtime": 30.0}, state(7)) == "evaluation after update 7 (0 images in 30.0 s)"
+    assert log_line({"train_runtime": 30.0}, state(10)) == "finished after update 10, in 30.0 s"
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (9.96, "10 s"), (59.7, "1:00"), (221, "3:41"), (7509, "2:05:09")]
+    ("seconds", "text"), [(0.04, "0.0 s"), (59.7, "59.7 s"), (59.96, "1:00"), (221, "3:41"), (7509, "2:05:09")]
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
@@ -101,8 +100,9 @@ def test_a_file_gets_lines_and_no_control_characters(
     written = capsys.readouterr()
     lines = written.out.splitlines()
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", written.out) and "\r" not in written.err
-    assert [line.split()[0] for line in lines] == ["update", "1/2", "2/2", "evaluation", "finished"]
-    assert lines[0].endswith("left") and all(len(line) <= WIDTH for line in lines)
+    assert [line.split()[0] for line in lines] == ["update", "update", "evaluation", "finished"]
+    assert re.match(r"update 1/2  \S+ s left  reward 0\.", lines[0]) and "left" not in lines[1]
+    assert all(len(line) <= WIDTH for line in lines)
 
 
 def test_the_display_is_in_place_of_that_of_transformers(tmp_path: Path) -> None:
@@ -150,14 +150,15 @@ def test_a_terminal_has_a_bar_with_the_phases(tmp_path: Path, monkeypatch: pytes
             eval_steps=2,
         )
         trainer.train()
-        assert trainer.progress._bar is None
+        assert trainer.progress._bar.disable
         trainer.evaluate()
 
     written = on_a_terminal(monkeypatch, run)
     for shown in (
         r"update 0/2 .* sweep 1/2, encode 0/1", r"sweep 2/2, rollout 0/4", r"decode 0/8", r"score 0/1",
-        r"micro-batch 2/2, train 0/3", r"update 1/2 .* reward 0\.\d+ \| [\d.]+ s/update \| [\d.]+ s left",
-        r"evaluation: rollout 0/3", r"evaluation 1/4: ",
+        r"micro-batch 2/2, train 0/3", r"update 1/2 .* reward 0\.\d+ \|\s*[\d.]+s/update, 00:\d\d left",
+        r"update 2/2 .* evaluation, rollout 0/3", r"evaluation 1/4, rollout",
+        r"\revaluation 1/4, score 0/1 \[00:\d\d\]",
     ):  # fmt: skip
         assert re.search(shown, written), shown
 
@@ -168,4 +169,4 @@ def test_prompts_that_are_encoded_first_have_a_bar(tmp_path: Path, monkeypatch: 
         monkeypatch,
         lambda: build(tmp_path, disable_tqdm=False, train_dataset=many, precompute_prompt_embeds=True),
     )
-    assert "encode prompts 0/2" in written
+    assert "encode prompts:   0%" in written and "0/2" in written

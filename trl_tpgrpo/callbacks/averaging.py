@@ -10,15 +10,15 @@ from transformers import TrainerCallback, TrainerState
 
 
 class AveragedWeights(TrainerCallback):
-    """diffusers' `EMAModel` of what is trained, from the first update that it takes in; until then the weights themselves.
+    """diffusers' `EMAModel` of the trained weights, from the first update that counts; until then these themselves.
 
-    The average moves after every `every`-th update, by a decay that rises as (1 + n) / (10 + n) with the number n of its
+    The average moves after every `every`-th update, by a decay that rises as (1 + n) / (10 + n) with the number n of
     earlier moves, up to `decay`.
 
     Args:
-        model: Whose trained weights are averaged.
-        decay: At most, of a move; in [0, 1). `None`: there is never an average.
-        every: So many updates a move.
+        model: Model whose trained weights are averaged.
+        decay: Largest decay of a move, in [0, 1). `None`: there is never an average.
+        every: Number of updates a move.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float | None, every: int):
@@ -33,18 +33,18 @@ class AveragedWeights(TrainerCallback):
         average.step(self._trained())
 
     def start(self) -> EMAModel:
-        """Take the weights that the model has now for the average."""
+        """Begin the average with the weights that the model has now, and return it."""
         self.average = EMAModel(self._trained(), decay=self.decay)
         return self.average
 
     @property
     def num_moves(self) -> int:
-        """So far."""
+        """Number of the average's moves so far."""
         return 0 if self.average is None else self.average.optimization_step
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """The model has the averaged weights inside, and afterwards its own, to the bit."""
+        """Give the model the averaged weights inside, and afterwards its own again, to the bit."""
         average = self.average
         if average is None or self._is_in_use:  # an evaluation of several datasets is one of each, inside
             yield

@@ -1,6 +1,6 @@
-"""What goes wrong in reinforcement learning of images, noticed before the update that makes it worse, with cause and remedy.
+"""What goes wrong in reinforcement learning of images, noticed before the update that makes it worse.
 
-The limits were set between healthy runs of the testbed and runs with planted collapses; docs/guard_rails.md has the figures.
+The limits were set between healthy runs of the testbed and runs with planted collapses: see docs/guard_rails.md.
 """
 
 import logging
@@ -12,26 +12,63 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 
 
 logger = logging.getLogger(__name__)
 
 ACTIONS = ("warn", "skip", "stop")
-FEWEST_PROMPTS = 8
-"""Of a rollout whose mean reward, and share of groups without spread, say something about the policy."""
-FEWEST_TRANSITIONS = 32
-"""Of an update in which the ratios' sides say something."""
-FEWEST_NORMS = 3
-"""Updates before one can stand out."""
-FIRST_ROLLOUTS = 5
-"""Whose images' variety later ones are held against."""
-MEMORY = 0.9
-"""Decay of the average of earlier rollouts' rewards."""
-MOST_SKIPPED = 10
-"""Updates in a row that are skipped before the run ends: it gets nowhere."""
-REPEAT_AFTER = 100
-"""Updates after which a warning that still holds is given again."""
+FEWEST_PROMPTS = (
+    8  # in a rollout whose mean reward, and share of groups without spread, say something about the policy
+)
+FEWEST_TRANSITIONS = 32  # in an update in which the share of ratios above 1 says something
+FEWEST_NORMS = 3  # of updates before one whose gradient can stand out
+FIRST_ROLLOUTS = 5  # whose images' variety later ones are compared with
+MEMORY = 0.9  # decay of the average of earlier rollouts' rewards
+MOST_SKIPPED = 10  # updates in a row; then the run, which gets nowhere, ends
+REPEAT_AFTER = 100  # updates until a warning that still holds is given again
+
+MESSAGES = {
+    "on_policy_ratio": (
+        "the probability ratio is off 1 by {deviation:.1e} in the first update on a rollout, for a clip range of "
+        "{clip_range:.1e}: sampling and training do not compute the same. Set recompute_old_log_probs=True, or leave "
+        "per_device_rollout_batch_size out, and use no dropout."
+    ),
+    "one_sided_ratio": (
+        "{share:.0%} of the probability ratios lie on one side of 1: the policy has moved so far within one rollout "
+        "that the clip acts on one sign of the advantages alone. Lower learning_rate, or make fewer updates a rollout "
+        "(gradient_accumulation_steps=steps_per_generation)."
+    ),
+    "reference_drift": (
+        "the predicted velocity differs from the reference's by {drift:.2g} of its square (healthy runs stay far "
+        "below {limit}): the images are probably falling apart. Lower learning_rate, raise beta, or go back to an "
+        "earlier checkpoint."
+    ),
+    "grad_norm": (
+        "the gradient's norm is {norm:.2g}, and has been {usual:.2g} in the median before: set max_grad_norm to about "
+        "{limit:.1g}, or lower learning_rate."
+    ),
+    "zero_spread": (
+        "{share:.0%} of the groups have the same reward for all their images: they teach little or nothing. Either "
+        "the prompts are solved (take harder ones), or the images all fail (lower learning_rate, take easier "
+        "prompts), or the reward is too coarse (take a graded one)."
+    ),
+    "reward_drop": (
+        "the reward has fallen to {reward:.3g}, from {usual:.3g} on average before (standard deviation of an image's "
+        "{spread:.2g}): the policy has probably collapsed. Lower learning_rate, and go back to an earlier checkpoint."
+    ),
+    "image_variety": (
+        "the images of a prompt differ by {variety:.2g} in a pixel's value, and differed by {first:.2g} at first: "
+        "they become all alike. Raise beta or noise_level, lower learning_rate, or look whether the reward favours "
+        "one kind of image."
+    ),
+    "reward_hacking": (
+        "since the first evaluation the reward that is trained on has risen by {rise:.3g}, and {name}, which is not, "
+        "has fallen by {fall:.3g}: the former is probably being hacked. Add {name} to reward_funcs, raise beta, or "
+        "stop earlier."
+    ),
+}
+"""What was seen, its likely cause, and what to do, by check."""
 
 
 class GuardRailError(RuntimeError):
@@ -43,32 +80,36 @@ class Problem:
     """Something that a healthy run does not show.
 
     Attributes:
-        name: Of the check, for metrics.
-        message: What was seen, its likely cause, and what to do.
+        name: Name of the check, in `MESSAGES` and in metrics.
+        message: Text with what was seen.
     """
 
     name: str
     message: str
 
 
+def _problem(check: str, **seen: Any) -> Problem:
+    return Problem(check, MESSAGES[check].format(**seen))
+
+
 class GuardRails(TrainerCallback):
     """
     Looks at each update before it is made, and at each evaluation, and warns, skips the update or stops the run.
 
-    The trainer adds one by itself, with `action=args.guard_rails`; pass another in `callbacks` to change the limits. Each problem is logged as
-    `guard_rails/{name}` too.
+    The trainer adds one by itself, with `action=args.guard_rails`; pass another in `callbacks` to change the limits.
+    Each problem is logged as `guard_rails/{name}` too.
 
     Args:
         action: `"warn"`; `"skip"`, warn and leave the update out; or `"stop"`, raise a [`GuardRailError`] before it.
-        max_on_policy_deviation: In clip ranges, how far the ratio may be from 1 in the first update on a rollout.
-        max_one_sided: Which share of the ratios of a later update may lie on one side of 1.
-        max_frac_reward_zero_std: Which share of the groups may have no spread in their final rewards.
-        max_grad_norm_factor: How many times the median of earlier gradient norms a gradient's may be.
-        max_reference_drift: `|v - v_ref|^2 / |v_ref|^2`, how far the predicted velocity may be from the reference's. (The KL divergence
-            says the same in units of the SDE's noise, so that what is healthy depends on sampler and window.)
-        min_image_variety: Which share of the variety of the first rollouts' images must be left.
-        max_reward_drop: In standard deviations of a reward, how far a rollout's mean may be below that of earlier ones.
-        max_evaluation_errors: In standard errors, how far a held-out reward may fall while the trained one rises.
+        max_on_policy_deviation: Distance of the ratio from 1 in the first update on a rollout, in clip ranges.
+        max_one_sided: Share of the ratios of a later update on one side of 1.
+        max_frac_reward_zero_std: Share of the groups without spread in their final rewards.
+        max_grad_norm_factor: Norm of the gradient, in medians of earlier norms.
+        max_reference_drift: Distance of the predicted velocity from the reference's, `|v - v_ref|^2 / |v_ref|^2`. (The
+            KL divergence counts in units of the SDE's noise, so that what is healthy depends on sampler and window.)
+        min_image_variety: Share of the variety of the first rollouts' images that must be left.
+        max_reward_drop: Fall of a rollout's mean reward below that of earlier ones, in a reward's standard deviations.
+        max_evaluation_errors: Fall of a held-out reward while the trained one rises, in standard errors.
 
     Raises:
         ValueError: If `action` is none of these.
@@ -107,15 +148,15 @@ class GuardRails(TrainerCallback):
         """Connect to a trainer.
 
         Args:
-            metrics_of_update: What the update under way has recorded, the same on all processes: its metrics, `grad_norm`, and
-                `is_on_policy`, 1 if it is the first on its rollout.
-            record: Adds a metric to the log.
+            metrics_of_update: Function that returns what the update under way has recorded, the same on all processes:
+                metrics, `grad_norm`, and `is_on_policy`, 1 in the first update on a rollout.
+            record: Function that adds a metric to the log.
             held_out: Names of reward functions that are not trained on.
         """
         self.metrics_of_update, self.record, self.held_out = metrics_of_update, record, held_out
 
     def forget(self) -> None:
-        """Start anew, as for another run."""
+        """Forget earlier updates, as for another run."""
         self.grad_norms: deque[float] = deque(maxlen=50)
         self.varieties: list[float] = []
         self.rewards: tuple[float, float] | None = None  # mean and standard deviation, averaged over earlier rollouts
@@ -124,24 +165,19 @@ class GuardRails(TrainerCallback):
         self.warned: dict[str, int] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers, for a checkpoint."""
+        """Return what is remembered of earlier updates, for a checkpoint."""
         names = ("grad_norms", "varieties", "rewards", "first_evaluations", "num_skipped", "warned")
         return {name: getattr(self, name) for name in names} | {"grad_norms": list(self.grad_norms)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Remember what `state_dict` gave."""
+        """Remember what `state_dict` returned."""
         for name, value in state.items():
             setattr(self, name, deque(value, maxlen=50) if name == "grad_norms" else value)
 
     # The events
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: torch.nn.Module | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, *, model: torch.nn.Module, **kwargs: Any
     ) -> None:
         metrics = self.metrics_of_update()
         problems = [*self.problems_of_update(metrics, args), *self.problems_of_rollout(metrics, args)]
@@ -154,19 +190,12 @@ class GuardRails(TrainerCallback):
             raise GuardRailError(
                 f"{MOST_SKIPPED} updates in a row were skipped; the last problem: {problems[0].message}"
             )
-        assert model is not None
-        for parameter in model.parameters():
-            parameter.grad = None
+        model.zero_grad()  # the optimizer passes over parameters without gradient
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, *, metrics: dict[str, float], **kwargs: Any
     ) -> None:
-        self._report(list(self.problems_of_evaluation(metrics or {})), state)
+        self._report(list(self.problems_of_evaluation(metrics)), state)
 
     def _report(self, problems: list[Problem], state: TrainerState) -> None:
         for problem in problems:
@@ -175,82 +204,44 @@ class GuardRails(TrainerCallback):
                 raise GuardRailError(f"After update {state.global_step}: {problem.message}")
             due = problem.name not in self.warned or state.global_step - self.warned[problem.name] >= REPEAT_AFTER
             if due and state.is_world_process_zero:
-                skipped = " This update is skipped." if self.action == "skip" else ""
-                logger.warning(
-                    "Guard rail %r after update %d: %s%s", problem.name, state.global_step, problem.message, skipped
-                )
+                message = problem.message + (" This update is skipped." if self.action == "skip" else "")
+                logger.warning("Guard rail %r after update %d: %s", problem.name, state.global_step, message)
             if due:
                 self.warned[problem.name] = state.global_step
 
     # The checks
 
     def problems_of_update(self, metrics: dict[str, float], args: Any) -> Iterator[Problem]:
-        """Ratio, distance from the reference, and gradient of the update under way.
-
-        Args:
-            metrics: See `watch`.
-            args: The trainer's settings.
-        """
-        clip_range = min(args.epsilon, args.epsilon_high)
+        """Check ratio, distance from the reference and gradient of the update under way; see `watch` for `metrics`."""
+        clip_range, is_on_policy = min(args.epsilon, args.epsilon_high), metrics.get("is_on_policy")
         deviation, above = metrics.get("ratio/max_deviation", 0.0), metrics.get("ratio/frac_above_one", 0.5)
-        if metrics.get("is_on_policy") and deviation > self.max_on_policy_deviation * clip_range:
-            yield Problem(
-                "on_policy_ratio",
-                f"the probability ratio is off 1 by {deviation:.1e} in the first update on a rollout, for a clip range of "
-                f"{clip_range:.1e}: sampling and training do not compute the same. Set recompute_old_log_probs=True, or "
-                "leave per_device_rollout_batch_size out, and use no dropout.",
-            )
+        share = max(above, 1 - above)
         enough = args.train_batch_size * args.world_size * args.gradient_accumulation_steps >= FEWEST_TRANSITIONS
-        if enough and not metrics.get("is_on_policy") and max(above, 1 - above) > self.max_one_sided:
-            yield Problem(
-                "one_sided_ratio",
-                f"{max(above, 1 - above):.0%} of the probability ratios lie on one side of 1: the policy has moved so far within one "
-                "rollout that the clip acts on one sign of the advantages alone. Lower learning_rate, or make fewer "
-                "updates a rollout (gradient_accumulation_steps=steps_per_generation).",
-            )
         drift = metrics.get("reference_drift", 0.0)
+        if is_on_policy and deviation > self.max_on_policy_deviation * clip_range:
+            yield _problem("on_policy_ratio", deviation=deviation, clip_range=clip_range)
+        if enough and not is_on_policy and share > self.max_one_sided:
+            yield _problem("one_sided_ratio", share=share)
         if drift > self.max_reference_drift:
-            yield Problem(
-                "reference_drift",
-                f"the predicted velocity differs from the reference's by {drift:.2g} of its square (healthy runs stay far below "
-                f"{self.max_reference_drift}): the images are probably falling apart. Lower learning_rate, raise beta, or go back "
-                "to an earlier checkpoint.",
-            )
-        yield from self._grad_norm(metrics)
+            yield _problem("reference_drift", drift=drift, limit=self.max_reference_drift)
+        yield from self._grad_norm(metrics.get("grad_norm", math.nan))
 
-    def _grad_norm(self, metrics: dict[str, float]) -> Iterator[Problem]:
-        norm = metrics.get("grad_norm")
-        if norm is None or not math.isfinite(
-            norm
-        ):  # float16 overflows now and then, and its scaler leaves the update out
+    def _grad_norm(self, norm: float) -> Iterator[Problem]:
+        if not math.isfinite(norm):  # float16 overflows now and then, and its scaler leaves the update out
             return
         usual = median(self.grad_norms) if len(self.grad_norms) >= FEWEST_NORMS else math.inf
         self.grad_norms.append(norm)
         if norm > self.max_grad_norm_factor * usual:
-            yield Problem(
-                "grad_norm",
-                f"the gradient's norm is {norm:.2g}, and has been {usual:.2g} in the median before: set max_grad_norm to about "
-                f"{2 * usual:.1g}, or lower learning_rate.",
-            )
+            yield _problem("grad_norm", norm=norm, usual=usual, limit=2 * usual)
 
     def problems_of_rollout(self, metrics: dict[str, float], args: Any) -> Iterator[Problem]:
-        """Rewards and images of the rollout that the update under way has sampled, if it has.
-
-        Args:
-            metrics: See `watch`.
-            args: The trainer's settings.
-        """
+        """Check rewards and images, if the update under way is the first on a rollout; see `watch` for `metrics`."""
         if "reward" not in metrics:
             return
         if args.prompts_per_generation >= FEWEST_PROMPTS:
-            without = metrics["frac_reward_zero_std"]
-            if without > self.max_frac_reward_zero_std:
-                yield Problem(
-                    "zero_spread",
-                    f"{without:.0%} of the groups have the same reward for all their images: they teach little or nothing. Either "
-                    "the prompts are solved (take harder ones), or the images all fail (lower learning_rate, take easier "
-                    "prompts), or the reward is too coarse (take a graded one).",
-                )
+            share = metrics["frac_reward_zero_std"]
+            if share > self.max_frac_reward_zero_std:
+                yield _problem("zero_spread", share=share)
             yield from self._reward_drop(metrics["reward"], metrics["reward_std"])
         yield from self._variety(metrics.get("image_variety", math.nan))
 
@@ -261,12 +252,7 @@ class GuardRails(TrainerCallback):
         usual, usual_spread = self.rewards
         self.rewards = MEMORY * usual + (1 - MEMORY) * reward, MEMORY * usual_spread + (1 - MEMORY) * spread
         if reward < usual - self.max_reward_drop * usual_spread:
-            yield Problem(
-                "reward_drop",
-                f"the reward has fallen to {reward:.3g}, from {usual:.3g} on average before (standard deviation of an image's "
-                f"{usual_spread:.2g}): the policy has probably collapsed. Lower learning_rate, and go back to an earlier "
-                "checkpoint.",
-            )
+            yield _problem("reward_drop", reward=reward, usual=usual, spread=usual_spread)
 
     def _variety(self, variety: float) -> Iterator[Problem]:
         if math.isnan(variety):
@@ -275,19 +261,10 @@ class GuardRails(TrainerCallback):
             self.varieties.append(variety)
         first = max(self.varieties)
         if variety < self.min_image_variety * first:
-            yield Problem(
-                "image_variety",
-                f"the images of a prompt differ by {variety:.2g} in a pixel's value, and differed by {first:.2g} at first: they "
-                "become all alike. Raise beta or noise_level, lower learning_rate, or look whether the reward favours one "
-                "kind of image.",
-            )
+            yield _problem("image_variety", variety=variety, first=first)
 
     def problems_of_evaluation(self, metrics: dict[str, float]) -> Iterator[Problem]:
-        """Held-out rewards that have fallen since the first evaluation of a dataset, while the trained one has risen.
-
-        Args:
-            metrics: Of the evaluation.
-        """
+        """Check for held-out rewards that fell since a dataset's first evaluation, while the trained one has risen."""
         for prefix in (name.removesuffix("_reward") for name in metrics if name.endswith("_reward")):
             if math.isnan(metrics[f"{prefix}_reward"]):  # reward functions have failed on all of it
                 continue
@@ -297,15 +274,10 @@ class GuardRails(TrainerCallback):
             if not images or rise <= self._tolerance(metrics, f"{prefix}_reward_std", images):
                 continue
             for name in self.held_out:
-                mean = f"{prefix}_rewards/{name}/mean"
+                mean, spread = f"{prefix}_rewards/{name}/mean", f"{prefix}_rewards/{name}/std"
                 fall = first[mean] - metrics[mean]
-                if fall > self._tolerance(metrics, f"{prefix}_rewards/{name}/std", images):
-                    yield Problem(
-                        "reward_hacking",
-                        f"since the first evaluation the reward that is trained on has risen by {rise:.3g}, and {name}, which is "
-                        f"not, has fallen by {fall:.3g}: the former is probably being hacked. Add {name} to reward_funcs, raise "
-                        "beta, or stop earlier.",
-                    )
+                if fall > self._tolerance(metrics, spread, images):
+                    yield _problem("reward_hacking", rise=rise, name=name, fall=fall)
 
     def _tolerance(self, metrics: dict[str, float], spread: str, images: float) -> float:
         return self.max_evaluation_errors * metrics[spread] / math.sqrt(images)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..algorithm.credit import aggregated_rewards, turning_points
 from ..algorithm.rollout import EXACT
-from ..callbacks.figures import save_before_after, save_reward_curve, save_step_reward_spread, save_trajectory
+from ..callbacks.figures import Figure, before_after_figure, reward_figure, step_reward_figure, trajectory_figure
 from ..config import TPGRPOConfig
 from ..policies.loading import load_pipeline
 from ..testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
@@ -29,20 +29,11 @@ IMAGES_PER_PROMPT = 4
 PICTURED_PROMPTS = 6
 SETTINGS: dict[str, Any] = {
     **PIPELINE_KWARGS,
-    "use_cpu": True,
-    "per_device_rollout_batch_size": 64,
-    "guidance_scale": 1.0,
-    "num_inference_steps": NUM_INFERENCE_STEPS,
-    "num_generations": 8,
-    "per_device_train_batch_size": 64,
-    "gradient_accumulation_steps": 1,
-    "sde_type": "flow_sde",
-    "epsilon": 1e-3,
-    "beta": 0.0,
-    "ema_decay": None,
-    "activation_checkpointing": False,
+    "use_cpu": True, "guidance_scale": 1.0, "num_inference_steps": NUM_INFERENCE_STEPS, "num_generations": 8,
+    "per_device_train_batch_size": 64, "per_device_rollout_batch_size": 64, "gradient_accumulation_steps": 1,
+    "sde_type": "flow_sde", "epsilon": 1e-3, "beta": 0.0, "ema_decay": None, "activation_checkpointing": False,
     "save_strategy": "no",
-}
+}  # fmt: skip
 """For a model this small; the study of benchmarks/ablation.py trains with them too."""
 
 
@@ -61,8 +52,8 @@ def main(argv: list[str]) -> int:
     after = sample_heldout(trainer.policy.pipeline, heldout, "Held-out images after")
 
     scores = [score_images(images, repeated(heldout)) for images in (before, after)]
-    draw_figures(args.output_dir, trainer, heldout, before, after, scores)
-    print(report(heldout, *scores))  # noqa: T201
+    draw_figures(args.output_dir, trainer, heldout, (before, after), scores)
+    print(report(heldout, scores))  # noqa: T201
     difference = compare_with_plain_pipeline(args.output_dir, heldout, after)
     print(  # noqa: T201
         f"The transformer in {args.output_dir}, loaded into a plain diffusers pipeline, makes the same images "
@@ -74,26 +65,23 @@ def main(argv: list[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser."""
+    """Return the parser of the command's options."""
     parser = argparse.ArgumentParser(
         prog="trl-tpgrpo demo", description="Train the embedded tiny model and show what it learned, on the CPU."
     )
-    add = parser.add_argument
-    add("--output_dir", type=Path, default=Path("demo"), help="of the weights and the pictures (default: %(default)s)")
+    add, shown = parser.add_argument, "(default: %(default)s)"
+    add("--output_dir", type=Path, default=Path("demo"), help=f"folder for the weights and the pictures {shown}")
     add("--max_steps", type=int, default=150, help="updates (default: %(default)s, some minutes of one core)")
-    add("--num_eval_prompts", type=int, default=160, help="held-out prompts, 4 images each (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the training (default: %(default)s)")
+    add("--num_eval_prompts", type=int, default=160, help=f"held-out prompts, 4 images each {shown}")
+    add("--seed", type=int, default=0, help=f"seed of the training {shown}")
     add(
-        "--num_threads",
-        type=int,
-        default=1,
-        help="of PyTorch; more is faster, but rounds differently (default: %(default)s)",
+        "--num_threads", type=int, default=1, help=f"PyTorch's threads; more are faster, but round differently {shown}"
     )
     return parser
 
 
 def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
-    """The trainer of the demo: the paper's credit on a short window, where rewards spread, for a model this small.
+    """Return the demo's trainer: the paper's credit on a short window, where rewards spread, for a model this small.
 
     Settings were chosen on the tuning prompts. All weights are trained: so small a model learns less from an adapter.
     """
@@ -108,21 +96,16 @@ def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
         logging_strategy="steps",
         seed=seed,
     )
-    return TPGRPOTrainer(
-        model=TESTBED,
-        reward_funcs=shapes_reward,
-        args=config,
-        train_dataset=prompt_dataset("train"),
-    )
+    return TPGRPOTrainer(TESTBED, shapes_reward, config, prompt_dataset("train"))
 
 
 def repeated(dataset: Dataset) -> list[str]:
-    """Its prompts, each as often as there are images of it."""
+    """Return the dataset's prompts, each as often as there are images of it."""
     return [prompt for prompt in dataset["prompt"] for _ in range(IMAGES_PER_PROMPT)]
 
 
 def sample_heldout(pipeline: DiffusionPipeline, dataset: Dataset, description: str) -> list[Image.Image]:
-    """Images of the dataset's prompts by the pipeline's own `__call__`, from noise that depends on their place only."""
+    """Sample the dataset's prompts by the pipeline's own `__call__`, from noise that depends on their index only."""
     pipeline.set_progress_bar_config(disable=True)
     prompts, images = repeated(dataset), []
     for start in tqdm(range(0, len(prompts), 32), desc=description, disable=None):
@@ -133,19 +116,15 @@ def sample_heldout(pipeline: DiffusionPipeline, dataset: Dataset, description: s
     return images
 
 
-def report(dataset: Dataset, before: list[Score], after: list[Score]) -> str:
-    """Held-out reward before and after, graded and strict, by kind of prompt."""
+def report(dataset: Dataset, scores: list[list[Score]]) -> str:
+    """Return a table of the held-out reward before and after, graded and strict, by kind of prompt."""
     kinds = np.repeat(dataset["kind"], IMAGES_PER_PROMPT)
+    values = [[getattr(score, name) for score in side] for name in ("graded", "strict") for side in scores]
     lines = ["", f"Held-out reward, {len(kinds)} images     graded            strict"]
     lines.append(f"{'':<28}before   after    before   after")
     for kind in (*KINDS, "all"):
-        chosen = np.ones(len(kinds), bool) if kind == "all" else kinds == kind
-        columns = [
-            np.mean([getattr(score, name) for score, use in zip(scores, chosen, strict=True) if use])
-            for name in ("graded", "strict")
-            for scores in (before, after)
-        ]
-        lines.append(f"  {kind:<26}{columns[0]:.3f}    {columns[1]:.3f}    {columns[2]:.3f}    {columns[3]:.3f}")
+        means = np.array(values)[:, (kinds == kind) | (kind == "all")].mean(1)
+        lines.append(f"  {kind:<26}" + "    ".join(f"{mean:.3f}" for mean in means))
     return "\n".join(lines) + "\n"
 
 
@@ -153,53 +132,46 @@ def draw_figures(
     output_dir: Path,
     trainer: TPGRPOTrainer,
     dataset: Dataset,
-    before: list[Image.Image],
-    after: list[Image.Image],
+    images: tuple[list[Image.Image], list[Image.Image]],
     scores: list[list[Score]],
 ) -> None:
-    """The four pictures."""
-    groups = [
-        slice(row * IMAGES_PER_PROMPT, (row + 1) * IMAGES_PER_PROMPT)
-        for row in range(min(PICTURED_PROMPTS, len(dataset)))
-    ]
-    save_before_after(
-        output_dir / "before_after.png",
-        dataset["prompt"][:PICTURED_PROMPTS],
-        [before[group] for group in groups],
-        [after[group] for group in groups],
-        [
-            [(bool(old.strict), bool(new.strict)) for old, new in zip(scores[0][group], scores[1][group], strict=True)]
-            for group in groups
-        ],
-    )
+    """Write the four pictures; images and scores are those before and after training."""
+    prompts = dataset["prompt"][:PICTURED_PROMPTS]
+    starts = range(0, len(prompts) * IMAGES_PER_PROMPT, IMAGES_PER_PROMPT)
+    before, after = ([side[start : start + IMAGES_PER_PROMPT] for start in starts] for side in images)
+    strict = np.array([[score.strict for score in side] for side in scores], bool)
+    right = strict.reshape(2, -1, IMAGES_PER_PROMPT)[:, : len(prompts)]
     rewards = [float(np.mean([(score.graded + score.strict) / 2 for score in side])) for side in scores]
     history = trainer.state.log_history
-    save_reward_curve(output_dir / "reward.png", history, {0: rewards[0], trainer.state.global_step: rewards[1]})
-    save_step_reward_spread(output_dir / "step_reward_spread.png", history)
-    draw_trajectory(output_dir / "trajectory.png", trainer, list(dataset.select(range(min(16, len(dataset))))))
+    figures = {
+        "before_after": before_after_figure(prompts, before, after, right),
+        "reward": reward_figure(history, {0: rewards[0], trainer.state.global_step: rewards[1]}),
+        "step_reward_spread": step_reward_figure(history),
+        "trajectory": draw_trajectory(trainer, list(dataset.select(range(min(16, len(dataset)))))),
+    }
+    for name, figure in figures.items():
+        figure.savefig(output_dir / f"{name}.png", dpi=150, bbox_inches="tight")
 
 
-def draw_trajectory(path: Path, trainer: TPGRPOTrainer, rows: list[dict]) -> None:
-    """Of a few trajectories of SDE steps, all but the last, the one whose turning points gain most."""
+def draw_trajectory(trainer: TPGRPOTrainer, rows: list[dict[str, Any]]) -> Figure:
+    """Sample a trajectory of each row, all steps but the last by the SDE; draw that whose turning points gain most."""
     generators = [torch.Generator().manual_seed(index) for index in range(len(rows))]
-    args = trainer.args
-    sampled = trainer.sample_and_score(rows, generators, args.window(0, args.num_inference_steps - 1), EXACT)
+    window = trainer.args.window(0, trainer.args.num_inference_steps - 1)
+    sampled = trainer.sample_and_score(rows, generators, window, EXACT)
     rewards = sampled.rewards[:, 0]  # the one reward function
-    turning = turning_points(rewards)
+    turning = turning_points(rewards, trainer.args.credit_rule)
     chosen = int((aggregated_rewards(rewards) * turning).sum(1).argmax())
-    save_trajectory(
-        path,
-        rows[chosen]["prompt"],
-        [sampled.images[place] for place in sampled.rollout.image_of[chosen]],
-        rewards[chosen].numpy(),
-        turning[chosen].numpy(),
-    )
+    images = [sampled.images[index] for index in sampled.rollout.image_of[chosen]]
+    values, turns, states = rewards[chosen].numpy(), turning[chosen].numpy(), list(range(len(images)))
+    return trajectory_figure(rows[chosen]["prompt"], images, values, turns, states)
 
 
 def compare_with_plain_pipeline(weights: Path, dataset: Dataset, images: list[Image.Image]) -> int:
-    """Load the saved weights as any user of diffusers would; the largest difference from the trained model's images."""
+    """Load the saved weights as any user of diffusers would; return the largest difference of a pixel."""
     pipeline = build_pipeline("testbed", str(weights), "float32", "cpu")
     first = dataset.select(range(min(8, len(dataset))))
     again = sample_heldout(pipeline, first, "The saved model's images")
-    pairs = zip(images[: len(again)], again, strict=True)
-    return max(int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max()) for one, other in pairs)
+    return max(
+        int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
+        for one, other in zip(images[: len(again)], again, strict=True)
+    )

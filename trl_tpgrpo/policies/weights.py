@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -74,7 +75,7 @@ def load_weights(model: ModelMixin | PeftModel, input_dir: str | Path) -> None:
 def trained_weights(model: ModelMixin | PeftModel) -> dict[str, Tensor]:
     """Collect whole tensors on the main process's CPU: an adapter's, or all with the buffers, by their names in the file."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights = get_model_state_dict(model, options=options)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
     if isinstance(model, PeftModel) and weights:
         weights = get_peft_model_state_dict(model, state_dict=weights)
     return {name: value.contiguous() for name, value in weights.items()}
