@@ -166,9 +166,8 @@ class TPGRPOConfig(_BaseConfig):
             is what is evaluated and saved. `None`: no average.
         ema_update_every (`int`, *optional*, defaults to `8`): Updates between two moves of the average. Before the
             first, after as many updates, the weights themselves are evaluated and saved.
-        guard_rails (`str`, *optional*, defaults to `"warn"`): Answer, before each update, to signs of a run that goes
-            wrong: `"warn"`, `"skip"`, `"stop"` or `"off"`. For other limits pass [`~trl_tpgrpo.GuardRails`] in
-            `callbacks`.
+        guard_rails (`str`, *optional*, defaults to `"warn"`): Answer before an update to signs of a run that goes
+            wrong: `"warn"`, `"skip"`, `"stop"` or `"off"`. Other limits: [`~trl_tpgrpo.GuardRails`] in `callbacks`.
         recompute_old_log_probs (`bool`, *optional*, defaults to `False`): Whether to recompute a rollout's
             log-probabilities as training does, before the first update. Where kernels differ with gradients (NF4,
             compiled blocks, `"auto"` batch sizes) the ratio is 1 again, for a model call per transition trained later.
