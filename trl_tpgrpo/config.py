@@ -306,7 +306,7 @@ class TPGRPOConfig(_BaseConfig):
             "activation_checkpointing": True if self.gradient_checkpointing is None else None,
             "bf16": not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available(),
             "epsilon_high": self.epsilon,
-            "gradient_accumulation_steps": 1,  # until _set_batch_sizes, for TrainingArguments
+            "gradient_accumulation_steps": 1,  # until _settle_batch_sizes, for TrainingArguments
             "log_prob_type": "squared_error" if self.sde_type == "cps" else "gaussian",
             "num_generations_eval": evaluated,
             "per_device_eval_batch_size": evaluated,
