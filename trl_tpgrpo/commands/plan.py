@@ -271,11 +271,9 @@ def main(argv: list[str]) -> int:
     model = PlannedModel(folder, args, peft_config, dtype or (run_dtype(args) if peft_config else torch.float32))
     memory, sharded = estimate(args, model), launch.use_fsdp or launch.use_deepspeed or args.fsdp or args.deepspeed
     kind = args.quantization or str(model.dtype).removeprefix("torch.")
-    trained = (
-        f"in {kind}, trained: {'an adapter of' if peft_config else 'all'} {sum(model.trained) / 1e6:,.1f} M weights"
-    )
+    what = f"in {kind}, trained: {'an adapter of' if peft_config else 'all'} {sum(model.trained) / 1e6:,.1f} M"
     lines = [
-        f"{name}: transformer of {model.weights[None] / model.dtype.itemsize / 1e6:,.1f} M numbers {trained}",
+        f"{name}: transformer of {model.weights[None] / model.dtype.itemsize / 1e6:,.1f} M numbers {what} weights",
         f"{args.height} x {args.width} pixels, {args.num_inference_steps} steps, {model.num_text_tokens} text tokens, "
         f"{args.world_size} process{'es' if args.world_size > 1 else ''}",
         *("", *_tables(args, counts, memory), ""),
