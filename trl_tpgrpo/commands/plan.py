@@ -271,10 +271,9 @@ def main(argv: list[str]) -> int:
     model = PlannedModel(folder, args, peft_config, dtype or (run_dtype(args) if peft_config else torch.float32))
     memory, sharded = estimate(args, model), launch.use_fsdp or launch.use_deepspeed or args.fsdp or args.deepspeed
     kind = args.quantization or str(model.dtype).removeprefix("torch.")
-    size = model.weights[None] / model.dtype.itemsize
-    trained = f"{'an adapter of' if peft_config else 'all'} {sum(model.trained) / 1e6:,.1f}"
+    what = f"in {kind}, trained: {'an adapter of' if peft_config else 'all'} {sum(model.trained) / 1e6:,.1f} M"
     lines = [
-        f"{name}: transformer of {size / 1e6:,.1f} M numbers in {kind}, trained: {trained} M weights",
+        f"{name}: transformer of {model.weights[None] / model.dtype.itemsize / 1e6:,.1f} M numbers {what} weights",
         f"{args.height} x {args.width} pixels, {args.num_inference_steps} steps, {model.num_text_tokens} text tokens, "
         f"{args.world_size} process{'es' if args.world_size > 1 else ''}",
         *("", *_tables(args, counts, memory), ""),
@@ -315,7 +314,8 @@ def _tables(args: PlannedConfig, counts: Counts, memory: dict[str, dict[str, flo
 
 
 def _verdict(args: PlannedConfig, model: PlannedModel, memory: dict[str, dict[str, float]], limit: float) -> list[str]:
-    phase, changes = max(memory, key=lambda name: sum(memory[name].values())), advise(args, model, MARGIN * limit)
+    phase = max(memory, key=lambda name: sum(memory[name].values()))
+    changes = {} if peak(memory) <= MARGIN * limit else advise(args, model, MARGIN * limit)
     fits = f"{'fits' if changes == {} else 'does not fit'} into {limit / GIB:g} GiB of which {MARGIN:.0%} are used"
     answer = f"The most is {peak(memory) / GIB:.1f} GiB ({phase}): it {fits}"
     if not changes:
