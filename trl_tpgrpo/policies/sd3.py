@@ -64,7 +64,9 @@ class SD3Policy(FlowPolicy):
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         config = self.pipeline.transformer.config
-        num_tokens = self.pipeline.tokenizer_max_length + self._t5_length  # of CLIP and T5, in a row
+        clip = self.pipeline.text_encoder
+        clip_length = self.pipeline.tokenizer_max_length if clip is None else clip.config.max_position_embeddings
+        num_tokens = clip_length + self._t5_length  # of CLIP and T5, in a row
         return {
             "prompt_embeds": (num_tokens, config.joint_attention_dim),
             "pooled_prompt_embeds": (config.pooled_projection_dim,),
