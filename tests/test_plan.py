@@ -13,6 +13,7 @@ from torch import nn
 
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
 from trl_tpgrpo.commands import plan as command
+from trl_tpgrpo.commands.architectures import FOLDERS, architecture_folder, load_architecture
 from trl_tpgrpo.commands.planner import (
     CONTEXT,
     GIB,
@@ -29,7 +30,6 @@ from trl_tpgrpo.commands.planner import (
     sampling_of,
     savings,
 )
-from trl_tpgrpo.policies.architectures import FOLDERS, architecture_folder, load_architecture
 
 
 SD3, FLUX = FOLDERS

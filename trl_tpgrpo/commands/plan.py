@@ -12,8 +12,8 @@ from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from trl import DatasetMixtureConfig, get_peft_config
 
-from ..policies.architectures import architecture_folder
 from ..testbed import TESTBED
+from .architectures import architecture_folder
 from .planner import (
     GIB,
     OPTIMIZERS,

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ...config import TPGRPOConfig
-from ...policies.architectures import load_architecture, load_part
 from ...policies.base import Conditioning
 from ...policies.loading import load_policy, prepare_transformer
+from ..architectures import load_architecture, load_part
 from .counts import changed
 
 

@@ -18,7 +18,7 @@ FOLDERS = {
 
 
 def architecture_folder(name: str | Path, revision: str | None = None) -> Path:
-    """The folder with the config files of a pipeline: one of `FOLDERS`, a folder, or a Hub id, whose JSON files are fetched.
+    """Return the folder of a pipeline's config files: one of `FOLDERS`, a folder, or a Hub id, which is fetched from.
 
     Raises:
         ValueError: If there is no such pipeline.
@@ -36,14 +36,14 @@ def architecture_folder(name: str | Path, revision: str | None = None) -> Path:
 
 
 def load_architecture(name: str | Path, dtype: torch.dtype = torch.float32, **parts: Any) -> DiffusionPipeline:
-    """The pipeline of a name or folder with weights as its classes initialise them, not those that were trained.
+    """Build the pipeline of a name or folder with weights as the classes initialise them, not those that were trained.
 
     Weights are made on the device and in the fake mode that is current. Tokenizers are left out, since their vocabularies
     are not in the config files.
 
     Args:
         name: See `architecture_folder`.
-        dtype: Of the weights.
+        dtype: dtype of the weights.
         **parts: Components to take instead of building them, tokenizers among them; `None` leaves one out.
     """
     folder = architecture_folder(name)
@@ -60,13 +60,13 @@ def load_architecture(name: str | Path, dtype: torch.dtype = torch.float32, **pa
 
 
 def load_part(folder: Path, name: str) -> Any:
-    """A component, with new weights; `None` for one that the pipeline does not have, and for tokenizers."""
+    """Build a component, with new weights; `None` for one that the pipeline does not have, and for tokenizers."""
     library, class_name = json.loads((folder / "model_index.json").read_text())[name]
     if library is None or "Tokenizer" in class_name:
         return None
-    its_class = getattr(importlib.import_module(library), class_name)
+    part_class = getattr(importlib.import_module(library), class_name)
     if library == "diffusers":
-        part = its_class.from_config(its_class.load_config(folder / name))
+        part = part_class.from_config(part_class.load_config(folder / name))
     else:
-        part = its_class(its_class.config_class.from_pretrained(folder / name))
+        part = part_class(part_class.config_class.from_pretrained(folder / name))
     return part.eval() if isinstance(part, torch.nn.Module) else part
