@@ -67,7 +67,7 @@ class PromptEmbeddings:
             reason = "has not been encoded before, and precompute_prompt_embeds has dropped the text encoders"
             remedy = "pass all datasets to the trainer, or leave precompute_prompt_embeds out"
             raise ValueError(f"The prompt {missing[0]!r} {reason}: {remedy}.")
-        on_prompt(len(prompts) - len(missing))
+        on_prompt(len(prompts) - len(missing))  # -1, where the negative prompt comes on top
         with on_device(encoders, self.policy.device):
             for text in missing:
                 encoded = Conditioning(self.policy.encode_texts([text])).to(self.policy.dtype)
@@ -92,12 +92,9 @@ class PromptEmbeddings:
             self._kept[text] = tensors
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._file(text)
-        written = path.with_suffix(
-            f".{os.getpid()}.tmp"
-        )  # the file is whole or absent, whatever other processes write
+        written = self._file(text).with_suffix(f".{os.getpid()}.tmp")
         save_file({name: value.contiguous() for name, value in tensors.items()}, written)
-        written.replace(path)
+        written.replace(self._file(text))  # which is whole or absent, whatever other processes write
 
     def _file(self, text: str) -> Path:
         assert self.folder is not None

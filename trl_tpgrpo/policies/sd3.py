@@ -33,9 +33,8 @@ class SD3Policy(FlowPolicy):
         limit = self.pipeline.transformer.config.pos_embed_max_size * self._token_side
         for name, size in {"height": guidance.height, "width": guidance.width}.items():
             if size > limit:
-                raise ValueError(
-                    f"{name} must be at most {limit} for this pipeline, whose positions end there, got {size}."
-                )
+                reason = "whose position embeddings end there"
+                raise ValueError(f"{name} must be at most {limit} for this pipeline, {reason}, got {size}.")
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         options = {"device": self.device, "max_sequence_length": self.t5_length, "do_classifier_free_guidance": False}
@@ -44,10 +43,8 @@ class SD3Policy(FlowPolicy):
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = super().text_shapes()
-        num_tokens, width = shapes["prompt_embeds"]
-        return shapes | {
-            "prompt_embeds": (self.pipeline.tokenizer_max_length + num_tokens, width)
-        }  # CLIP's, then T5's
+        num_t5_tokens, width = shapes["prompt_embeds"]  # which come after CLIP's
+        return shapes | {"prompt_embeds": (self.pipeline.tokenizer_max_length + num_t5_tokens, width)}
 
     def initial_noise(self, generators: list[torch.Generator]) -> Tensor:
         size, channels = self.guidance, self.pipeline.transformer.config.in_channels

@@ -34,22 +34,27 @@ def check_accelerator(accelerator: Accelerator, model: nn.Module, reference: nn.
     is_sharded = is_fsdp or accelerator.distributed_type == DistributedType.DEEPSPEED
     is_quantized = getattr(model, "hf_quantizer", None) is not None
     moves_reference = reference is not None and args.offload_reference
+    tries_batches = args.rollout_batch_size is None
     for setting, is_wrong, reason in (
-        ("split_batches", accelerator.split_batches, "a batch belongs to one process"),
-        ("dispatch_batches", accelerator.dispatch_batches, "processes cannot send each other the strings of rows"),
-        ("even_batches=False", not accelerator.even_batches, "processes would predict unequally often in evaluations"),
+        ("accelerator_config: split_batches", accelerator.split_batches, "a batch belongs to one process"),
+        ("accelerator_config: dispatch_batches", accelerator.dispatch_batches, "strings of rows cannot be sent"),
+        (
+            "accelerator_config: even_batches=False",
+            not accelerator.even_batches,
+            "evaluations must be of equal length",
+        ),
         ("fsdp_version=1", is_fsdp and not accelerator.is_fsdp2, "must be 2, as in examples/accelerate/fsdp2.yaml"),
         ("quantization", is_sharded and is_quantized, "it fits each device, use examples/accelerate/multi_gpu.yaml"),
         ("compile_backend", is_sharded and args.compile_backend is not None, "it is untried with shards, use DDP"),
-        ("offload_reference", is_fsdp and moves_reference, "the reference is sharded and cannot be moved then"),
+        ("offload_reference", is_fsdp and moves_reference, "FSDP shards the reference, which cannot be moved then"),
         (
             "per_device_rollout_batch_size='auto'",
-            is_fsdp and args.rollout_batch_size is None,
-            "batches are tried until memory runs out, while other processes wait: set a number",
+            is_fsdp and tries_batches,
+            "processes wait for each other: set a number",
         ),
     ):
         if is_wrong:
-            raise ValueError(f"{setting} is not supported with {accelerator.distributed_type.value}: {reason}.")
+            raise ValueError(f"{setting} is not supported under {accelerator.distributed_type.value}: {reason}.")
     check_sharded_optimizer(str(getattr(args.optim, "value", args.optim)), is_fsdp)
 
 

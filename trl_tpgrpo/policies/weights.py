@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_PREFIX = "base_model.model."
 TRANSFORMER_FOLDER = "transformer"
-Model = ModelMixin | PeftModel
+Model: TypeAlias = ModelMixin | PeftModel
 
 
 def save_weights(
@@ -64,7 +65,7 @@ def load_weights(model: Model, input_dir: str | Path) -> None:
 def trained_weights(model: Model) -> dict[str, Tensor]:
     """Collect whole tensors on the main process's CPU: an adapter's, or all with buffers, by their names on disk."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights = get_model_state_dict(model, options=options)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
     if isinstance(model, PeftModel) and weights:
         weights = get_peft_model_state_dict(model, state_dict=weights)
     return {name: value.contiguous() for name, value in weights.items()}
