@@ -34,7 +34,7 @@ def check_accelerator(accelerator: Accelerator, model: nn.Module, reference: nn.
     is_sharded = is_fsdp or accelerator.distributed_type == DistributedType.DEEPSPEED
     is_quantized = getattr(model, "hf_quantizer", None) is not None
     moves_reference = reference is not None and args.offload_reference
-    tries_batches = args.rollout_batch_size is None
+    is_auto = args.rollout_batch_size is None
     for setting, is_wrong, reason in (
         ("accelerator_config: split_batches", accelerator.split_batches, "a batch belongs to one process"),
         ("accelerator_config: dispatch_batches", accelerator.dispatch_batches, "strings of rows cannot be sent"),
@@ -47,11 +47,7 @@ def check_accelerator(accelerator: Accelerator, model: nn.Module, reference: nn.
         ("quantization", is_sharded and is_quantized, "it fits each device, use examples/accelerate/multi_gpu.yaml"),
         ("compile_backend", is_sharded and args.compile_backend is not None, "it is untried with shards, use DDP"),
         ("offload_reference", is_fsdp and moves_reference, "FSDP shards the reference, which cannot be moved then"),
-        (
-            "per_device_rollout_batch_size='auto'",
-            is_fsdp and tries_batches,
-            "processes wait for each other: set a number",
-        ),
+        ("per_device_rollout_batch_size='auto'", is_fsdp and is_auto, "processes wait for each other: set a number"),
     ):
         if is_wrong:
             raise ValueError(f"{setting} is not supported under {accelerator.distributed_type.value}: {reason}.")
