@@ -37,8 +37,8 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 from trl import get_peft_config
 
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
+from trl_tpgrpo.commands.architectures import FOLDERS, load_architecture
 from trl_tpgrpo.commands.train import make_parser
-from trl_tpgrpo.policies.architectures import FOLDERS, load_architecture
 from trl_tpgrpo.policies.base import Conditioning, FlowPolicy
 from trl_tpgrpo.policies.loading import build_policy
 

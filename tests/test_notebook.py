@@ -12,8 +12,8 @@ from nbclient import NotebookClient
 from peft import LoraConfig
 
 import trl_tpgrpo
+from trl_tpgrpo.commands.architectures import architecture_folder
 from trl_tpgrpo.commands.plan import GIB, PlannedConfig, PlannedModel, estimate, peak
-from trl_tpgrpo.policies.architectures import architecture_folder
 
 
 NOTEBOOK = Path(__file__).parents[1] / "examples/tpgrpo.ipynb"

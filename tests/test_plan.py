@@ -14,6 +14,7 @@ from torch import nn
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
 from trl_tpgrpo.algorithm.rollout import EXACT, roll_out
 from trl_tpgrpo.commands import plan as command
+from trl_tpgrpo.commands.architectures import FOLDERS, architecture_folder, load_architecture
 from trl_tpgrpo.commands.plan import (
     CONTEXT,
     DECODING,
@@ -30,7 +31,6 @@ from trl_tpgrpo.commands.plan import (
     savings,
     weights_size,
 )
-from trl_tpgrpo.policies.architectures import FOLDERS, architecture_folder, load_architecture
 
 
 SD3, FLUX = FOLDERS

@@ -21,11 +21,11 @@ from trl import get_peft_config
 
 from ..algorithm.rollout import EXACT, roll_out
 from ..config import TPGRPOConfig
-from ..policies.architectures import architecture_folder, load_architecture, load_part
 from ..policies.base import Guidance
 from ..policies.loading import build_policy, prepare_transformer, run_dtype
 from ..rollouts import PROBED_GROUPS, sweeps
 from ..testbed import TESTBED
+from .architectures import architecture_folder, load_architecture, load_part
 from .train import load_prompts, make_parser, split_options
 
 
