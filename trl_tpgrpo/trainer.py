@@ -1,7 +1,7 @@
 """The trainer: rows of a dataset become prompts, trajectories, images, rewards, credit, and an update of the weights.
 
-It reads in that order, under the names of TRL's GRPOTrainer: every method that overrides one of TRL's or transformers' is
-here. Mathematics is in `algorithm/`, model families in `policies/`, sampling and scoring in `rollouts.py`.
+It reads in that order, under the names of TRL's GRPOTrainer: every method that overrides one of TRL's or transformers'
+is here. Mathematics is in `algorithm/`, model families in `policies/`, sampling and scoring in `rollouts.py`.
 """
 
 from concurrent.futures import Future
@@ -67,11 +67,11 @@ class TPGRPOTrainer(_BaseTrainer):
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
-            Hub id or folder of a pipeline, loaded with `args.model_init_kwargs`, or the pipeline itself. Its transformer is
-            trained, in place.
+            Hub id or folder of a pipeline, loaded with `args.model_init_kwargs`, or the pipeline itself. Its
+            transformer is trained, in place.
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
-            Called as `reward_func(images=..., prompts=..., **other dataset columns, trainer_state=..., log_metric=...)`
-            with N PIL images, N prompts and N values of each column; returns N numbers, `None` where it does not apply.
+            Called as `reward_func(images=..., prompts=..., **other columns, trainer_state=..., log_metric=...)` with N
+            PIL images, N prompts and N values of each column; returns N numbers, `None` where it does not apply.
         args ([`TPGRPOConfig`], *optional*):
             Settings. `None`: the paper's.
         train_dataset ([`~datasets.Dataset`], *optional*):
@@ -83,11 +83,11 @@ class TPGRPOTrainer(_BaseTrainer):
         callbacks (`list[~transformers.TrainerCallback]`, *optional*):
             Callbacks besides the default ones.
         optimizers (`tuple`, *optional*):
-            Optimizer and learning-rate schedule instead of those of `args`. With `peft_config` the trained weights do not
-            exist before the trainer does: choose the optimizer by `args.optim` then.
+            Optimizer and learning-rate schedule instead of those of `args`. With `peft_config` the trained weights do
+            not exist before the trainer does: choose the optimizer by `args.optim` then.
         peft_config ([`~peft.LoraConfig`], *optional*):
-            Config of the LoRA adapter to train; without `target_modules` the paper's for the model's family. `None`: train
-            all weights of the transformer.
+            Config of the LoRA adapter to train; without `target_modules` the paper's for the model's family. `None`:
+            train all weights of the transformer.
 
     Raises:
         ValueError, TypeError: For arguments that cannot work, with what would be right.
@@ -263,7 +263,7 @@ class TPGRPOTrainer(_BaseTrainer):
     # ------------------------------------------------------------------------------------------------- the training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, as [`~transformers.Trainer.train`] does; after SIGTERM until the end of the update, with a checkpoint.
+        """Train as [`~transformers.Trainer.train`] does; after SIGTERM until the end of the update, with a checkpoint.
 
         Raises:
             FileNotFoundError: If there is no complete checkpoint to resume from.
@@ -283,7 +283,7 @@ class TPGRPOTrainer(_BaseTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run one forward and backward for each SDE step of a micro-batch, so that memory does not grow with the steps."""
+        """Run a forward and backward for each SDE step of a micro-batch, so that memory does not grow with them."""
         model.train()
         getattr(self.optimizer, "train", lambda: None)()  # schedule-free optimizers have modes too
         trajectories = self._prepare_inputs(inputs)
@@ -299,9 +299,10 @@ class TPGRPOTrainer(_BaseTrainer):
             if self._is_new_rollout:
                 self._report_rollout(inputs, trajectories)
             if not torch.isfinite(total):
+                what = f"The loss at update {self.state.global_step} is {total.item()}"
                 raise FloatingPointError(
-                    f"The loss at update {self.state.global_step} is {total.item()}: {first_wrong_term(self._loss_terms)}. "
-                    "The last update has probably been too large (learning_rate, max_grad_norm), or float16 has overflowed."
+                    f"{what}: {first_wrong_term(self._loss_terms)}. The last update has probably been too large "
+                    "(learning_rate, max_grad_norm), or float16 has overflowed."
                 )
         self._step += 1
         return total
@@ -323,8 +324,8 @@ class TPGRPOTrainer(_BaseTrainer):
     ) -> Tensor:
         """Compute the clipped surrogate of one SDE step of a micro-batch, with the KL divergence from the reference.
 
-        Credit and advantages are computed here, from the reward table of the whole generation batch that the inputs carry;
-        the table keeps them for other steps and micro-batches, for metrics and for pictures.
+        Credit and advantages are computed here, from the reward table of the whole generation batch that the inputs
+        carry; the table keeps them for other steps and micro-batches, for metrics and for pictures.
         """
         if return_outputs:
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
@@ -367,8 +368,8 @@ class TPGRPOTrainer(_BaseTrainer):
         self._grad_norm = None if norm is None else float(norm)
         if self._grad_norm is not None and not self.args.fp16 and not np.isfinite(self._grad_norm):
             raise FloatingPointError(
-                f"The gradient's norm at update {self.state.global_step} is {self._grad_norm}, of a finite loss: nothing "
-                "has been updated. Lower learning_rate, or train in another precision."
+                f"The gradient's norm at update {self.state.global_step} is {self._grad_norm}, of a finite loss: "
+                "nothing has been updated. Lower learning_rate, or train in another precision."
             )
         return self._grad_norm
 
@@ -388,7 +389,7 @@ class TPGRPOTrainer(_BaseTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Return the mean reward of images sampled by the ODE in `num_inference_steps_eval` steps, from the same noise."""
+        """Return rewards of images sampled by the ODE in `num_inference_steps_eval` steps, from the same noise."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
             check_datasets(None, eval_dataset, self.reward_funcs, self.eval_reward_funcs, self.args)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
@@ -425,7 +426,7 @@ class TPGRPOTrainer(_BaseTrainer):
     # ----------------------------------------------------------------------------------------- saving and resuming
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the trained weights, their average if there is one, in diffusers' format: the adapter, or `transformer`."""
+        """Write the trained weights, or their average, in diffusers' format: the adapter, or `transformer`."""
         output_dir = output_dir or self.args.output_dir
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         with self.averaged.in_use():
