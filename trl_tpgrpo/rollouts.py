@@ -401,7 +401,8 @@ class Rollouts:
 
     @property
     def _mode(self) -> str:
-        return "train" if self._model().training else "eval"
+        model = self.accelerator.unwrap_model(self._model())  # transformers leaves the mode of DeepSpeed's engine alone
+        return "train" if model.training else "eval"
 
     @property
     def _trained_names(self) -> list[str]:
