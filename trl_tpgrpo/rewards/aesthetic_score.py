@@ -20,9 +20,6 @@ class AestheticScore(ModelReward):
         model: CLIP checkpoint in transformers' format, of which the image half is kept.
         head: Repository on the Hub, or folder, with the five layers' weights.
         head_filename: Name of the file with these weights.
-        device: Device of the model until the trainer moves it.
-        dtype: Floating-point type of the model.
-        batch_size: Number of images that go through the model at once.
     """
 
     __name__ = "aesthetic_score"

@@ -21,9 +21,6 @@ class CLIPScore(ModelReward):
     Args:
         model: CLIP checkpoint in transformers' format, on the Hub or on disk.
         processor: Repository or folder of tokenizer and image processor, by default the model's.
-        device: Device of the model until the trainer moves it.
-        dtype: Floating-point type of the model.
-        batch_size: Number of images that go through the model at once.
     """
 
     __name__ = "clip_score"
@@ -39,7 +36,6 @@ class CLIPScore(ModelReward):
         from transformers import AutoTokenizer, CLIPImageProcessorPil
 
         super().__init__(self.load(model), device, dtype, batch_size)
-
         self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
         # Only the sizes, means and deviations are used; the processor on tensors would need torchvision.
         self.image_processor: Any = CLIPImageProcessorPil.from_pretrained(processor or model)

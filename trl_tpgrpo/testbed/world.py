@@ -20,7 +20,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle")
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-NUMBERS = {"two": 2, "three": 3}
+NUMBERS = {2: "two", 3: "three"}
 KINDS = ("single", "count", "pair", "position")
 
 _SUPERSAMPLING = 4
@@ -51,8 +51,7 @@ class Caption:
         if self.kind == "single":
             return f"a {first}"
         if self.kind == "count":
-            number = {value: word for word, value in NUMBERS.items()}[len(self.things)]
-            return f"{number} {first}s"
+            return f"{NUMBERS[len(self.things)]} {first}s"
         return f"a {first} {self.relation or 'and'} a {self.things[1]}"
 
 
@@ -62,7 +61,7 @@ def all_captions() -> list[Caption]:
     pairs = list(itertools.permutations(things, 2))
     return [
         *(Caption("single", (thing,)) for thing in things),
-        *(Caption("count", (thing,) * number) for thing in things for number in NUMBERS.values()),
+        *(Caption("count", (thing,) * number) for thing in things for number in NUMBERS),
         *(Caption("pair", pair) for pair in pairs),
         *(Caption("position", pair, relation) for pair in pairs for relation in RELATIONS),
     ]
@@ -72,11 +71,7 @@ _CAPTIONS = {str(caption): caption for caption in all_captions()}
 
 
 def parse_caption(text: str) -> Caption:
-    """Return the caption that reads `text`.
-
-    Raises:
-        ValueError: If `text` is no caption of the shapes world.
-    """
+    """Return the caption that reads `text`, or raise a `ValueError` if there is none."""
     if text not in _CAPTIONS:
         raise ValueError(f"{text!r} is no caption of the shapes world, such as 'a red circle left of a blue square'.")
     return _CAPTIONS[text]
@@ -96,22 +91,20 @@ def split_captions(seed: int = 0) -> dict[str, list[Caption]]:
     splits: dict[str, list[Caption]] = {"train": [], "tuning": [], "heldout": []}
     for family in ("single", "count", "two"):
         keys = sorted(key for key in groups if key[0] == family)
-        keys = [keys[index] for index in shuffle(len(keys))]
         part = round(0.15 * len(keys))
-        for index, key in enumerate(keys):
-            name = "heldout" if index < part else "tuning" if index < 2 * part else "train"
-            splits[name] += groups[key]
+        for number, index in enumerate(shuffle(len(keys))):
+            name = "heldout" if number < part else "tuning" if number < 2 * part else "train"
+            splits[name] += groups[keys[index]]
     return splits
 
 
 def draw(caption: Caption, rng: np.random.Generator) -> np.ndarray:
     """Draw one random picture of `caption`: uint8, (32, 32, 3)."""
-    centres, half_sizes = _arrange(caption, rng)
     grid = (np.arange(IMAGE_SIZE * _SUPERSAMPLING) + 0.5) / _SUPERSAMPLING
     picture = np.broadcast_to(BACKGROUND, (grid.size, grid.size, 3)).copy()
-    for thing, centre, half_size in zip(caption.things, centres, half_sizes, strict=True):
-        across = (grid[None, :] - centre[0]) / half_size
-        down = (grid[:, None] - centre[1]) / half_size
+    for thing, (x, y), half_size in zip(caption.things, *_arrange(caption, rng), strict=True):
+        across = (grid[None, :] - x) / half_size
+        down = (grid[:, None] - y) / half_size
         picture[inside(thing.shape, across, down)] = COLOURS[thing.colour]
     blocks = picture.reshape(IMAGE_SIZE, _SUPERSAMPLING, IMAGE_SIZE, _SUPERSAMPLING, 3)
     return (blocks.mean((1, 3)) * 255).round().astype(np.uint8)
@@ -134,23 +127,11 @@ def _arrange(caption: Caption, rng: np.random.Generator) -> tuple[np.ndarray, np
     while True:
         half_sizes = rng.uniform(smallest, largest, number)
         centres = rng.uniform(half_sizes[:, None] + 1, IMAGE_SIZE - 1 - half_sizes[:, None], (number, 2))
-        if _apart(centres, half_sizes) and _obeys(caption, centres):
+        along, across = offset(caption.relation, *centres) if caption.relation else (9, 0)
+        pairs = itertools.combinations(range(number), 2)
+        gaps = (np.abs(centres[i] - centres[j]).max() - half_sizes[i] - half_sizes[j] for i, j in pairs)
+        if along >= 9 and along >= 1.5 * across and all(gap >= _MARGIN for gap in gaps):
             return centres, half_sizes
-
-
-def _apart(centres: np.ndarray, half_sizes: np.ndarray) -> bool:
-    gaps = [
-        np.abs(centres[i] - centres[j]).max() - half_sizes[i] - half_sizes[j]
-        for i, j in itertools.combinations(range(len(centres)), 2)
-    ]
-    return min(gaps, default=_MARGIN) >= _MARGIN
-
-
-def _obeys(caption: Caption, centres: np.ndarray) -> bool:
-    if caption.relation is None:
-        return True
-    along, across = offset(caption.relation, centres[0], centres[1])
-    return along >= 9 and along >= 1.5 * across
 
 
 def offset(relation: str, first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
