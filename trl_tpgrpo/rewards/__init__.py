@@ -20,10 +20,10 @@ MODULES = {
     "RewardError": "contract",
     "RewardFunc": "contract",
     "RewardUnavailable": "contract",
-    "brightness": "colour",
-    "colourfulness": "colour",
-    "jpeg_compressibility": "jpeg",
-    "jpeg_incompressibility": "jpeg",
+    "brightness": "pixels",
+    "colourfulness": "pixels",
+    "jpeg_compressibility": "pixels",
+    "jpeg_incompressibility": "pixels",
 }
 __all__ = list(MODULES)
 

@@ -53,11 +53,7 @@ class ModelReward:
 
 
 def check_images(images: Tensor) -> None:
-    """Refuse anything but a batch of images as rewards on tensors take it.
-
-    Raises:
-        ValueError: If `images` is no tensor of shape (B, 3, H, W), or not of a floating type.
-    """
+    """Raise a `ValueError` unless `images` is a tensor of shape (B, 3, H, W) of a floating type."""
     is_tensor = isinstance(images, Tensor)
     if not is_tensor or images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         found = f"{images.dtype} of {tuple(images.shape)}" if is_tensor else type(images).__name__

@@ -27,11 +27,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LONGEST_TO_SHORTEST = 1333 / 800
 SIZE_DIVISOR = 32
 GROUND = 0.6  # GenEval's #999 behind an object whose colour is asked for
-COLOUR_TEMPLATES = (
-    "a photo of a {colour} {name}",
-    "a photo of a {colour}-colored {name}",
-    "a photo of a {colour} object",
-)
+COLOUR_TEXTS = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 
 
 class GenEval:
@@ -50,11 +46,8 @@ class GenEval:
     Known ways to hack it: cut-out objects side by side on an empty ground, one style for all prompts; objects that
     only the detector takes for such. Quality plays no part, so add a reward that sees quality.
 
-    Args:
-        detector: Mask2Former for COCO's 80 classes in transformers' format, on the Hub or on disk.
-        clip: CLIP that names colours.
-        graded: Whether to return Flow-GRPO's graded score rather than right or wrong.
-        image_size: Shorter edge of the detector's images in pixels.
+    `detector`, for COCO's 80 classes in transformers' format, and `clip` are on the Hub or on disk; `batch_size` and
+    `image_size`, the shorter edge in pixels, are those of the detector's images; the others those of `ModelReward`.
     """
 
     __name__ = "geneval"
@@ -159,8 +152,8 @@ class GenEval:
     def _embeddings(self, name: str) -> Tensor:
         """Return CLIP's embeddings (10, D) of a class in each colour: means over three texts, of length 1."""
         if name not in self.colour_embeddings:
-            texts = [one.format(colour=colour, name=name) for colour in rules.COLOURS for one in COLOUR_TEMPLATES]
-            means = self.clip.encode_texts(texts).unflatten(0, (len(rules.COLOURS), len(COLOUR_TEMPLATES))).mean(1)
+            texts = [one.format(colour=colour, name=name) for colour in rules.COLOURS for one in COLOUR_TEXTS]
+            means = self.clip.encode_texts(texts).unflatten(0, (len(rules.COLOURS), len(COLOUR_TEXTS))).mean(1)
             self.colour_embeddings[name] = torch.nn.functional.normalize(means, dim=-1)
         return self.colour_embeddings[name]
 

@@ -99,17 +99,8 @@ def is_right(objects: Objects, include: list[dict], exclude: list[dict], colours
 
     Of each class of `include`, the `count` most confident must have the colour and the position.
     """
-    matched: list[list[Detection] | None] = []
-    for clause in include:
-        found = objects.get(clause["class"], [])[: clause["count"]]
-        right = len(found) == clause["count"]
-        if right and "color" in clause:
-            right = colours_of(clause["class"], found).count(clause["color"]) == clause["count"]
-        if right and "position" in clause:
-            right = _has_position(found, clause["position"], matched)
-        matched.append(found if right else None)
     unwanted = [clause for clause in exclude if len(objects.get(clause["class"], [])) >= clause["count"]]
-    return None not in matched and not unwanted
+    return not unwanted and all(part == 1 for part in _parts(objects, include, colours_of, only_most_confident=True))
 
 
 def graded_score(objects: Objects, include: list[dict], colours_of: ColoursOf) -> float:
@@ -120,10 +111,18 @@ def graded_score(objects: Objects, include: list[dict], colours_of: ColoursOf) -
     two are 0 where the count is wrong. Counts must be exact here, unlike in `is_right`. Flow-GRPO's reward server adds
     a 1 to a wrong position's 0, so that a wrong position costs half as much; that is not done here.
     """
+    scores = _parts(objects, include, colours_of, only_most_confident=False)
+    return sum(scores) / len(scores)
+
+
+def _parts(objects: Objects, include: list[dict], colours_of: ColoursOf, only_most_confident: bool) -> list[float]:
+    """Score the parts of all clauses, on all objects of a class or on as many as the clause asks for."""
     scores: list[float] = []
     matched: list[list[Detection] | None] = []
     for clause in include:
         found, count = objects.get(clause["class"], []), clause["count"]
+        if only_most_confident:
+            found = found[:count]
         scores.append(1 - abs(count - len(found)) / count)
         right = len(found) == count
         if not right and ("color" in clause or "position" in clause):
@@ -133,16 +132,9 @@ def graded_score(objects: Objects, include: list[dict], colours_of: ColoursOf) -
             scores.append(num_coloured / count)
             right = num_coloured == count
         if right and "position" in clause:
-            right = _has_position(found, clause["position"], matched)
+            relation, others = clause["position"][0], matched[int(clause["position"][1])]
+            boxes = [(one.box, other.box) for one in found for other in others or []]
+            right = others is not None and all(relation in relative_position(*pair) for pair in boxes)
             scores.append(float(right))
         matched.append(found if right else None)
-    return sum(scores) / len(scores)
-
-
-def _has_position(found: list[Detection], position: Sequence, matched: list[list[Detection] | None]) -> bool:
-    """Say whether each object has the relation to each object of the earlier clause, which must itself be right."""
-    relation, target = position
-    others = matched[int(target)]
-    return others is not None and all(
-        relation in relative_position(one.box, other.box) for one in found for other in others
-    )
+    return scores

@@ -16,10 +16,8 @@ class HPSv2(CLIPScore):
 
     Known ways to hack it: glossy, over-saturated and over-detailed pictures, the look of 2023's favourites.
 
-    Args:
-        model: Repository on the Hub, or folder.
-        filename: Name of the checkpoint in there; `HPS_v2_compressed.pt` is version 2.0.
-        processor: Repository or folder of the architecture's config, tokenizer and image processor.
+    `filename` is a checkpoint in `model` (version 2.0 is `HPS_v2_compressed.pt`); `processor` has the architecture's
+    config, tokenizer and image processor; the others are those of `ModelReward`.
     """
 
     __name__ = "hps_v2"

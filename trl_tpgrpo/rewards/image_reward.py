@@ -33,9 +33,8 @@ class ImageReward(ModelReward):
     Known ways to hack it: close-up subjects, bright and over-saturated; details that the prompt does not mention are
     free.
 
-    Args:
-        model: Repository on the Hub, or folder, with `ImageReward.pt` and `med_config.json`.
-        tokenizer: Repository or folder of BERT's tokenizer.
+    `model`, a repository on the Hub or a folder, has `ImageReward.pt` and `med_config.json`; `tokenizer` is BERT's; the
+    others are those of `ModelReward`.
     """
 
     __name__ = "image_reward"

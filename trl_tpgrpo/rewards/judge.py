@@ -112,8 +112,6 @@ class VLMJudge:
 
     Args:
         base_url: URL of the server, such as `"http://127.0.0.1:8000/v1"`; `/chat/completions` is added.
-        model: Name that the server has for the model.
-        template: Name or text, as above.
         api_key_env: Environment variable that holds the key, if the server asks for one. No other key is sent.
         concurrency: Number of requests under way at once, over all calls.
         num_retries: Number of further attempts after lost connections, timeouts and the statuses 408, 409, 429 and
@@ -121,9 +119,6 @@ class VLMJudge:
         timeout: Seconds that an attempt waits for the server.
         max_tokens: Number of tokens of an answer; more for a model that thinks first.
         name: Name in metrics; by default `vlm_` and the template's name, or `vlm_judge`.
-
-    Raises:
-        ValueError: If an argument is out of range, or the environment has no key.
     """
 
     def __init__(
@@ -150,16 +145,16 @@ class VLMJudge:
             raise ValueError(f"base_url must be {form}.")
         self.base_url, self.url = base_url, f"{base_url.rstrip('/')}/chat/completions"
         self.model, self.max_tokens, self.low, self.high = model, max_tokens, low, high
-        self.concurrency, self.num_retries, self.timeout = concurrency, num_retries, timeout
+        # An attribute `timeout` would tell the trainer to end calls after these seconds.
+        self.concurrency, self.num_retries, self.seconds_per_attempt = concurrency, num_retries, timeout
         self.asks_questions = template == "yes_no"
         form = "" if self.asks_questions else f"\n\n{FORMAT.format(low=low, high=high)}"
         self.text = TEMPLATES.get(template, template) + form
         self._field, values = "score", {"type": "number", "minimum": low, "maximum": high}
         if self.asks_questions:
             self._field, values = "answer", {"type": "string", "enum": ["yes", "no"]}
-        schema = {"type": "object", "properties": {self._field: values}, "required": [self._field]}
-        schema |= {"additionalProperties": False}
-        self._schema = {"name": self._field, "strict": True, "schema": schema}
+        schema: dict[str, Any] = {"type": "object", "properties": {self._field: values}, "required": [self._field]}
+        self._schema = {"name": self._field, "strict": True, "schema": schema | {"additionalProperties": False}}
         self.__name__ = name or (f"vlm_{template}" if template in TEMPLATES else "vlm_judge")
         self.usage = Usage()
         self._key = None if api_key_env is None else _key_in(api_key_env)
@@ -168,12 +163,7 @@ class VLMJudge:
     async def __call__(
         self, images: list[Image.Image], prompts: list[str], log_metric: Callable | None = None, **columns: Any
     ) -> list[float | None]:
-        """Score N images.
-
-        Raises:
-            VLMJudgeError: If the server or the model gives no score for one.
-            ValueError: If the template needs a column that is not there, or `questions` has something else in it.
-        """
+        """Score N images, or raise a `VLMJudgeError`; a `ValueError` if a column is missing or `questions` are wrong."""
         columns = {"prompt": prompts} | {name: columns[name] for name in columns if name not in RESERVED_COLUMNS}
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         pairs = enumerate(zip(images, rows, strict=True))
@@ -210,7 +200,7 @@ class VLMJudge:
         return openai.AsyncOpenAI(
             base_url=self.base_url,
             api_key=self._key or "none",  # which is not sent; without one, the client would look for a key itself
-            timeout=self.timeout,
+            timeout=self.seconds_per_attempt,
             max_retries=self.num_retries,
             http_client=openai.DefaultAsyncHttpxClient(mounts=PAST_PROXIES, event_hooks={"request": [count]}),
         )
@@ -258,7 +248,7 @@ class VLMJudge:
     def _failure(self, error: openai.APIError, name: str) -> VLMJudgeError:
         what = f"no connection: {type(error.__cause__).__name__} {error.__cause__}"
         if isinstance(error, openai.APITimeoutError):
-            what = f"no answer within {self.timeout:g} seconds"
+            what = f"no answer within {self.seconds_per_attempt:g} seconds"
         if isinstance(error, openai.APIStatusError):
             said = error.body.get("message") if isinstance(error.body, dict) else None
             what = f"status {error.status_code}: {self._shown(said or error.response.text)}"
@@ -268,7 +258,7 @@ class VLMJudge:
         attempts = f" ({num_retries + 1} attempts)" if num_retries else ""
         return JudgeUnavailable(
             f"The judge at {self.url} has not answered for {name}: {what}{attempts}. "
-            f"Is it running, and fast enough for concurrency={self.concurrency} and timeout={self.timeout:g}?"
+            f"Is it running, and fast enough for concurrency={self.concurrency} and timeout={self.seconds_per_attempt:g}?"
         )
 
     def _content(self, completion: Any, usage: Usage) -> Any:

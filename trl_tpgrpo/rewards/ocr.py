@@ -20,14 +20,11 @@ class OCRReward:
     length` with Levenshtein's distance to all lines and the length of the text asked for. The lines that were read are
     shown beside the samples.
 
-    RapidOCR reads on the CPU (PP-OCRv6 small, Apache-2.0, models in the wheel) and drops lines of a confidence below
-    0.5. To read with something else, override `read`.
+    RapidOCR reads on the CPU (PP-OCRv6 small, Apache-2.0, models in the wheel), with `num_threads` threads in each
+    process, and drops lines of a confidence below 0.5. To read with something else, override `read`.
 
     Known ways to hack it: letters in capitals, large, on a plain ground; the text once more elsewhere, with whatever
     else is written around it, since what surrounds a match costs nothing; no image to speak of beside the text.
-
-    Args:
-        num_threads: Number of the recogniser's threads in each process.
     """
 
     __name__ = "ocr"

@@ -106,12 +106,7 @@ class RemoteReward:
         log_extra: Callable[[str, list], None] | None = None,
         **columns: list,
     ) -> list[float | None]:
-        """Score N images.
-
-        Raises:
-            RemoteRewardError: If the server gives no rewards.
-            ValueError: If an image or a column cannot be sent.
-        """
+        """Score N images, or raise a `RemoteRewardError`; a `ValueError` if an image or a column cannot be sent."""
         sent, size = self._sendable(columns), self.num_images_per_request
         async with httpx2.AsyncClient(**self._client_options) as client:
             batches = (slice(start, start + size) for start in range(0, len(images), size))
@@ -200,11 +195,9 @@ class RemoteReward:
         try:
             answer = response.json()
             rewards, metrics, extra = answer["rewards"], answer.get("metrics", {}), answer.get("extra", {})
-            if len(rewards) != number:
-                raise ValueError(f"{len(rewards)} rewards for {number} images")
-            for name, values in extra.items():
+            for what, values in [("rewards", rewards), *((f"values of {name!r}", extra[name]) for name in extra)]:
                 if len(values) != number:
-                    raise ValueError(f"{len(values)} values of {name!r} for {number} images")
+                    raise ValueError(f"{len(values)} {what} for {number} images")
             for reward in rewards:
                 if reward is not None and (type(reward) not in (int, float) or not math.isfinite(reward)):
                     raise ValueError(f"{reward!r} is no reward")
@@ -219,11 +212,7 @@ class RemoteReward:
 
 
 def remote_reward_from_url(url: str) -> RemoteReward:
-    """Return the remote reward of an URL such as `http://127.0.0.1:8000/pick_score`, with the environment's token.
-
-    Raises:
-        ValueError: If the URL has no path, or is no URL.
-    """
+    """Return the remote reward of an URL such as `http://127.0.0.1:8000/pick_score`, with the environment's token."""
     server, _, reward = _checked_url("A remote reward", url).rpartition("/")
     if not reward.isidentifier() or server in ("http:/", "https:/"):
         raise ValueError(f"A remote reward is http://HOST:PORT/REWARD, got {url!r}.")

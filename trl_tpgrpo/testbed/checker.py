@@ -71,8 +71,7 @@ def detect(images: list[Image.Image]) -> list[list[Detection]]:
         return found
     masks = _colour_masks(images)  # (N, 4, H, W)
     planes = masks.reshape(-1, IMAGE_SIZE, IMAGE_SIZE)
-    within_plane = np.zeros((3, 3, 3), dtype=bool)
-    within_plane[1] = ndimage.generate_binary_structure(2, 1)
+    within_plane = np.pad(ndimage.generate_binary_structure(2, 1)[None], ((1, 1), (0, 0), (0, 0)))
     labels, _ = ndimage.label(planes, structure=within_plane)
     for label, (plane, rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
         patch = labels[plane.start, rows, columns] == label

@@ -1,7 +1,6 @@
-"""The shapes world: captions of coloured shapes, and pictures that show them.
+"""The shapes world: captions of coloured shapes, and the geometry of pictures that show them.
 
-Everything is procedural, so any number of captioned images can be drawn from nothing. Coordinates are pixels, x to the
-right and y downwards; a shape fills the square of half side `half_size` around its centre.
+Coordinates are pixels, x to the right and y downwards. `benchmarks/pretrain.py` draws any number of such pictures.
 """
 
 import itertools
@@ -22,9 +21,6 @@ SHAPES = ("circle", "square", "triangle")
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = {2: "two", 3: "three"}
 KINDS = ("single", "count", "pair", "position")
-
-_SUPERSAMPLING = 4
-_MARGIN = 2.0
 
 
 @dataclass(frozen=True)
@@ -98,18 +94,6 @@ def split_captions(seed: int = 0) -> dict[str, list[Caption]]:
     return splits
 
 
-def draw(caption: Caption, rng: np.random.Generator) -> np.ndarray:
-    """Draw one random picture of `caption`: uint8, (32, 32, 3)."""
-    grid = (np.arange(IMAGE_SIZE * _SUPERSAMPLING) + 0.5) / _SUPERSAMPLING
-    picture = np.broadcast_to(BACKGROUND, (grid.size, grid.size, 3)).copy()
-    for thing, (x, y), half_size in zip(caption.things, *_arrange(caption, rng), strict=True):
-        across = (grid[None, :] - x) / half_size
-        down = (grid[:, None] - y) / half_size
-        picture[inside(thing.shape, across, down)] = COLOURS[thing.colour]
-    blocks = picture.reshape(IMAGE_SIZE, _SUPERSAMPLING, IMAGE_SIZE, _SUPERSAMPLING, 3)
-    return (blocks.mean((1, 3)) * 255).round().astype(np.uint8)
-
-
 def inside(shape: str, across: np.ndarray, down: np.ndarray) -> np.ndarray:
     """Say which points lie in a shape that fills [-1, 1] x [-1, 1]; `across` and `down` broadcast."""
     if shape == "circle":
@@ -118,20 +102,6 @@ def inside(shape: str, across: np.ndarray, down: np.ndarray) -> np.ndarray:
     if shape == "square":
         return in_box
     return in_box & (np.abs(across) <= (down + 1) / 2)
-
-
-def _arrange(caption: Caption, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw centres (n, 2) and half sizes (n,) that fit the picture, keep apart and obey the caption's relation."""
-    number = len(caption.things)
-    smallest, largest = (4.0, 4.8) if number == 3 else (4.2, 6.0)
-    while True:
-        half_sizes = rng.uniform(smallest, largest, number)
-        centres = rng.uniform(half_sizes[:, None] + 1, IMAGE_SIZE - 1 - half_sizes[:, None], (number, 2))
-        along, across = offset(caption.relation, *centres) if caption.relation else (9, 0)
-        pairs = itertools.combinations(range(number), 2)
-        gaps = (np.abs(centres[i] - centres[j]).max() - half_sizes[i] - half_sizes[j] for i, j in pairs)
-        if along >= 9 and along >= 1.5 * across and all(gap >= _MARGIN for gap in gaps):
-            return centres, half_sizes
 
 
 def offset(relation: str, first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
