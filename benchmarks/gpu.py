@@ -37,8 +37,8 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 from trl import get_peft_config
 
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
+from trl_tpgrpo.commands.architectures import FOLDERS, load_architecture
 from trl_tpgrpo.commands.train import make_parser
-from trl_tpgrpo.policies.architectures import FOLDERS, load_architecture
 from trl_tpgrpo.policies.base import Conditioning, FlowPolicy
 from trl_tpgrpo.policies.loading import build_policy
 
@@ -272,17 +272,8 @@ def flops_of_an_evaluation(policy: FlowPolicy) -> int:
 
 
 def conditioning_like(policy: FlowPolicy) -> Conditioning:
-    config, flux = policy.pipeline.transformer.config, "Flux" in type(policy).__name__
-    length = policy.guidance.max_sequence_length or (512 if flux else 256)
-    tokens = length if flux else length + 77  # SD3 has those of CLIP before those of T5
-    one = Conditioning(
-        torch.zeros(1, tokens, config.joint_attention_dim), torch.zeros(1, config.pooled_projection_dim)
-    )
-    return (
-        Conditioning(*vars(one).values())
-        if not policy.uses_negative_prompt
-        else Conditioning(one.prompt_embeds, one.pooled_prompt_embeds, one)
-    )
+    tensors = {name: torch.zeros(1, *shape) for name, shape in policy.text_shapes().items()}
+    return Conditioning(tensors, Conditioning(tensors) if policy.uses_negative_prompt else None)
 
 
 def matmul_flops(device: torch.device) -> float:

@@ -18,7 +18,7 @@ NUM_TOKENS = 12
 
 
 def load_policy(name: str) -> FlowPolicy:
-    """`"sd3"` is the testbed, `"flux"` its like with random weights, anything else a folder with a pipeline."""
+    """Load the testbed (`"sd3"`), its like with random weights (`"flux"`), or the pipeline in a folder."""
     pipeline = {"sd3": lambda: load_pipeline(TESTBED), "flux": tiny_flux}.get(
         name, lambda: load_pipeline(Path(name))
     )()
@@ -29,7 +29,7 @@ def load_policy(name: str) -> FlowPolicy:
 
 
 def tiny_flux(seed: int = 0) -> FluxPipeline:
-    """A FLUX.1 around the testbed's VAE, tokenizer and sizes (2 double and 4 single blocks), with random weights."""
+    """Build a FLUX.1 with random weights around the testbed's VAE, tokenizer and sizes (2 double, 4 single blocks)."""
     testbed = load_pipeline(TESTBED)
     words = sorted({word for caption in all_captions() for word in str(caption).split()})
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{word}", -1.0) for word in words)]

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.commands.launch import launch_command_parser
 
 from trl_tpgrpo.cli import one_recipe
-from trl_tpgrpo.commands.planner import PlannedConfig
+from trl_tpgrpo.commands.plan import PlannedConfig
 from trl_tpgrpo.commands.train import make_parser, split_options
 
 

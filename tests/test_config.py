@@ -167,15 +167,15 @@ WRONG = [
     ({"sde_window_range": [1]}, r"sde_window_range must be \[start, stop\]"),
     ({"sde_window_size": 10}, "sde_window_size must be between 1 and 9"),
     ({"sde_window_size": 0}, "sde_window_size must be between 1 and 9"),
-    ({"credit": "lambda"}, r"credit='lambda' needs credit_lambda in \[0, 1\]"),
-    ({"credit": "lambda", "credit_lambda": 1.5}, "got 1.5"),
-    ({"credit_lambda": 0.5}, "credit_lambda belongs to credit='lambda'"),
+    ({"credit": "lambda"}, r"credit_lambda \(None\) is what credit='lambda' alone needs"),
+    ({"credit": "lambda", "credit_lambda": 1.5}, "credit_lambda must be at least 0 and at most 1, or None, got 1.5"),
+    ({"credit_lambda": 0.5}, r"credit_lambda \(0.5\) is what credit='lambda' alone needs: credit='consistent'"),
     ({"turning_point_deadzone": -0.1}, "turning_point_deadzone must be at least 0"),
-    ({"credit": "outcome", "advantage_baseline": "completion"}, "credit='outcome' computes none"),
-    ({"num_generations": 1, "gradient_accumulation_steps": 1}, "or advantage_baseline='completion'"),
+    ({"credit": "outcome", "advantage_baseline": "completion"}, "leave out advantage_baseline"),
+    ({"num_generations": 1, "gradient_accumulation_steps": 1}, "needs advantage_baseline='completion'"),
     (
         {"num_generations": 1, "gradient_accumulation_steps": 1, "advantage_baseline": "completion"},
-        "use scale_rewards='batch' or 'none'",
+        "and scale_rewards='batch' or 'none'",
     ),
     (
         {"num_generations": 0, "num_generations_eval": 1, "gradient_accumulation_steps": 1},
@@ -230,9 +230,7 @@ def test_a_batch_size_of_the_command_line_is_a_number() -> None:
 def test_a_shared_noise_needs_whole_groups_on_each_process(monkeypatch) -> None:
     monkeypatch.setattr(TPGRPOConfig, "world_size", 2)
     sizes = {"num_generations": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    with pytest.raises(
-        ValueError, match=r"share_initial_noise needs whole groups.*its 4 images.*num_generations \(8\)"
-    ):
+    with pytest.raises(ValueError, match=r"share_initial_noise: 4 images .* no whole groups of num_generations \(8\)"):
         config(share_initial_noise=True, **sizes)
     assert config(share_initial_noise=False, **sizes).generation_batch_size == 8
 

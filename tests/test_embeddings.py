@@ -19,14 +19,14 @@ def policy(family: Callable = tiny_sd3, **changes: object) -> FlowPolicy:
 
 
 def counted(of: FlowPolicy) -> list[str]:
-    """The prompts that are encoded from now on."""
-    encoded, encode = [], of.encode
+    """The prompts that are encoded from now on, without the negative one."""
+    encoded, encode = [], of.encode_texts
 
-    def counting(given: list[str]) -> Conditioning:
-        encoded.extend(given)
+    def counting(given: list[str]) -> dict[str, torch.Tensor]:
+        encoded.extend(text for text in given if text in PROMPTS)
         return encode(given)
 
-    of.encode = counting
+    of.encode_texts = counting
     return encoded
 
 

@@ -11,7 +11,7 @@ from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuan
 from test_trainer import PROMPTS, assert_same, brightness, build, config, logged, lora, prompts, trained
 from tiny import tiny_flux, tiny_sd3
 
-from trl_tpgrpo import TPGRPOTrainer, generation
+from trl_tpgrpo import TPGRPOTrainer, rollouts
 from trl_tpgrpo.policies.base import FlowPolicy, on_device
 from trl_tpgrpo.policies.loading import load_policy
 from trl_tpgrpo.policies.sharding import check_sharded_optimizer
@@ -343,7 +343,7 @@ def test_a_rollout_in_several_sweeps_is_the_same(changes: dict, tmp_path: Path, 
     """To the bit, if the model is given one latent at a time however many are under way."""
     runs, images = [], []
     for size in (64, 2):
-        monkeypatch.setattr(generation, "SWEEP", size)
+        monkeypatch.setattr(rollouts, "SWEEP", size)
         seen: list[int] = []
 
         def reward(images: list, seen: list[int] = seen, **columns: object) -> list[float]:

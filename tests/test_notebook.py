@@ -12,8 +12,8 @@ from nbclient import NotebookClient
 from peft import LoraConfig
 
 import trl_tpgrpo
-from trl_tpgrpo.commands.planner import GIB, FakeModel, PlannedConfig, estimate
-from trl_tpgrpo.policies.architectures import architecture_folder
+from trl_tpgrpo.commands.architectures import architecture_folder
+from trl_tpgrpo.commands.plan import GIB, PlannedConfig, PlannedModel, estimate, peak
 
 
 NOTEBOOK = Path(__file__).parents[1] / "examples/tpgrpo.ipynb"
@@ -56,6 +56,8 @@ def test_its_half_for_a_gpu_fits_one_of_24_gib(monkeypatch: pytest.MonkeyPatch) 
             exec(cell.source, names)
     monkeypatch.undo()
     assert names["ON_GPU"] and isinstance(given["peft_config"], LoraConfig)
-    model = FakeModel(architecture_folder(given["model"], None), given["args"], given["peft_config"], torch.bfloat16)
-    peak = estimate(given["args"], model).peak / GIB
-    assert peak < 0.95 * 24 and f"{peak:.1f} GiB at its peak" in read().cells[0].source
+    model = PlannedModel(
+        architecture_folder(given["model"], None), given["args"], given["peft_config"], torch.bfloat16
+    )
+    most = peak(estimate(given["args"], model)) / GIB
+    assert most < 0.95 * 24 and f"{most:.1f} GiB at its peak" in read().cells[0].source

@@ -207,7 +207,7 @@ def test_scoring_goes_on_while_the_next_sweep_is_sampled(tmp_path: Path, monkeyp
         return rollout
 
     counted.number = 0
-    monkeypatch.setattr(trainer.images, "roll_out", counted)
+    monkeypatch.setattr(trainer.rollouts, "roll_out", counted)
     trainer.train()
     assert counted.number == 3 and len(seen) == 3
     plain = build(tmp_path, steps_per_generation=3, per_device_train_batch_size=4, max_steps=1)

@@ -4,10 +4,10 @@ import inspect
 import operator
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from itertools import chain
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_origin
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
@@ -18,34 +18,6 @@ from .algorithm.rollout import Window
 from .algorithm.sde import LOG_PROB_TYPES, SDE_TYPES
 
 
-PROMPTS_PER_GENERATION = 48
-UPDATES_PER_GENERATION = 2
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "sde_type": SDE_TYPES,
-    "log_prob_type": LOG_PROB_TYPES,
-    "reward_failures": ("stop", "skip"),
-    "multi_objective_aggregation": AGGREGATIONS,
-    "credit": CREDITS,
-    "turning_point_trend": TRENDS,
-    "advantage_baseline": BASELINES,
-    "advantage_scope": SCOPES,
-    "guard_rails": ("off", "warn", "skip", "stop"),
-    "quantization": ("nf4", "int8", "fp8"),
-}
-LIMITS = {
-    "at least 1": "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_generations "
-    "num_generations_eval num_iterations height width num_inference_steps_eval ema_update_every",
-    "at least 1, or None": "generation_batch_size steps_per_generation completion_check_every "
-    "num_completions_to_print log_images_steps",
-    "at least 1, or 'auto'": "per_device_rollout_batch_size",
-    "at least 2": "num_inference_steps",
-    "at least 0": "guidance_scale true_cfg_scale turning_point_deadzone beta",
-    "at least 0, or None": "max_sequence_length",
-    "at least 0 and below 1, or None": "ema_decay",
-    "above 0": "noise_level epsilon epsilon_high",
-    "above 0 and at most 1, or None": "sde_window_share",
-}
 COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 UNSUPPORTED = {
     "auto_find_batch_size": "a smaller batch would tear prompt groups apart; lower per_device_train_batch_size",
@@ -62,33 +34,38 @@ Config = TypeVar("Config", bound=type)
 
 def described(config: Config) -> Config:
     """Give the fields of a dataclass what `--help` shows: their descriptions in its docstring and their choices."""
-    items = {item.name: item for item in fields(config)}
+    items, limits = {item.name: item for item in fields(config)}, _limits(config)
     for name, text in PARAMETER.findall(inspect.cleandoc(config.__doc__ or "")):
         plain = re.sub(r"\[`~?(.+?)`\]", r"\1", " ".join(text.split())).replace("%", "%%")
-        choices = {"choices": CHOICES[name]} if name in CHOICES else {}
+        choices = {"choices": tuple(filter(None, limits[name]))} if isinstance(limits.get(name), tuple) else {}
         items[name].metadata = MappingProxyType({**items[name].metadata, **choices, "help": plain})
     return config
 
 
-def _is_within(value: Any, limit: str) -> bool:
-    """Say whether a value keeps to a limit of the table, such as "above 0 and at most 1, or None"."""
+def _limits(config: type) -> dict[str, Any]:
+    kinds = inspect.get_annotations(config)  # not the fields' types, which transformers' parser replaces
+    return {name: kind.__metadata__[0] for name, kind in kinds.items() if get_origin(kind) is Annotated}
+
+
+def _is_within(value: Any, limit: Any) -> bool:
+    """Say whether a value is one of a tuple, or keeps to bounds such as "above 0 and at most 1, or None"."""
+    if isinstance(limit, tuple):
+        return value in limit
     bounds, _, exception = limit.partition(", or ")
     if value is None or isinstance(value, str):
         return str(value) == exception.strip("'")
     return all(COMPARISONS[bound[:-2]](value, int(bound[-1])) for bound in bounds.split(" and "))
 
 
-def _public_fields(config: Any) -> list[Field]:
-    return [item for item in fields(config) if not item.name.endswith("_token")]
+def _defaults(config: Any) -> dict[str, Any]:
+    public = [item for item in fields(config) if not item.name.endswith("_token")]
+    return {item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in public}
 
 
 def non_defaults(config: Any) -> dict[str, Any]:
     """Return the fields of a dataclass, but for tokens, whose values are not the defaults."""
-    defaults = {
-        item.name: item.default if item.default_factory is MISSING else item.default_factory()
-        for item in _public_fields(config)
-    }
-    return {name: getattr(config, name) for name, default in defaults.items() if getattr(config, name) != default}
+    defaults = _defaults(config)
+    return {name: value for name, value in vars(config).items() if name in defaults and value != defaults[name]}
 
 
 @described
@@ -102,86 +79,73 @@ class TPGRPOConfig(_BaseConfig):
 
     Parameters:
         > Parameters that control the model
-        model_init_kwargs (`str` or `dict[str, Any]`, *optional*): Keyword arguments (as JSON on the command line) for
-            [`~diffusers.DiffusionPipeline.from_pretrained`] if `model` is a string: `{"revision": "main"}`.
+        model_init_kwargs (`str` or `dict`, *optional*): Keyword arguments of `from_pretrained`, as JSON if a string.
 
         > Parameters that control the data
-        remove_unused_columns (`bool`, *optional*, defaults to `False`): Whether to keep only the column `"prompt"`.
-            Reward functions that read other columns need `False`.
+        remove_unused_columns (`bool`, *optional*, defaults to `False`): Whether reward functions see only `"prompt"`.
         num_generations (`int`, *optional*, defaults to `24`): Images per prompt; must divide `generation_batch_size`.
         num_generations_eval (`int`, *optional*): Images per prompt in evaluation. `None`: `num_generations`.
         shuffle_dataset (`bool`, *optional*, defaults to `True`): Whether to shuffle the training prompts.
-        per_device_train_batch_size (`int`, *optional*, defaults to `9`): Images per micro-batch and device, each
-            trained on at one step at a time.
+        per_device_train_batch_size (`int`, *optional*, defaults to `9`): Images per micro-batch, trained step by step.
         per_device_eval_batch_size (`int`, *optional*): Images per evaluation batch. `None`: `num_generations_eval`.
         generation_batch_size (`int`, *optional*): Images per rollout over all processes; excludes
-            `steps_per_generation`. `None`: `per_device_train_batch_size * num_processes * steps_per_generation`, or 48
-            prompts (the paper's) if neither that nor `gradient_accumulation_steps` is set.
+            `steps_per_generation`. `None`: as that or `gradient_accumulation_steps` says, or 48 prompts (the paper's).
         steps_per_generation (`int`, *optional*): Micro-batches per rollout. `None`: `gradient_accumulation_steps`.
-        gradient_accumulation_steps (`int`, *optional*): Micro-batches per update. `None`: two updates per rollout (the
-            paper's), or one if the micro-batches cannot be halved.
+        gradient_accumulation_steps (`int`, *optional*): Micro-batches per update. `None`: half a rollout, all if odd.
 
         > Parameters that control sampling
         height (`int`, *optional*, defaults to `512`): Height of the images in pixels.
         width (`int`, *optional*, defaults to `512`): Width of the images in pixels.
         num_inference_steps (`int`, *optional*, defaults to `10`): Steps T in training. The paper takes 6 for FLUX.1.
-        num_inference_steps_eval (`int`, *optional*, defaults to `40`): Denoising steps in evaluation, all of the ODE.
-            The paper takes 28 for FLUX.1-dev.
+        num_inference_steps_eval (`int`, *optional*, defaults to `40`): ODE steps in evaluation (paper: 28 for FLUX.1).
         guidance_scale (`float`, *optional*, defaults to `4.5`): Guidance in sampling and training. SD3:
             classifier-free guidance, off at 1. FLUX: an input of the model; the paper takes 3.5.
         true_cfg_scale (`float`, *optional*, defaults to `1.0`): FLUX only: guidance with `negative_prompt`, off at 1.
-        negative_prompt (`str`, *optional*): What images are guided away from. `None`: the empty prompt for SD3, no
-            such guidance for FLUX.
+        negative_prompt (`str`, *optional*): Prompt to guide away from. `None`: the empty one for SD3, none for FLUX.
         max_sequence_length (`int`, *optional*): Tokens of the T5 encoder. `None`: the pipeline's default. `0` for an
             SD3 pipeline without T5 leaves out the zeros that diffusers would append.
         per_device_rollout_batch_size (`int` or `"auto"`, *optional*): Latents per model call, and images per VAE call,
-            in a rollout. `None`: `per_device_train_batch_size`, so that the probability ratio before the first update
-            is 1 to the last bit. `"auto"`: the size with the least time per latent, measured before the first rollout.
-            The size changes only the rounding, so under `"auto"` a run may not repeat to the bit.
+            in a rollout. `None`: `per_device_train_batch_size`, for a first ratio of exactly 1. `"auto"`: the fastest,
+            measured before the first rollout; as sizes change the rounding, a run may not repeat to the bit.
         share_initial_noise (`bool`, *optional*, defaults to `False`): Whether the images of a group start from the
             same noise. What precedes their first SDE step, and the first state's completion, is then computed once.
 
         > Parameters that control the SDE
         sde_type (`str`, *optional*, defaults to `"cps"`): `"cps"`, `"flow_sde"` (Flow-GRPO) or `"dance_sde"`
             (DanceGRPO), see [`~trl_tpgrpo.algorithm.sde.transition`].
-        noise_level (`float`, *optional*, defaults to `0.7`): Noise that an SDE step adds: above 0, since a step
-            without noise has no probability to train, and at most 1 under `"cps"`.
+        noise_level (`float`, *optional*, defaults to `0.7`): Noise of an SDE step: above 0, as a step without noise
+            has no probability to train, and at most 1 under `"cps"`.
         sde_window_size (`int`, *optional*): Number K of SDE steps, all trained on. `None`: all of `sde_window_range`.
         sde_window_range (`list[int]`, *optional*): Steps `[start, stop)` for the window, whose start is drawn once per
             rollout, for all processes, if they are more than K. `None`: all but the last step, with the start at 0.
-        sde_window_share (`float`, *optional*): Share of the step rewards' variance within groups. Instead of
-            `sde_window_size`, the shortest window in `sde_window_range` with this share is measured before the first
-            rollout, on the first prompts. `None`: no measurement.
+        sde_window_share (`float`, *optional*): Instead of `sde_window_size`, the share of the step rewards' variance
+            within groups that the shortest such window has, measured before the first rollout on the first prompts.
         log_prob_type (`str`, *optional*): Density, see [`~trl_tpgrpo.algorithm.sde.log_prob`]. `None`:
             `"squared_error"` under `"cps"`, to which the published clip range belongs, else `"gaussian"`.
 
         > Parameters that control the completions
-        completion (`str`, *optional*, defaults to `"exact"`): How the ODE completes a state to the image whose reward
-            is the state's. `"exact"` takes all remaining steps; `"at_1_2_3_4_6"` evaluates the model before these
-            steps only and extrapolates the velocity over the others; `"ab2_N"` and `"euler_N"` take N steps, of second
-            and of first order, or fewer where fewer remain; `"one_step"` takes one, whose velocity is known. With
-            `_every_M` at the end (`"exact_every_2"`) only every M-th state is completed, and blocks of M steps get
-            credit. `trl-tpgrpo fidelity` measures what each gives on your model and reward.
+        completion (`str`, *optional*, defaults to `"exact"`): How the ODE completes a state to the image that is
+            scored for it. `"exact"` takes all remaining steps; `"at_1_2_3_4_6"` evaluates the model before these alone
+            and extrapolates the velocity over others; `"ab2_N"` and `"euler_N"` take at most N, of second and first
+            order; `"one_step"` one, whose velocity is known. `_every_M` at the end (`"exact_every_2"`) completes every
+            M-th state only, and credits blocks of M steps. `trl-tpgrpo fidelity` compares on your model.
         completion_check_every (`int`, *optional*): Rollouts between two comparisons with exact completions, of the
             first prompt of each process, which log how well step rewards and turning points agree. `None`: never.
 
         > Parameters that control the reward and credit
-        reward_failures (`str`, *optional*, defaults to `"stop"`): What to do when a reward function raises, hangs, or
-            returns something that is no reward: `"stop"` the run with name, row, prompt and image, or `"skip"` the
-            trajectory, which is left out of the group and counted.
+        reward_failures (`str`, *optional*, defaults to `"stop"`): When a reward function raises, hangs or returns no
+            reward: `"stop"` the run with name, row, prompt and image, or `"skip"` (drop and count) the trajectory.
         reward_weights (`list[float]`, *optional*): Weight of each reward function. `None`: 1 each.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`): `"sum_then_normalize"`:
             credit and advantages of the weighted sum. `"normalize_then_sum"`: weighted sum of each function's
             advantages, scaled by the batch unless `scale_rewards` is `"none"` (GDPO, arXiv 2601.05242).
-        credit (`str`, *optional*, defaults to `"consistent"`): What a step is credited with: `"consistent"` and
-            `"turning_point"` (the whole following gain at turning points of the stricter or the plain definition, the
-            step's own gain elsewhere), `"incremental"` (the step's own gain), `"lambda"` (the lambda-return of the
-            gains) or `"outcome"` (the final reward: Flow-GRPO, no completions).
+        credit (`str`, *optional*, defaults to `"consistent"`): `"consistent"` and `"turning_point"`: the whole
+            following gain at turning points of the stricter or plain definition, else the step's own; `"incremental"`:
+            its own; `"lambda"`: the lambda-return of gains; `"outcome"`: the final reward (Flow-GRPO, no completions).
         credit_lambda (`float`, *optional*): Decay of `credit="lambda"`, in [0, 1].
         turning_point_trend (`str`, *optional*, defaults to `"remaining"`): Gain that a step is compared with:
             `"remaining"`, from it to the end (the paper's text), or `"global"`, of all steps (the paper's demo code).
-        turning_point_first_step (`bool`, *optional*, defaults to `True`): Whether the first step may be a turning
-            point (the paper's Remark 5.2).
+        turning_point_first_step (`bool`, *optional*, defaults to `True`): Whether the first may be one (Remark 5.2).
         turning_point_deadzone (`float`, *optional*, defaults to `0.0`): Step rewards up to this size are noise, so 0.
         turning_point_balance (`bool`, *optional*, defaults to `True`): Whether as many positive as negative turning
             points are kept, those with the largest gain.
@@ -202,30 +166,25 @@ class TPGRPOConfig(_BaseConfig):
             is what is evaluated and saved. `None`: no average.
         ema_update_every (`int`, *optional*, defaults to `8`): Updates between two moves of the average. Before the
             first, after as many updates, the weights themselves are evaluated and saved.
-        guard_rails (`str`, *optional*, defaults to `"warn"`): What to do about signs of a run that goes wrong, looked
-            for before each update: `"warn"`, `"skip"` the update, `"stop"` with an error, or `"off"`. For other limits
-            pass a [`~trl_tpgrpo.GuardRails`] in the trainer's `callbacks`.
-        recompute_old_log_probs (`bool`, *optional*, defaults to `False`): Whether to compute the log-probabilities of
-            a rollout again, as training computes them, before the first update. For models whose kernels differ with
-            and without gradients (NF4 on a GPU, compiled blocks, `"auto"` batch sizes): the ratio is then 1 again at
-            the first update, for one more model call per transition that a later update trains on.
+        guard_rails (`str`, *optional*, defaults to `"warn"`): Answer before an update to signs of a run that goes
+            wrong: `"warn"`, `"skip"`, `"stop"` or `"off"`. Other limits: [`~trl_tpgrpo.GuardRails`] in `callbacks`.
+        recompute_old_log_probs (`bool`, *optional*, defaults to `False`): Whether to recompute a rollout's
+            log-probabilities as training does, before the first update. Where kernels differ with gradients (NF4,
+            compiled blocks, `"auto"` batch sizes) the ratio is 1 again, for a model call per transition trained later.
 
         > Parameters that control memory and speed
         quantization (`str`, *optional*): Format of the base transformer: `"nf4"` (bitsandbytes, 4 bit, as in QLoRA),
             `"int8"` or `"fp8"` (torchao, weights only). Needs `peft_config` and a model given by name.
         attention_backend (`str`, *optional*): Backend in diffusers, such as `"flash"`. `None`: diffusers' choice.
         compile_backend (`str`, *optional*): Backend of `torch.compile`, such as `"inductor"`, for the transformer's
-            repeated blocks, in rollouts and training alike and once for all batch sizes (`torch_compile` would compile
-            the model for training alone). `None`: no compilation.
-        precompute_prompt_embeds (`bool`, *optional*, defaults to `False`): Whether to encode the prompts of all
-            datasets before the transformer moves to the device, then drop the text encoders. Otherwise prompts are
-            encoded as rollouts need them, and the encoders are on the CPU in between.
+            repeated blocks, in rollouts and training alike and once for all batch sizes. `None`: no compilation.
+        precompute_prompt_embeds (`bool`, *optional*, defaults to `False`): Whether to encode all prompts first,
+            without the transformer on the device, and drop the encoders, which else wait on the CPU between rollouts.
         prompt_embeds_dir (`str`, *optional*): Folder in which encoded prompts are kept, for this run and later ones.
             `None`: the latest 1,024 are kept in the memory of the CPU.
         offload_between_phases (`bool`, *optional*, defaults to `False`): Whether the VAE, and reward functions with a
             method `to`, are on the CPU except while they decode and score.
-        offload_trajectories (`bool`, *optional*, defaults to `False`): Whether the states of trajectories are kept on
-            the CPU, in pinned memory.
+        offload_trajectories (`bool`, *optional*, defaults to `False`): Whether to keep states in pinned CPU memory.
         offload_reference (`bool`, *optional*, defaults to `False`): Full fine-tuning with `beta > 0`: whether the
             reference is on the CPU, except while it predicts all velocities of a rollout before the first update.
         vae_slicing (`bool`, *optional*, defaults to `False`): Whether the VAE decodes image by image.
@@ -248,63 +207,62 @@ class TPGRPOConfig(_BaseConfig):
         lr_scheduler_type (`str`, *optional*, defaults to `"constant"`): Schedule, instead of `"linear"`.
         activation_checkpointing (`bool`, *optional*): Whether to recompute activations to save memory. `None`: `True`.
         gradient_checkpointing (`bool`, *optional*): Former name of `activation_checkpointing`.
-        logging_steps (`float`, *optional*, defaults to `1`): Updates between two logs, instead of `500` since an
-            update is a lot of work here, or below 1 their share of all updates.
+        logging_steps (`float`, *optional*, defaults to `1`): Updates between two logs; below 1 their share of all.
         logging_nan_inf_filter (`bool`, *optional*, defaults to `False`): Whether to hide NaN and infinite losses.
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]
 
-    # In the order of the docstring, which the groups of `trl-tpgrpo train --help` follow
+    # In the order of the docstring, whose groups `trl-tpgrpo train --help` shows; with the values that are allowed
     model_init_kwargs: dict[str, Any] | None = None
     remove_unused_columns: bool | None = False
-    num_generations: int = 24
-    num_generations_eval: int | None = None
+    num_generations: Annotated[int, "at least 1"] = 24
+    num_generations_eval: Annotated[int | None, "at least 1"] = None
     shuffle_dataset: bool = True
-    per_device_train_batch_size: int = 9
-    per_device_eval_batch_size: int | None = None
-    generation_batch_size: int | None = None
-    steps_per_generation: int | None = None
-    gradient_accumulation_steps: int | None = None
-    height: int = 512
-    width: int = 512
-    num_inference_steps: int = 10
-    num_inference_steps_eval: int = 40
-    guidance_scale: float = 4.5
-    true_cfg_scale: float = 1.0
+    per_device_train_batch_size: Annotated[int, "at least 1"] = 9
+    per_device_eval_batch_size: Annotated[int | None, "at least 1"] = None
+    generation_batch_size: Annotated[int | None, "at least 1, or None"] = None
+    steps_per_generation: Annotated[int | None, "at least 1, or None"] = None
+    gradient_accumulation_steps: Annotated[int | None, "at least 1"] = None
+    height: Annotated[int, "at least 1"] = 512
+    width: Annotated[int, "at least 1"] = 512
+    num_inference_steps: Annotated[int, "at least 2"] = 10
+    num_inference_steps_eval: Annotated[int, "at least 1"] = 40
+    guidance_scale: Annotated[float, "at least 0"] = 4.5
+    true_cfg_scale: Annotated[float, "at least 0"] = 1.0
     negative_prompt: str | None = None
-    max_sequence_length: int | None = None
-    per_device_rollout_batch_size: int | str | None = None
+    max_sequence_length: Annotated[int | None, "at least 0, or None"] = None
+    per_device_rollout_batch_size: Annotated[int | str | None, "at least 1, or 'auto'"] = None
     share_initial_noise: bool = False
-    sde_type: str = "cps"
-    noise_level: float = 0.7
+    sde_type: Annotated[str, SDE_TYPES] = "cps"
+    noise_level: Annotated[float, "above 0"] = 0.7
     sde_window_size: int | None = None
     sde_window_range: list[int] | None = None
-    sde_window_share: float | None = None
-    log_prob_type: str | None = None
+    sde_window_share: Annotated[float | None, "above 0 and at most 1, or None"] = None
+    log_prob_type: Annotated[str | None, LOG_PROB_TYPES] = None
     completion: str = "exact"
-    completion_check_every: int | None = None
-    reward_failures: str = "stop"
+    completion_check_every: Annotated[int | None, "at least 1, or None"] = None
+    reward_failures: Annotated[str, ("stop", "skip")] = "stop"
     reward_weights: list[float] | None = None
-    multi_objective_aggregation: str = "sum_then_normalize"
-    credit: str = "consistent"
-    credit_lambda: float | None = None
-    turning_point_trend: str = "remaining"
+    multi_objective_aggregation: Annotated[str, AGGREGATIONS] = "sum_then_normalize"
+    credit: Annotated[str, CREDITS] = "consistent"
+    credit_lambda: Annotated[float | None, "at least 0 and at most 1, or None"] = None
+    turning_point_trend: Annotated[str, TRENDS] = "remaining"
     turning_point_first_step: bool = True
-    turning_point_deadzone: float = 0.0
+    turning_point_deadzone: Annotated[float, "at least 0"] = 0.0
     turning_point_balance: bool = True
-    advantage_baseline: str = "group"
+    advantage_baseline: Annotated[str, BASELINES] = "group"
     scale_rewards: str = "group"
-    advantage_scope: str = "step"
-    beta: float = 4e-4
-    num_iterations: int = 1
-    epsilon: float = 1e-5
-    epsilon_high: float | None = None
-    ema_decay: float | None = 0.9
-    ema_update_every: int = 8
-    guard_rails: str = "warn"
+    advantage_scope: Annotated[str, SCOPES] = "step"
+    beta: Annotated[float, "at least 0"] = 4e-4
+    num_iterations: Annotated[int, "at least 1"] = 1
+    epsilon: Annotated[float, "above 0"] = 1e-5
+    epsilon_high: Annotated[float | None, "above 0"] = None
+    ema_decay: Annotated[float | None, "at least 0 and below 1, or None"] = 0.9
+    ema_update_every: Annotated[int, "at least 1"] = 8
+    guard_rails: Annotated[str, ("off", "warn", "skip", "stop")] = "warn"
     recompute_old_log_probs: bool = False
-    quantization: str | None = None
+    quantization: Annotated[str | None, (None, "nf4", "int8", "fp8")] = None
     attention_backend: str | None = None
     compile_backend: str | None = None
     precompute_prompt_embeds: bool = False
@@ -315,8 +273,8 @@ class TPGRPOConfig(_BaseConfig):
     vae_slicing: bool = False
     vae_tiling: bool = False
     log_completions: bool = False
-    num_completions_to_print: int | None = None
-    log_images_steps: int | None = 20
+    num_completions_to_print: Annotated[int | None, "at least 1, or None"] = None
+    log_images_steps: Annotated[int | None, "at least 1, or None"] = 20
     bf16: bool | None = None
     learning_rate: float = 3e-4
     weight_decay: float = 1e-4
@@ -331,10 +289,10 @@ class TPGRPOConfig(_BaseConfig):
         self._set_derived_defaults()
         super().__post_init__()
         self._check_values()
-        self._set_batch_sizes("gradient_accumulation_steps" in given)
-        for message in chain(self._sampling_errors(), self._credit_errors(), self._batch_size_errors()):
+        sizes = self._settle_batch_sizes("gradient_accumulation_steps" in given)
+        for message in chain(sizes, self._sampling_errors(), self._credit_errors()):
             raise ValueError(message)
-        self._given, self._settled = given, {item.name: getattr(self, item.name) for item in _public_fields(self)}
+        self._given, self._settled = given, {name: getattr(self, name) for name in _defaults(self)}
 
     @property
     def given(self) -> dict[str, Any]:
@@ -348,7 +306,7 @@ class TPGRPOConfig(_BaseConfig):
             "activation_checkpointing": True if self.gradient_checkpointing is None else None,
             "bf16": not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available(),
             "epsilon_high": self.epsilon,
-            "gradient_accumulation_steps": 1,  # until _set_batch_sizes, for TrainingArguments
+            "gradient_accumulation_steps": 1,  # until _settle_batch_sizes, for TrainingArguments
             "log_prob_type": "squared_error" if self.sde_type == "cps" else "gaussian",
             "num_generations_eval": evaluated,
             "per_device_eval_batch_size": evaluated,
@@ -363,38 +321,38 @@ class TPGRPOConfig(_BaseConfig):
         self.per_device_rollout_batch_size = int(size) if size.isdecimal() else size
 
     def _check_values(self) -> None:
-        for name, allowed in {**CHOICES, "scale_rewards": SCALES}.items():
-            value = getattr(self, name)
-            if value not in allowed and not (name == "quantization" and value is None):
-                raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
-        for limit, names in LIMITS.items():
-            for name in names.split():
-                if not _is_within(getattr(self, name), limit):
-                    raise ValueError(f"{name} must be {limit}, got {getattr(self, name)}.")
+        # On the command line, scale_rewards may also be true or false
+        for name, limit in {**_limits(TPGRPOConfig), "scale_rewards": SCALES}.items():
+            if not _is_within(getattr(self, name), limit):
+                allowed = f"one of {limit}" if isinstance(limit, tuple) else limit
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}.")
         for name, reason in UNSUPPORTED.items():
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported by TP-GRPO: {reason}.")
 
-    def _set_batch_sizes(self, accumulation_is_given: bool) -> None:
-        """Apply GRPO's rules, but give a config that says nothing of batches the paper's."""
-        size, steps = self.generation_batch_size, self.steps_per_generation
-        if size is not None and steps is not None:
-            raise ValueError(
-                f"generation_batch_size ({size}) excludes steps_per_generation ({steps}): set one of them."
-            )
+    def _settle_batch_sizes(self, accumulation_is_given: bool) -> Iterator[str]:
+        """Set batch sizes by GRPO's rules, or the paper's 48 prompts and two updates; yield what is wrong."""
+        size, steps, group = self.generation_batch_size, self.steps_per_generation, self.num_generations
         per_step = self.per_device_train_batch_size * self.world_size
-        if size is None:
-            steps = steps or (self.gradient_accumulation_steps if accumulation_is_given else None)
-            size = per_step * steps if steps else PROMPTS_PER_GENERATION * self.num_generations
+        accumulated = self.gradient_accumulation_steps if accumulation_is_given else None
+        if size is not None and steps is not None:
+            yield f"generation_batch_size ({size}) excludes steps_per_generation ({steps}): set one of them."
+        size = size or per_step * (steps or accumulated or 0) or 48 * group
         if size % per_step:
-            raise ValueError(
-                f"generation_batch_size ({size}) must be a multiple of the global batch size "
-                f"({self.per_device_train_batch_size} per device x {self.world_size} processes)."
+            yield f"generation_batch_size ({size}) must be a multiple of the global batch size ({per_step})."
+        if size % group:
+            yield f"generation_batch_size ({size}) must be a multiple of num_generations ({group}), for whole groups."
+        if self.share_initial_noise and (own := size // self.world_size) % group:
+            yield f"share_initial_noise: {own} images a process are no whole groups of num_generations ({group})."
+        steps = size // per_step
+        accumulated = accumulated or (steps if steps % 2 else steps // 2)
+        if steps % accumulated and accumulated % (passes := steps * self.num_iterations):
+            yield (
+                f"gradient_accumulation_steps ({accumulated}) must divide steps_per_generation ({steps}) or be a "
+                f"multiple of {passes} (that x num_iterations), so that updates and rollouts end together."
             )
-        self.generation_batch_size, self.steps_per_generation = size, size // per_step
-        if not accumulation_is_given:
-            updates = UPDATES_PER_GENERATION if self.steps_per_generation % UPDATES_PER_GENERATION == 0 else 1
-            self.gradient_accumulation_steps = self.steps_per_generation // updates
+        self.generation_batch_size, self.steps_per_generation = size, steps
+        self.gradient_accumulation_steps = accumulated
 
     def _sampling_errors(self) -> Iterator[str]:
         last, size, limits = self.num_inference_steps - 1, self.sde_window_size, self.sde_window_range
@@ -413,45 +371,20 @@ class TPGRPOConfig(_BaseConfig):
             yield f"sde_window_share ({self.sde_window_share}) measures the size: leave out sde_window_size ({size})."
         if size is not None and not 1 <= size <= stop - start:
             yield f"sde_window_size must be between 1 and {stop - start}, the steps of [{start}, {stop}), got {size}."
+        evaluated, group = (self.per_device_eval_batch_size or 0) * self.world_size, self.num_generations_eval or 1
+        if self.eval_strategy != "no" and evaluated % group:
+            yield f"Global eval batch size ({evaluated}) must be a multiple of num_generations_eval ({group})."
 
     def _credit_errors(self) -> Iterator[str]:
-        check = self.completion_check_every
-        if self.credit == "lambda" and (self.credit_lambda is None or not 0 <= self.credit_lambda <= 1):
-            yield f"credit='lambda' needs credit_lambda in [0, 1], got {self.credit_lambda}."
-        if self.credit != "lambda" and self.credit_lambda is not None:
-            yield f"credit_lambda belongs to credit='lambda', but credit is {self.credit!r}: leave it out."
-        if self.credit == "outcome" and self.completion != "exact":
-            yield f"credit='outcome' computes no completions: leave out completion, got {self.completion!r}."
-        if self.credit == "outcome" and check is not None:
-            yield f"credit='outcome' computes no completions: leave out completion_check_every, got {check}."
-        if self.credit == "outcome" and self.advantage_baseline == "completion":
-            yield "advantage_baseline='completion' needs completions, and credit='outcome' computes none: use 'group'."
-        if self.num_generations == 1 and self.advantage_baseline == "group":
-            yield "num_generations=1 leaves nothing of a group's advantage: use 2, or advantage_baseline='completion'."
-        if self.num_generations == 1 and self.scale_rewards == "group":
-            yield "num_generations=1 has no spread within a group: use scale_rewards='batch' or 'none', got 'group'."
+        if (self.credit == "lambda") == (self.credit_lambda is None):
+            yield f"credit_lambda ({self.credit_lambda}) is what credit='lambda' alone needs: credit={self.credit!r}."
+        for name in ("completion", "completion_check_every", "advantage_baseline") if self.credit == "outcome" else ():
+            if (value := getattr(self, name)) != getattr(TPGRPOConfig, name):
+                yield f"credit='outcome' computes no completions: leave out {name}, got {value!r}."
+        if self.num_generations == 1 and "group" in (self.advantage_baseline, self.scale_rewards):
+            yield "num_generations=1 needs advantage_baseline='completion' and scale_rewards='batch' or 'none'."
         if self.offload_reference and self.beta == 0:
             yield "offload_reference=True: with beta=0 there is no reference model; leave it out."
-
-    def _batch_size_errors(self) -> Iterator[str]:
-        steps, accumulated = self.steps_per_generation, self.gradient_accumulation_steps
-        size, group, group_eval = self.generation_batch_size, self.num_generations, self.num_generations_eval
-        assert steps and accumulated and size and group_eval and self.per_device_eval_batch_size
-        per_device, evaluated = size // self.world_size, self.per_device_eval_batch_size * self.world_size
-        if size % group:
-            yield f"generation_batch_size ({size}) must be a multiple of num_generations ({group}), for whole groups."
-        if self.share_initial_noise and per_device % group:
-            yield (
-                f"share_initial_noise needs whole groups on each process: its {per_device} images a rollout must be a "
-                f"multiple of num_generations ({group})."
-            )
-        if steps % accumulated and accumulated % (passes := steps * self.num_iterations):
-            yield (
-                f"gradient_accumulation_steps ({accumulated}) must divide steps_per_generation ({steps}) or be a "
-                f"multiple of {passes} (that x num_iterations), so that updates and rollouts end together."
-            )
-        if self.eval_strategy != "no" and evaluated % group_eval:
-            yield f"Global eval batch size ({evaluated}) must be a multiple of num_generations_eval ({group_eval})."
 
     @property
     def prompts_per_generation(self) -> int:
@@ -466,16 +399,14 @@ class TPGRPOConfig(_BaseConfig):
         return size if isinstance(size, int) else None
 
     @property
-    def sde_window_limits(self) -> tuple[int, int]:
+    def sde_window_limits(self) -> list[int]:
         """The steps [start, stop) in which the SDE window lies."""
-        start, stop = self.sde_window_range or (0, self.num_inference_steps - 1)
-        return start, stop
+        return self.sde_window_range or [0, self.num_inference_steps - 1]
 
     @property
     def num_sde_steps(self) -> int:
         """The size K of the SDE window."""
-        start, stop = self.sde_window_limits
-        return self.sde_window_size or stop - start
+        return self.sde_window_size or len(range(*self.sde_window_limits))
 
     @property
     def window_starts(self) -> range:
@@ -496,14 +427,8 @@ class TPGRPOConfig(_BaseConfig):
     def credit_rule(self) -> CreditRule:
         """The rule that makes advantages of rewards."""
         return CreditRule(
-            credit=self.credit,
-            lambda_=self.credit_lambda or 0.0,
-            trend=self.turning_point_trend,
-            first_step=self.turning_point_first_step,
-            deadzone=self.turning_point_deadzone,
-            balanced=self.turning_point_balance,
-            baseline=self.advantage_baseline,
-            scale=self.scale_rewards,
-            scope=self.advantage_scope,
-            aggregation=self.multi_objective_aggregation,
-        )
+            credit=self.credit, lambda_=self.credit_lambda or 0.0, trend=self.turning_point_trend,
+            first_step=self.turning_point_first_step, deadzone=self.turning_point_deadzone,
+            balanced=self.turning_point_balance, baseline=self.advantage_baseline, scale=self.scale_rewards,
+            scope=self.advantage_scope, aggregation=self.multi_objective_aggregation,
+        )  # fmt: skip

@@ -117,8 +117,9 @@ class Rollouts:
 
     def generate(self, rows: Rows, generation: int) -> Trajectories:
         """Sample a trajectory with its completions for each of B rows, of rollout `generation`, and score every image."""
-        if self.args.sde_window_share is not None and self.measured_window is None:
-            self.measured_window = self._measure_window(rows)
+        share = self.args.sde_window_share
+        if share is not None and self.measured_window is None:
+            self.measured_window = self._measure_window(rows, share)
         window, rule = self.measured_window or self.draw_window(generation), self.args.completion_rule
         self.samples.rollout_begins(self._state())
         generators = self.generators(NOISE, generation, len(rows))
@@ -183,7 +184,7 @@ class Rollouts:
         every = 1 if rule is None else rule.every
         return RewardTable(gathered, self.reward_weights, group, len(window), self.args.credit_rule, every)
 
-    def _measure_window(self, rows: Rows) -> Window:
+    def _measure_window(self, rows: Rows, share: float) -> Window:
         """Find the shortest window with the wanted share of the step rewards' variance, on the first prompts."""
         group = self.args.num_generations
         if len(rows) % group == 0:  # else groups straddle processes, and are whole only if all rows are taken
@@ -191,7 +192,7 @@ class Rollouts:
         whole, generators = self.args.window(*self.args.sde_window_limits), self.generators(PROBE, 0, len(rows))
         *_, table = self._sample_in_sweeps(rows, generators, whole, EXACT)
         variances = step_reward_variances(table.rewards, group)
-        start, stop = shortest_window(variances, self.args.sde_window_share)
+        start, stop = shortest_window(variances, share)
         return self.args.window(whole.start + start, whole.start + stop)
 
     def _check_completions(

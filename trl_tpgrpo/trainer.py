@@ -90,7 +90,7 @@ class TPGRPOTrainer(_BaseTrainer):
             all weights of the transformer.
 
     Raises:
-        ValueError, TypeError: For arguments that cannot work, with the name of the one and what would be right.
+        ValueError, TypeError: For arguments that cannot work, with what would be right.
     """
 
     _tag_names = ["trl", "tp-grpo"]
@@ -130,30 +130,21 @@ class TPGRPOTrainer(_BaseTrainer):
             embeddings.precompute(all_prompts(train_dataset, eval_dataset), transformer, ProgressDisplay(shows_bar))
         self._step = self._num_evaluated = 0
         self._buffered_inputs: list[Trajectories] | None = None
-        self._is_new_rollout = False
+        self._is_new_rollout, self._eval_prefix = False, "eval"
         self._loss_terms: list[tuple[int, dict[str, Tensor], Tensor]] = []
         self._grad_norm: float | None = None
         self._metrics = {"train": Metrics(), "eval": Metrics()}
-        self._eval_prefix = "eval"
         self.hub = HubRepository(args, is_lora=peft_config is not None)
+        adapter = transformer.peft_config["default"] if isinstance(transformer, PeftModel) else None
+        rewards = {"reward_funcs": self.reward_funcs, "eval_reward_funcs": self.eval_reward_funcs}
+        prompts = sample_prompts([eval_dataset, train_dataset])
         self.card = RunCard(
-            args=args,
-            pipeline=self.policy.pipeline,
-            adapter=transformer.peft_config["default"] if isinstance(transformer, PeftModel) else None,
-            reward_funcs={"reward_funcs": self.reward_funcs, "eval_reward_funcs": self.eval_reward_funcs},
-            prompts=sample_prompts([eval_dataset, train_dataset]),
+            args=args, pipeline=self.policy.pipeline, adapter=adapter, reward_funcs=rewards, prompts=prompts
         )
         self.recipe_settings: dict[str, Any] | None = None  # the command line sets its options for the recipe
         args.ddp_find_unused_parameters = args.ddp_find_unused_parameters or False
-        super().__init__(
-            model=transformer,
-            args=args,
-            data_collator=list,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        super().__init__(transformer, args, list, callbacks=callbacks, optimizers=optimizers, **datasets)
         self._check_and_shard(frozen_copy)
         self._add_parts(embeddings)
 
@@ -167,10 +158,8 @@ class TPGRPOTrainer(_BaseTrainer):
         frozen_copy = sharding.prepare_for_sharding(self.accelerator, self.model, frozen_copy, self.policy.dtype)
         if frozen_copy is not None and not args.offload_reference:
             frozen_copy.to(args.device)
-        record = self._metrics["train"].record
-        self.reference = Reference(
-            self.policy, self.accelerator, self.model, frozen_copy, args.num_iterations > 1, record
-        )
+        keep, record = args.num_iterations > 1, self._metrics["train"].record
+        self.reference = Reference(self.policy, self.accelerator, self.model, frozen_copy, keep, record)
 
     def _add_parts(self, embeddings: PromptEmbeddings) -> None:
         """Create the trainer's own parts and callbacks, in the order in which the callbacks are called."""
@@ -277,8 +266,7 @@ class TPGRPOTrainer(_BaseTrainer):
         """Train, as [`~transformers.Trainer.train`] does; after SIGTERM until the end of the update, with a checkpoint.
 
         Raises:
-            FileNotFoundError: If `resume_from_checkpoint` is `True` and there is no complete checkpoint, or it is the path of
-                one that is incomplete.
+            FileNotFoundError: If there is no complete checkpoint to resume from.
             ValueError: If the checkpoint belongs to a run with other batches or another number of processes.
         """
         self._step, self._buffered_inputs, self.averaged.average = 0, None, None
@@ -336,7 +324,7 @@ class TPGRPOTrainer(_BaseTrainer):
         """Compute the clipped surrogate of one SDE step of a micro-batch, with the KL divergence from the reference.
 
         Credit and advantages are computed here, from the reward table of the whole generation batch that the inputs carry;
-        the table keeps them for the batch's other steps and micro-batches, for metrics and for pictures.
+        the table keeps them for other steps and micro-batches, for metrics and for pictures.
         """
         if return_outputs:
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
@@ -454,10 +442,8 @@ class TPGRPOTrainer(_BaseTrainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         run = Path(self._get_output_dir(trial=trial))
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        limit, self.args.save_total_limit = (
-            self.args.save_total_limit,
-            None,
-        )  # none is deleted before this one is whole
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None  # none is deleted before this one is whole
         try:
             with checkpoints.being_written(folder, self.accelerator):
                 if not self.args.save_only_model:
@@ -472,10 +458,8 @@ class TPGRPOTrainer(_BaseTrainer):
         self.push_checkpoint(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        trained, last = (
-            self.accelerator.unwrap_model(model or self.model),
-            Path(resume_from_checkpoint) / checkpoints.LAST,
-        )
+        trained = self.accelerator.unwrap_model(model or self.model)
+        last = Path(resume_from_checkpoint) / checkpoints.LAST
         load_weights(trained, resume_from_checkpoint)
         if last.exists():  # what has just been loaded is the average
             if self.args.ema_decay is not None:

@@ -1,57 +1,42 @@
-"""The contract of a model family, and what is the same for all of them.
+"""The contract of a model family, and what SD3 and FLUX do alike. Only `policies/` calls diffusers' pipelines.
 
-`policies/` is the only place of the package that calls a diffusers pipeline.
-
-Shapes: `N` samples, `S` text tokens, `...` the dimensions of a latent (SD3: channels, height, width; FLUX: packed tokens,
-channels).
+Shapes: `N` samples, `S` text tokens, `...` a latent (SD3: channels, height, width; FLUX: packed tokens, channels).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How images are sampled, in diffusers' terms; the same in rollouts, training and evaluation.
+    """How images are sampled, in diffusers' terms; the same in rollouts, training and evaluation."""
 
-    Attributes:
-        height: Height of the images in pixels.
-        width: Width of the images in pixels.
-        guidance_scale: SD3: scale of classifier-free guidance, off at 1 and below. FLUX: input of the distilled model.
-        true_cfg_scale: FLUX only: scale of classifier-free guidance with a negative prompt, off at 1.
-        negative_prompt: Prompt to guide away from. `None`: the empty prompt for SD3, no true guidance for FLUX.
-        max_sequence_length: Tokens of the T5 encoder; `None` is the pipeline's own default.
-    """
-
-    height: int
-    width: int
-    guidance_scale: float
-    true_cfg_scale: float = 1.0
-    negative_prompt: str | None = None
-    max_sequence_length: int | None = None
+    height: int  # pixels
+    width: int  # pixels
+    guidance_scale: float  # SD3: of classifier-free guidance, off at 1 and below; FLUX: input of the distilled model
+    true_cfg_scale: float = 1.0  # FLUX only: of classifier-free guidance with a negative prompt, off at 1
+    negative_prompt: str | None = None  # to guide away from; `None`: the empty one for SD3, no true guidance for FLUX
+    max_sequence_length: int | None = None  # tokens of the T5 encoder; `None`: the pipeline's own default
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts.
+    """Encoded prompts."""
 
-    Attributes:
-        tensors: Tensors (N, ...) by the family's own names, such as `prompt_embeds` (N, S, C).
-        negative: Encoded negative prompts, one for each; `None` without classifier-free guidance.
-    """
-
-    tensors: dict[str, Tensor]
-    negative: "Conditioning | None" = None
+    tensors: dict[str, Tensor]  # (N, ...), by the family's own names, such as `prompt_embeds` (N, S, C)
+    negative: "Conditioning | None" = None  # negative prompts, one for each; `None` without classifier-free guidance
 
     def __getitem__(self, rows: Tensor) -> "Conditioning":
         """Select the prompts of `rows` (M,)."""
@@ -60,10 +45,6 @@ class Conditioning:
     def to(self, target: torch.dtype | torch.device) -> "Conditioning":
         """Cast to a dtype, or move to a device."""
         return self._map(lambda value: value.to(target))
-
-    def expand(self, number: int) -> "Conditioning":
-        """Repeat the only prompt in `number` rows that share their memory."""
-        return self._map(lambda value: value.expand(number, *value.shape[1:]))
 
     @property
     def device(self) -> torch.device:
@@ -82,165 +63,132 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise levels of a sampler with T steps, on the CPU.
+    """The noise levels of a sampler with T steps, on the CPU in float32."""
 
-    Attributes:
-        sigmas: float32, (T + 1,), falling from at most 1 to 0.
-        timesteps: float32, (T,): what the scheduler hands the pipeline, 0 to 1000.
-    """
-
-    sigmas: Tensor
-    timesteps: Tensor
+    sigmas: Tensor  # (T + 1,), falling from at most 1 to 0
+    timesteps: Tensor  # (T,): what the scheduler hands the pipeline, 0 to 1000
 
 
 class FlowPolicy(ABC):
     """A pipeline, cut into the parts that reinforcement learning calls one by one.
 
     Each method does what the pipeline's `__call__` does between its lines, so that a rollout of ODE steps equals the
-    pipeline's images to the bit. Weights are passed to `velocity`, not owned: the trainer hands in the wrapped model, the
-    unwrapped one, or the reference. `dtype`, in which latents are kept, is the transformer's before an adapter in float32
-    is put into it.
-
-    Args:
-        pipeline: Pipeline of the family.
-        guidance: Size of the images and guidance.
-
-    Raises:
-        ValueError: If the pipeline cannot be trained, or cannot make such images.
+    pipeline's images to the bit. Weights are passed to `velocity`, not owned: the trainer hands in the wrapped model,
+    the unwrapped one, or the reference. A pipeline that cannot be trained or make such images is a `ValueError`.
     """
 
     pipeline_class: type[DiffusionPipeline]
-    lora_target_modules: list[str]
-    repeated_blocks: tuple[str, ...]
-    """Class names of the blocks that the transformer repeats."""
+    lora_target_modules = [
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    ]  # fmt: skip
+    repeated_blocks: tuple[str, ...]  # class names of the blocks that the transformer repeats
+    default_t5_length: int  # the pipeline's own `max_sequence_length`
 
     def __init__(self, pipeline: DiffusionPipeline, guidance: Guidance):
         self.pipeline = pipeline
         self.guidance = guidance
-        self.dtype: torch.dtype = pipeline.transformer.dtype
+        self.dtype: torch.dtype = pipeline.transformer.dtype  # of latents; an adapter in float32 comes later
         self.device: torch.device = pipeline.vae.device
+        length = guidance.max_sequence_length
+        self.t5_length = self.default_t5_length if length is None else length
         self._check_pipeline()
         self._check_guidance()
 
     def _check_pipeline(self) -> None:
         scheduler = self.pipeline.scheduler
         if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            raise ValueError(
-                f"The pipeline's scheduler must be a FlowMatchEulerDiscreteScheduler, got {type(scheduler).__name__}."
-            )
+            kind = type(scheduler).__name__
+            raise ValueError(f"The pipeline's scheduler must be a FlowMatchEulerDiscreteScheduler, got {kind}.")
         for option in ("stochastic_sampling", "invert_sigmas"):
             if scheduler.config.get(option, False):
-                raise ValueError(
-                    f"The scheduler's option {option} is not supported: its steps are not those of the ODE."
-                )
+                raise ValueError(f"The scheduler's option {option} is not supported: its steps are not the ODE's.")
         if getattr(self.pipeline, "hf_device_map", None) is not None:
             raise ValueError("A pipeline with a device_map cannot be trained: load it without one.")
         if any(isinstance(module, BaseTunerLayer) for module in self.pipeline.transformer.modules()):
-            raise ValueError(
-                "The pipeline's transformer carries an adapter already: call pipeline.fuse_lora() and "
-                "pipeline.unload_lora_weights() first, or load the pipeline anew."
-            )
+            remedy = "call pipeline.fuse_lora() and pipeline.unload_lora_weights() first, or load the pipeline anew"
+            raise ValueError(f"The pipeline's transformer carries an adapter already: {remedy}.")
 
     def _check_guidance(self) -> None:
-        multiple = self.pipeline.vae_scale_factor * 2
-        for name in ("height", "width"):
-            size = getattr(self.guidance, name)
-            if size % multiple:
-                raise ValueError(f"{name} must be a multiple of {multiple} for this pipeline, got {size}.")
-
-    @abstractmethod
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """Encode prompts, one row each, in the transformer's dtype."""
-
-    @abstractmethod
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of an encoded prompt's tensors, from configs alone; the first begins with the text tokens."""
-
-    @abstractmethod
-    def initial_noise(self, generators: list[torch.Generator]) -> Tensor:
-        """Draw one latent of pure noise from each generator, in the pipeline's dtype: (N, ...)."""
-
-    @abstractmethod
-    def schedule(self, num_inference_steps: int) -> Schedule:
-        """Return the pipeline's own sigmas and timesteps."""
-
-    @abstractmethod
-    def velocity(
-        self, model: torch.nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning
-    ) -> Tensor:
-        """Predict the guided velocity of `latents` (N, ...) at a 0-dimensional `timestep`: (N, ...), in `self.dtype`."""
-
-    @abstractmethod
-    def vae_latents(self, latents: Tensor) -> Tensor:
-        """Turn latents (N, ...) into what the VAE decodes: (N, C, H, W)."""
+        for name, size in {"height": self.guidance.height, "width": self.guidance.width}.items():
+            if size % self._token_side:
+                raise ValueError(f"{name} must be a multiple of {self._token_side} for this pipeline, got {size}.")
 
     @property
     @abstractmethod
     def uses_negative_prompt(self) -> bool:
         """Whether the model is evaluated twice, with the prompt and with the negative one."""
 
-    def _resolution_shift(self, num_tokens: int, default_max_shift: float) -> float:
-        """Compute the scheduler's `mu` for an image of so many tokens, as the pipelines do."""
-        config = self.pipeline.scheduler.config
-        return calculate_shift(
-            num_tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", default_max_shift),
-        )
+    @property
+    def _token_side(self) -> int:
+        """Pixels along the side of a token, into which two by two latents are packed."""
+        return self.pipeline.vae_scale_factor * 2
 
     @property
-    def encoding_settings(self) -> dict[str, Any]:
-        """What `encode` depends on besides encoders and prompts."""
-        names = ("negative_prompt", "max_sequence_length")
-        return {name: getattr(self.guidance, name) for name in names} | {"negative": self.uses_negative_prompt}
+    def _token_grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's tokens."""
+        return self.guidance.height // self._token_side, self.guidance.width // self._token_side
+
+    @abstractmethod
+    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Encode prompts or negative prompts, one row each: what `Conditioning.tensors` holds, by the same names."""
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Encode prompts, one row each, and under classifier-free guidance the negative prompt, in `self.dtype`."""
+        negative = None
+        if self.uses_negative_prompt:
+            negative = Conditioning(self.encode_texts([self.guidance.negative_prompt or ""] * len(prompts)))
+        return Conditioning(self.encode_texts(prompts), negative).to(self.dtype)
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of an encoded prompt's tensors, from configs alone; the first begins with the tokens."""
+        config = self.pipeline.transformer.config
+        shape = (self.t5_length, config.joint_attention_dim)
+        return {"prompt_embeds": shape, "pooled_prompt_embeds": (config.pooled_projection_dim,)}
+
+    @abstractmethod
+    def initial_noise(self, generators: list[torch.Generator]) -> Tensor:
+        """Draw one latent of pure noise from each generator, in the pipeline's dtype: (N, ...)."""
+
+    def schedule(self, num_inference_steps: int, sigmas: np.ndarray | None = None) -> Schedule:
+        """Return the pipeline's sigmas and timesteps, shifted from `sigmas` (T,) or else from the scheduler's own."""
+        scheduler, config, mu = self.pipeline.scheduler, self.pipeline.scheduler.config, None
+        if config.use_dynamic_shifting:
+            limits = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+            mu = calculate_shift(math.prod(self._token_grid), *limits)
+        scheduler.set_timesteps(num_inference_steps, "cpu", sigmas=sigmas, mu=mu)
+        return Schedule(scheduler.sigmas.clone(), scheduler.timesteps.clone())
+
+    @abstractmethod
+    def velocity(self, model: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Predict the guided velocity (N, ...), in `self.dtype`, of `latents` (N, ...) at a `timestep` ()."""
+
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        """Turn latents (N, ...) into what the VAE decodes: (N, C, H, W)."""
+        config = self.pipeline.vae.config
+        return latents / config.scaling_factor + config.shift_factor
 
     def to(self, device: torch.device) -> None:
         """Work on `device` from now on: move the VAE there; the text encoders follow when they are needed."""
         self.device = device
         self.pipeline.vae.to(device)
 
-    def text_encoders(self) -> dict[str, torch.nn.Module]:
+    def text_encoders(self) -> dict[str, nn.Module]:
         """Return the text encoders that the pipeline has, by name."""
-        return self._parts("text_encoder")
-
-    def tokenizers(self) -> dict[str, Any]:
-        """Return the tokenizers that the pipeline has, by name."""
-        return self._parts("tokenizer")
-
-    def _parts(self, prefix: str) -> dict[str, Any]:
         parts = self.pipeline.components.items()
-        return {name: part for name, part in parts if name.startswith(prefix) and part is not None}
-
-    def drop_text_encoders(self) -> None:
-        """Free the text encoders' memory; the pipeline cannot encode prompts afterwards."""
-        for name in self.text_encoders():
-            setattr(self.pipeline, name, None)
-
-    def frozen_modules(self) -> list[torch.nn.Module]:
-        """Return the encoders and the VAE."""
-        parts = {name: part for name, part in self.pipeline.components.items() if name != "transformer"}
-        return [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+        return {name: part for name, part in parts if name.startswith("text_encoder") and part is not None}
 
     @torch.no_grad()
     def decode(
         self,
         latents: Tensor,
-        batch_size: int | None = None,
-        on_batch: Callable[[int], object] | None = None,
+        batch_size: int | None = None,  # latents that the VAE decodes at once; `None`: all
+        on_batch: Callable[[int], object] | None = None,  # called with the number of images in each batch
         keep_on_device: bool = False,
     ) -> Tensor:
-        """Decode final latents (N, ...) into the pixels of the pipeline's own images: uint8, (N, 3, H, W).
-
-        Args:
-            latents: Final latents of a rollout.
-            batch_size: Latents that the VAE decodes at once; `None`: all.
-            on_batch: Callback after each batch, with the number of images in it, for a progress bar.
-            keep_on_device: Whether the pixels stay on the VAE's device instead of the CPU.
-        """
-        vae = self.pipeline.vae
-        pixels: list[Tensor] = []
+        """Decode final latents (N, ...) into the pixels of the pipeline's own images: uint8, (N, 3, H, W)."""
+        vae, pixels = self.pipeline.vae, []
         for batch in latents.split(batch_size or max(len(latents), 1)):
             decoded = vae.decode(self.vae_latents(batch.to(self.dtype)).to(vae.dtype), return_dict=False)[0]
             shades = self.pipeline.image_processor.postprocess(decoded, output_type="pt").float()

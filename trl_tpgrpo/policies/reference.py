@@ -1,6 +1,7 @@
 """The model before training, from which the KL divergence is measured."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,29 +11,16 @@ from torch import Tensor
 from .base import FlowPolicy, on_device
 
 
+@dataclass
 class Reference:
-    """The model with its adapter switched off, or a frozen copy of all weights.
+    """The model with its adapter switched off, or a frozen copy of all weights."""
 
-    Args:
-        policy: Policy that predicts.
-        accelerator: Accelerator of the run.
-        model: Model that is trained.
-        copy: Frozen copy of it, where no adapter can be switched off.
-        keep: Whether velocities are kept with their trajectories, because these are trained on again.
-        record: Recorder of a metric, for the number of function evaluations.
-    """
-
-    def __init__(
-        self,
-        policy: FlowPolicy,
-        accelerator: Accelerator,
-        model: torch.nn.Module,
-        copy: torch.nn.Module | None,
-        keep: bool,
-        record: Callable[[str, float, str], None],
-    ):
-        self.policy, self.accelerator, self.model, self.copy = policy, accelerator, model, copy
-        self.keep, self.record = keep, record
+    policy: FlowPolicy
+    accelerator: Accelerator
+    model: torch.nn.Module  # the one that is trained
+    copy: torch.nn.Module | None  # frozen copy of the model, where no adapter can be switched off
+    keep: bool  # whether velocities are kept with their trajectories, because these are trained on again
+    record: Callable[[str, float, str], None]  # of a metric, for the number of function evaluations
 
     def velocity(self, inputs: Any) -> Tensor:
         """Predict the velocity (B, ...) of [`~trl_tpgrpo.batches.Transitions`], or take the one that was kept."""
@@ -53,15 +41,10 @@ class Reference:
         with adapter.disable_adapter():
             return self.policy.velocity(adapter, inputs.latents, inputs.timestep, inputs.conditioning)
 
-    def precompute(self, chunks: Iterable[Any], offload: bool) -> None:
-        """Predict the velocities of all SDE steps of [`~trl_tpgrpo.batches.Trajectories`], and leave the device again.
-
-        Args:
-            chunks: Micro-batches, which keep the velocities.
-            offload: Whether the velocities are kept on the CPU.
-        """
+    def precompute(self, trajectories: Iterable[Any], offload: bool) -> None:
+        """Predict the velocities of all SDE steps of trajectories, which keep them, with `offload` on the CPU."""
         with on_device([self.copy], self.policy.device):
-            for chunk in chunks:
+            for chunk in trajectories:
                 for position in range(len(chunk.window)):
                     velocity = self.velocity(chunk.transitions(position))
                     chunk.reference[position] = velocity.cpu() if offload else velocity

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -13,31 +14,26 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-LORA_METADATA = "lora_adapter_metadata"
 PEFT_PREFIX = "base_model.model."
 TRANSFORMER_FOLDER = "transformer"
+Model: TypeAlias = ModelMixin | PeftModel
 
 
 def save_weights(
-    model: ModelMixin | PeftModel,
-    output_dir: str | Path,
-    pipeline_class: type[DiffusionPipeline],
-    is_main_process: bool = True,
+    model: Model, output_dir: str | Path, pipeline_class: type[DiffusionPipeline], is_main_process: bool = True
 ) -> None:
     """Write what was trained; called by all processes, of which the main one writes.
 
-    A LoRA goes to `pytorch_lora_weights.safetensors`, with its alpha, for `pipeline.load_lora_weights(output_dir)`; all
-    weights go to the folder `transformer`, for `from_pretrained(output_dir, subfolder="transformer")`.
+    A LoRA goes to `LORA_FILE`, with its alpha, for `pipeline.load_lora_weights(output_dir)`; all weights go to
+    the folder `transformer`, for `from_pretrained(output_dir, subfolder="transformer")`.
     """
     weights = trained_weights(model)
     if not is_main_process:
         return
     if isinstance(model, PeftModel):
-        pipeline_class.save_lora_weights(
-            output_dir,
-            transformer_lora_layers={name.removeprefix(PEFT_PREFIX): value for name, value in weights.items()},
-            transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
-        )
+        layers = {name.removeprefix(PEFT_PREFIX): value for name, value in weights.items()}
+        metadata = model.peft_config["default"].to_dict()
+        pipeline_class.save_lora_weights(output_dir, layers, transformer_lora_adapter_metadata=metadata)
         return
     with torch.device("meta"):
         whole = type(model).from_config(model.config)
@@ -45,13 +41,8 @@ def save_weights(
     whole.save_pretrained(Path(output_dir) / TRANSFORMER_FOLDER)
 
 
-def load_weights(model: ModelMixin | PeftModel, input_dir: str | Path) -> None:
-    """Read what `save_weights` wrote into the model that is being trained; called by all processes.
-
-    Raises:
-        FileNotFoundError: If `input_dir` holds no such weights.
-        ValueError: If they do not fit the model.
-    """
+def load_weights(model: Model, input_dir: str | Path) -> None:
+    """Read what `save_weights` wrote into the model, in all processes; raise if it is absent or does not fit."""
     is_lora = isinstance(model, PeftModel)
     source = Path(input_dir) / (LORA_FILE if is_lora else TRANSFORMER_FOLDER)
     if not source.exists():
@@ -62,7 +53,7 @@ def load_weights(model: ModelMixin | PeftModel, input_dir: str | Path) -> None:
     parameters = get_peft_model_state_dict(model, state_dict=dict(model.named_parameters()))
     with safe_open(source, framework="pt") as file:
         saved = {PEFT_PREFIX + name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}
-        saved_alpha = json.loads(file.metadata()[LORA_METADATA])["transformer.lora_alpha"]
+        saved_alpha = json.loads(file.metadata()["lora_adapter_metadata"])["transformer.lora_alpha"]
     if {name: value.shape for name, value in saved.items()} != {name: one.shape for name, one in parameters.items()}:
         raise ValueError(f"The adapter in {input_dir} does not have the layers and ranks of the one that is trained.")
     alpha = model.peft_config["default"].lora_alpha
@@ -71,10 +62,10 @@ def load_weights(model: ModelMixin | PeftModel, input_dir: str | Path) -> None:
     _write(parameters, saved)
 
 
-def trained_weights(model: ModelMixin | PeftModel) -> dict[str, Tensor]:
-    """Collect whole tensors on the main process's CPU: an adapter's, or all with the buffers, by their names in the file."""
+def trained_weights(model: Model) -> dict[str, Tensor]:
+    """Collect whole tensors on the main process's CPU: an adapter's, or all with buffers, by their names on disk."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights = get_model_state_dict(model, options=options)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
     if isinstance(model, PeftModel) and weights:
         weights = get_peft_model_state_dict(model, state_dict=weights)
     return {name: value.contiguous() for name, value in weights.items()}

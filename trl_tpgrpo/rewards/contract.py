@@ -22,23 +22,14 @@ RESERVED_COLUMNS = ("images", "prompts", "trainer_state", "log_metric", "log_ext
 
 @dataclass(eq=False, repr=False)
 class RewardError(RuntimeError):
-    """Failure of a reward function, which raised, hung, or returned something that is no reward.
+    """Failure of a reward function, which raised, hung, or returned something that is no reward."""
 
-    Attributes:
-        name: Name of the function.
-        what: What the function did, as the words that follow its name in the message.
-        row: Index, among the images that were scored, of the one that the function failed on; `None` if on none alone.
-        prompt: Prompt of that image.
-        image: That image.
-        saved_to: File that the image has been saved to, for the message.
-    """
-
-    name: str
-    what: str
-    row: int | None = None
-    prompt: str | None = None
+    name: str  # of the function
+    what: str  # the function did, as the words that follow its name in the message
+    row: int | None = None  # index of the image that it failed on among all that are scored; None: on none alone
+    prompt: str | None = None  # of that image
     image: Image.Image | None = None
-    saved_to: Path | None = None
+    saved_to: Path | None = None  # the file of that image
 
     @property
     def outcome(self) -> str:
@@ -65,22 +56,15 @@ class Declaration:
 
 
 def declared(reward_func: RewardFunc) -> Declaration:
-    """Return what a function declares.
-
-    Raises:
-        ValueError: If one of the attributes has a value that does not exist.
-    """
-    function = _innermost(reward_func)
-    name = reward_name(reward_func)
-    declaration = Declaration(
-        **{field: getattr(function, field) for field in Declaration.__dataclass_fields__ if field in dir(function)}
-    )
-    for field, allowed in (("image_type", ("pil", "pt")), ("runs_in", ("main", "thread"))):
-        if (value := getattr(declaration, field)) not in allowed:
-            raise ValueError(f"The reward function {name!r} has {field}={value!r}; it must be one of {allowed}.")
-    for field in ("batch_size", "timeout"):
-        if (value := getattr(declaration, field)) is not None and not value > 0:
-            raise ValueError(f"The reward function {name!r} has {field}={value!r}; it must be above 0, or None.")
+    """Return what a function declares; raise a `ValueError` if an attribute has a value that does not exist."""
+    function, names = _innermost(reward_func), Declaration.__dataclass_fields__
+    declaration = Declaration(**{name: getattr(function, name) for name in names if name in dir(function)})
+    choices = {"image_type": ("pil", "pt"), "runs_in": ("main", "thread")}
+    for name, value in vars(declaration).items():
+        allowed = f"one of {choices[name]}" if name in choices else "above 0, or None"
+        if not (value in choices[name] if name in choices else value is None or value > 0):
+            title = reward_name(reward_func)
+            raise ValueError(f"The reward function {title!r} has {name}={value!r}; it must be {allowed}.")
     return declaration
 
 
@@ -103,12 +87,7 @@ def is_async(reward_func: RewardFunc) -> bool:
 
 
 def reward_names(reward_funcs: list[RewardFunc]) -> list[str]:
-    """Return the functions' names, for metrics and messages.
-
-    Raises:
-        TypeError: If one is not callable.
-        ValueError: If there is none, or two have the same name, or one declares what does not exist.
-    """
+    """Return the functions' names; raise a `ValueError` (no callable: `TypeError`) where they cannot be used."""
     if not reward_funcs:
         raise ValueError("reward_funcs is empty: give at least one reward function.")
     for reward_func in reward_funcs:
@@ -124,17 +103,10 @@ def reward_names(reward_funcs: list[RewardFunc]) -> list[str]:
 def checked(
     reward_func: RewardFunc, values: Any, prompts: list[str], images: list[Image.Image], first_row: int = 0
 ) -> torch.Tensor:
-    """Return what a function returned as numbers: float32, on the CPU, (N,); NaN for `None`.
-
-    Args:
-        reward_func: The function.
-        values: Whatever the function returned.
-        prompts: N prompts of the call.
-        images: N images of the call.
-        first_row: Index of the call's first image among all that are scored.
+    """Return what a function returned for N images as numbers: float32, on the CPU, (N,); NaN for `None`.
 
     Raises:
-        RewardError: If these are not N rewards; with the row if one of them is no reward.
+        RewardError: If these are not N rewards; if one is no reward, with its row, counted from `first_row`.
     """
     name = reward_name(reward_func)
     if not isinstance(values, Sequence | torch.Tensor | np.ndarray) or isinstance(values, str):
@@ -165,17 +137,10 @@ def _number(value: Any) -> float:
 def check_applicability(
     rewards_per_func: torch.Tensor, names: list[str], prompts: list[str], num_generations: int, failed: torch.Tensor
 ) -> None:
-    """Refuse rewards that would compare unlike things.
+    """Raise a `RewardError` if no function applies to an image, or one applies to some images of a group only.
 
-    Args:
-        rewards_per_func: (B, F, K + 1), NaN where a function does not apply.
-        names: Names of the F functions.
-        prompts: Prompts of the B trajectories, in groups of `num_generations`.
-        num_generations: Number of trajectories in a group.
-        failed: bool, (B,), true for trajectories that are left out, because a function failed on one of their images.
-
-    Raises:
-        RewardError: If no function applies to an image, or one applies to some images of a group only.
+    Rewards of F functions are (B, F, K + 1), NaN where a function does not apply. Trajectories (B,) that have failed,
+    because a function failed on one of their images, are left out.
     """
     absent = rewards_per_func.isnan()
     for group in torch.arange(len(prompts)).split(num_generations):
@@ -186,18 +151,14 @@ def check_applicability(
                 raise RewardError(" and ".join(names), what)
             differs = (absent[row] != absent[kept[0], :, :1]).any(1)  # (F,)
             if differs.any():
-                what = f"returned None for some images of the prompt {prompts[row]!r} and numbers for others; whether "
-                what += "it applies may depend on the dataset's row only"
+                what = f"returned None for some images of the prompt {prompts[row]!r} and numbers for others"
+                what += ", but whether it applies may depend on the dataset's row only"
                 raise RewardError(names[int(differs.nonzero()[0])], what)
 
 
 def check_signature(reward_func: RewardFunc, columns: list[str]) -> None:
-    """Refuse a function that cannot take what it will be called with, before anything is sampled for it.
-
-    Raises:
-        TypeError: If it does not take the columns of the dataset.
-    """
-    arguments = {name: None for name in (*RESERVED_COLUMNS, *columns)}
+    """Raise a `TypeError` if a function does not take the columns of the dataset, before anything is sampled."""
+    arguments = dict.fromkeys([*RESERVED_COLUMNS, *columns])
     try:
         inspect.signature(reward_func).bind(**arguments)
     except TypeError as error:

@@ -22,9 +22,6 @@ from .calls import EventLoop, Worker, call_here
 from .contract import RewardError, RewardFunc, RewardUnavailable, checked, declared, is_async, reward_name
 
 
-FAILURES = ("stop", "skip")
-
-
 @dataclass(frozen=True)
 class ImageBatch:
     """N images to be scored."""
@@ -53,19 +50,11 @@ class Scorer:
         self._workers: dict[int, Worker] = defaultdict(Worker)
 
     def start(
-        self,
-        reward_funcs: list[RewardFunc],
-        batch: ImageBatch,
-        extra: dict[str, Any],
-        on_function: Callable[[], object] = lambda: None,
+        self, reward_funcs: list[RewardFunc], batch: ImageBatch, extra: dict, on_function: Callable = lambda: None
     ) -> "Scoring":
-        """Begin to score N images with F functions; those that do not run beside the model are done on return.
+        """Begin to score images; functions that do not run beside the model are done on return.
 
-        Args:
-            reward_funcs: F functions.
-            batch: N images.
-            extra: Further arguments of each function, such as `trainer_state`.
-            on_function: Callback for a progress bar, after each function has begun.
+        `extra` are further arguments of each function, such as `trainer_state`; `on_function` is called after each.
         """
         scoring = Scoring(self, reward_funcs, batch, extra)
         for index in sorted(range(len(reward_funcs)), key=lambda index: not runs_beside(reward_funcs[index])):
@@ -118,11 +107,7 @@ class Scoring:
                 self._collect(self._call(index, rows))
 
     def result(self) -> Scores:
-        """Wait for the functions that are under way.
-
-        Raises:
-            RewardError: If one fails, unless that is skipped: with its name, the row, the prompt and the image.
-        """
+        """Wait for the functions that are under way; raise the first `RewardError` unless failures are skipped."""
         while self._pending and not self._has_stopped:
             self._collect(self._pending.pop(0))
         if self._has_stopped:

@@ -1,4 +1,4 @@
-"""Architectures without weights: the config files of SD3.5-medium and FLUX.1-dev, and pipelines built from such files."""
+"""Architectures without weights: config files of SD3.5-medium and FLUX.1-dev, and pipelines built from such files."""
 
 import importlib
 import json
@@ -14,11 +14,15 @@ FOLDERS = {
     "stabilityai/stable-diffusion-3.5-medium": Path(__file__).parent / "sd3.5-medium",
     "black-forest-labs/FLUX.1-dev": Path(__file__).parent / "flux.1-dev",
 }
-"""By Hub id; their weights are behind a licence, their sizes are published facts."""
+"""Folders by Hub id; the weights are behind a licence, their sizes are published facts."""
 
 
 def architecture_folder(name: str | Path, revision: str | None = None) -> Path:
-    """The folder with the config files of a pipeline: one of `FOLDERS`, a folder, or a Hub id, whose JSON files are fetched.
+    """Find the config files of a pipeline; those of a Hub id that is not in `FOLDERS` are fetched.
+
+    Args:
+        name: Hub id or folder.
+        revision: Revision on the Hub.
 
     Raises:
         ValueError: If there is no such pipeline.
@@ -28,7 +32,7 @@ def architecture_folder(name: str | Path, revision: str | None = None) -> Path:
     if not Path(name).is_dir():
         try:
             name = snapshot_download(str(name), revision=revision, allow_patterns=["*.json"])
-        except Exception as error:  # of the network, of the Hub, or of the name's form
+        except (OSError, ValueError) as error:  # of the network or the Hub; of the name's form
             raise ValueError(f"{name!r} is no folder, and its config files cannot be fetched: {error}") from error
     if not (Path(name) / "model_index.json").exists():
         raise ValueError(f"{name} holds no model_index.json: it is no diffusers pipeline.")
@@ -36,21 +40,20 @@ def architecture_folder(name: str | Path, revision: str | None = None) -> Path:
 
 
 def load_architecture(name: str | Path, dtype: torch.dtype = torch.float32, **parts: Any) -> DiffusionPipeline:
-    """The pipeline of a name or folder with weights as its classes initialise them, not those that were trained.
+    """Build the pipeline of a name or folder with new weights, on the current device, instead of loading trained ones.
 
-    Weights are made on the device and in the fake mode that is current. Tokenizers are left out, since their vocabularies
-    are not in the config files.
+    Tokenizers are left out, since their vocabularies are not in the config files.
 
     Args:
-        name: See `architecture_folder`.
-        dtype: Of the weights.
+        name: Hub id or folder.
+        dtype: dtype of the weights.
         **parts: Components to take instead of building them, tokenizers among them; `None` leaves one out.
     """
     folder = architecture_folder(name)
     index = json.loads((folder / "model_index.json").read_text())
     names = [key for key, value in index.items() if isinstance(value, list) and key not in parts]
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # `to` would not do under a fake mode, and would take twice the memory without one
+    torch.set_default_dtype(dtype)  # `to` would take twice the memory
     try:
         built = {key: load_part(folder, key) for key in names}
     finally:
@@ -60,13 +63,13 @@ def load_architecture(name: str | Path, dtype: torch.dtype = torch.float32, **pa
 
 
 def load_part(folder: Path, name: str) -> Any:
-    """A component, with new weights; `None` for one that the pipeline does not have, and for tokenizers."""
+    """Build a component with new weights; `None` for one that the pipeline does not have, and for tokenizers."""
     library, class_name = json.loads((folder / "model_index.json").read_text())[name]
     if library is None or "Tokenizer" in class_name:
         return None
-    its_class = getattr(importlib.import_module(library), class_name)
+    part_class = getattr(importlib.import_module(library), class_name)
     if library == "diffusers":
-        part = its_class.from_config(its_class.load_config(folder / name))
+        part = part_class.from_config(part_class.load_config(folder / name))
     else:
-        part = its_class(its_class.config_class.from_pretrained(folder / name))
+        part = part_class(part_class.config_class.from_pretrained(folder / name))
     return part.eval() if isinstance(part, torch.nn.Module) else part
