@@ -9,6 +9,7 @@ for the VAE, zero-initialised modulation and Muon for the transformer.
 
 import argparse
 import copy
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,9 +28,21 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from trl_tpgrpo.testbed.checker import strict_reward
-from trl_tpgrpo.testbed.world import IMAGE_SIZE, KINDS, Caption, all_captions, draw, split_captions
+from trl_tpgrpo.testbed.world import (
+    BACKGROUND,
+    COLOURS,
+    IMAGE_SIZE,
+    KINDS,
+    Caption,
+    all_captions,
+    inside,
+    offset,
+    split_captions,
+)
 
 
+SUPERSAMPLING = 4
+MARGIN = 2.0
 WIDTH = 128
 PROMPT_LENGTH = 12
 VAE_BATCH_SIZE = 16
@@ -57,6 +70,32 @@ def pretrain(output_dir: Path, vae_steps: int, transformer_steps: int, num_pictu
         save_in_float16(pipeline, output_dir)
         strict = mean_strict(sample(pipeline, captions[:512]), captions[:512])
         tqdm.write(f"Saved after {steps_done} steps; strict score without guidance: {strict:.3f}")
+
+
+def draw(caption: Caption, rng: np.random.Generator) -> np.ndarray:
+    """Draw one random picture of `caption`: uint8, (32, 32, 3)."""
+    grid = (np.arange(IMAGE_SIZE * SUPERSAMPLING) + 0.5) / SUPERSAMPLING
+    picture = np.broadcast_to(BACKGROUND, (grid.size, grid.size, 3)).copy()
+    for thing, (x, y), half_size in zip(caption.things, *arrange(caption, rng), strict=True):
+        across = (grid[None, :] - x) / half_size
+        down = (grid[:, None] - y) / half_size
+        picture[inside(thing.shape, across, down)] = COLOURS[thing.colour]
+    blocks = picture.reshape(IMAGE_SIZE, SUPERSAMPLING, IMAGE_SIZE, SUPERSAMPLING, 3)
+    return (blocks.mean((1, 3)) * 255).round().astype(np.uint8)
+
+
+def arrange(caption: Caption, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draw centres (n, 2) and half sizes (n,) that fit the picture, keep apart and obey the caption's relation."""
+    number = len(caption.things)
+    smallest, largest = (4.0, 4.8) if number == 3 else (4.2, 6.0)
+    while True:
+        half_sizes = rng.uniform(smallest, largest, number)
+        centres = rng.uniform(half_sizes[:, None] + 1, IMAGE_SIZE - 1 - half_sizes[:, None], (number, 2))
+        along, across = offset(caption.relation, *centres) if caption.relation else (9, 0)
+        pairs = itertools.combinations(range(number), 2)
+        gaps = (np.abs(centres[i] - centres[j]).max() - half_sizes[i] - half_sizes[j] for i, j in pairs)
+        if along >= 9 and along >= 1.5 * across and all(gap >= MARGIN for gap in gaps):
+            return centres, half_sizes
 
 
 def draw_captioned_pictures(number: int, rng: np.random.Generator) -> tuple[list[str], torch.Tensor]:

@@ -70,7 +70,7 @@ def test_each_image_gets_its_own_score_and_costs_are_counted() -> None:
         levels = [5 * number for number in range(50)]
         scores = ask(judge, [shade(level) for level in levels], log_metric=metrics.__setitem__, trainer_state=None)
     assert scores == [1 + level / 100 for level in levels]
-    assert judge.__name__ == "vlm_quality"
+    assert judge.__name__ == "vlm_quality" and not {"batch_size", "timeout"} & set(vars(judge))
     assert metrics == {
         "vlm_quality/num_requests_per_image": 1,
         "vlm_quality/num_retries_per_image": 0,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trl_tpgrpo.rewards.colour import brightness, colourfulness
+from trl_tpgrpo.rewards.pixels import brightness, colourfulness
 
 
 def plain(*colour: int) -> Image.Image:

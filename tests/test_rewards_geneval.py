@@ -24,7 +24,6 @@ from trl_tpgrpo.rewards.geneval_rules import (
     graded_score,
     is_right,
     kept,
-    overlap,
     relative_position,
 )
 
@@ -65,12 +64,6 @@ def test_relative_positions(box: Box, other: Box, relations: set[str]) -> None:
     assert relative_position(box, other) == relations
 
 
-def test_overlap_counts_corner_pixels() -> None:
-    assert overlap((0, 0, 9, 9), (0, 0, 9, 9)) == 1
-    assert overlap((0, 0, 9, 9), (5, 0, 14, 9)) == pytest.approx(50 / 150)
-    assert overlap((0, 0, 9, 9), (20, 20, 29, 29)) == 0
-
-
 def test_what_counts_as_seen() -> None:
     found = {"cat": [Detection(LEFT, 0.5), Detection(RIGHT, 0.95), Detection(TOP, 0.3)], "dog": [Detection(LEFT, 0.2)]}
     assert [one.score for one in kept(found, "two_object")["cat"]] == [
@@ -81,8 +74,6 @@ def test_what_counts_as_seen() -> None:
     assert [one.score for one in kept(found, "counting")["cat"]] == [0.95]  # over 0.9 where things are counted
     crowd = {"bird": [Detection((at, 0, at + 9, 9), 0.99) for at in range(20)]}
     assert len(kept(crowd, "counting")["bird"]) == 16
-    # 0, 4, 8, ...: of boxes that overlap by more than half, the better one is kept
-    assert [one.box[0] for one in kept(crowd, "counting", max_overlap=0.5)["bird"]] == [0, 4, 8, 12]
 
 
 @pytest.mark.parametrize(

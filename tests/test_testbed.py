@@ -11,11 +11,11 @@ from PIL import Image
 from trl_tpgrpo.policies.loading import load_pipeline
 from trl_tpgrpo.testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
 from trl_tpgrpo.testbed.checker import detect, score_images, shapes_reward
-from trl_tpgrpo.testbed.world import KINDS, Caption, Thing, all_captions, draw, parse_caption, split_captions
+from trl_tpgrpo.testbed.world import KINDS, Caption, Thing, all_captions, parse_caption, split_captions
 
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from pretrain import build_tokenizer, draw_captioned_pictures  # noqa: E402
+from pretrain import build_tokenizer, draw, draw_captioned_pictures  # noqa: E402
 
 
 RED_CIRCLE, BLUE_SQUARE = Thing("red", "circle"), Thing("blue", "square")

@@ -4,25 +4,11 @@ Those with a model are classes, to be created with the model's name, device and 
 package is imported when they are.
 """
 
-from __future__ import annotations
-
 import importlib
-from typing import TYPE_CHECKING
+from typing import Any
 
 
-if TYPE_CHECKING:
-    from .aesthetic_score import AestheticScore
-    from .clip_score import CLIPScore
-    from .colour import brightness, colourfulness
-    from .contract import RewardError, RewardFunc, RewardUnavailable
-    from .geneval import GenEval
-    from .hps_v2 import HPSv2
-    from .image_reward import ImageReward
-    from .jpeg import jpeg_compressibility, jpeg_incompressibility
-    from .ocr import OCRReward
-    from .pick_score import PickScore
-
-
+# For type checkers and the documentation, the same names are in `__init__.pyi`.
 MODULES = {
     "AestheticScore": "aesthetic_score",
     "CLIPScore": "clip_score",
@@ -34,30 +20,15 @@ MODULES = {
     "RewardError": "contract",
     "RewardFunc": "contract",
     "RewardUnavailable": "contract",
-    "brightness": "colour",
-    "colourfulness": "colour",
-    "jpeg_compressibility": "jpeg",
-    "jpeg_incompressibility": "jpeg",
+    "brightness": "pixels",
+    "colourfulness": "pixels",
+    "jpeg_compressibility": "pixels",
+    "jpeg_incompressibility": "pixels",
 }
-__all__ = [
-    "AestheticScore",
-    "CLIPScore",
-    "GenEval",
-    "HPSv2",
-    "ImageReward",
-    "OCRReward",
-    "PickScore",
-    "RewardError",
-    "RewardFunc",
-    "RewardUnavailable",
-    "brightness",
-    "colourfulness",
-    "jpeg_compressibility",
-    "jpeg_incompressibility",
-]
+__all__ = list(MODULES)
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """Import a reward when it is asked for: `rewards.serving` runs where the packages of the others are missing."""
     if name in MODULES:
         return getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)

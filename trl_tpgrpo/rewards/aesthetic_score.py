@@ -16,13 +16,8 @@ class AestheticScore(ModelReward):
     Known ways to hack it: one painterly style and a few subjects for all prompts, within some hundred updates
     (arXiv 2305.13301 shows it).
 
-    Args:
-        model: CLIP checkpoint in transformers' format, of which the image half is kept.
-        head: Repository on the Hub, or folder, with the five layers' weights.
-        head_filename: Name of the file with these weights.
-        device: Device of the model until the trainer moves it.
-        dtype: Floating-point type of the model.
-        batch_size: Number of images that go through the model at once.
+    Of `model`, CLIP in transformers' format, the image half is kept; the five layers' weights are `head_filename` in
+    `head`, a repository on the Hub or a folder; the others are those of `ModelReward`.
     """
 
     __name__ = "aesthetic_score"

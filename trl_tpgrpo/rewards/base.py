@@ -1,5 +1,6 @@
 """What rewards with a model share: its device, batches, and images prepared on the device as its processor does."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -15,13 +16,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class ModelReward:
     """Reward function on a model, which takes images as tensors on the device.
 
-    Subclasses implement `score`: one number for each image of a batch.
-
-    Args:
-        model: Model, which is set to evaluation and frozen.
-        device: Device of the model until the trainer moves it.
-        dtype: Floating-point type of the weights and of computations.
-        batch_size: Number of images that go through the model at once.
+    Subclasses implement `score`: one number for each image of a batch. The model is set to evaluation and frozen. It is
+    on `device` until the trainer moves it, has weights and computes in `dtype`, and gets `batch_size` images at once.
     """
 
     image_type = "pt"
@@ -31,10 +27,9 @@ class ModelReward:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        self.model: Any = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
-        self.device = torch.device(device)
-        self.dtype = dtype
-        self.batch_size = batch_size
+        self.model: Any = model.eval().requires_grad_(False).to(dtype=dtype)
+        self.dtype, self.batch_size = dtype, batch_size
+        self.to(device)
 
     def to(self, device: str | torch.device) -> Self:
         """Move the model."""
@@ -44,11 +39,7 @@ class ModelReward:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> list[float]:
-        """Score images (N, 3, H, W) in [0, 1].
-
-        Raises:
-            ValueError: If the images are anything else.
-        """
+        """Score images (N, 3, H, W) in [0, 1]."""
         check_images(images)
         scores: list[float] = []
         for start in range(0, len(images), self.batch_size):
@@ -62,11 +53,7 @@ class ModelReward:
 
 
 def check_images(images: Tensor) -> None:
-    """Refuse anything but a batch of images as rewards on tensors take it.
-
-    Raises:
-        ValueError: If `images` is no tensor of shape (B, 3, H, W), or not of a floating type.
-    """
+    """Raise a `ValueError` unless `images` is a tensor of shape (B, 3, H, W) of a floating type."""
     is_tensor = isinstance(images, Tensor)
     if not is_tensor or images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         found = f"{images.dtype} of {tuple(images.shape)}" if is_tensor else type(images).__name__
@@ -106,6 +93,13 @@ def linear_head(width: int) -> torch.nn.Sequential:
     linear, dropout = torch.nn.Linear, torch.nn.Dropout
     layers = [linear(width, 1024), dropout(), linear(1024, 128), dropout(), linear(128, 64), dropout()]
     return torch.nn.Sequential(*layers, linear(64, 16), linear(16, 1))
+
+
+def renamed(weights: dict[str, Tensor], patterns: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+    """Replace regular expressions in the names of weights, one after the other."""
+    for pattern, replacement in patterns:
+        weights = {re.sub(pattern, replacement, name): weight for name, weight in weights.items()}
+    return weights
 
 
 def hub_file(repository: str, filename: str) -> Path:

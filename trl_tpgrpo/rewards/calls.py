@@ -35,15 +35,12 @@ class Worker:
 
     def _work(self) -> None:
         successor = _thread(self._work)
-        while _returns_in_time(
-            *self._calls.get(), successor
-        ):  # a local variable would keep the images of the last call
+        # A local variable for what the queue gives would keep the images of the last call.
+        while _ends_in_time(successor, *self._calls.get()):
             pass
 
 
-def _returns_in_time(
-    future: Future, call: Callable[[], Any], timeout: float | None, successor: threading.Thread
-) -> bool:
+def _ends_in_time(successor: threading.Thread, future: Future, call: Callable[[], Any], timeout: float | None) -> bool:
     def give_up() -> None:
         if future.cancel():
             successor.start()

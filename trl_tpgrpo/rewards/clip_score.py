@@ -18,12 +18,8 @@ class CLIPScore(ModelReward):
     Known ways to hack it: the words of the prompt written into the image; the subject repeated over the whole image;
     saturated pictures of poor quality; wrong counts and positions cost next to nothing, as CLIP hardly sees them.
 
-    Args:
-        model: CLIP checkpoint in transformers' format, on the Hub or on disk.
-        processor: Repository or folder of tokenizer and image processor, by default the model's.
-        device: Device of the model until the trainer moves it.
-        dtype: Floating-point type of the model.
-        batch_size: Number of images that go through the model at once.
+    `model` is CLIP in transformers' format, on the Hub or on disk; `processor` has tokenizer and image processor, and
+    is `model` if it is `None`; the others are those of `ModelReward`.
     """
 
     __name__ = "clip_score"
@@ -39,7 +35,6 @@ class CLIPScore(ModelReward):
         from transformers import AutoTokenizer, CLIPImageProcessorPil
 
         super().__init__(self.load(model), device, dtype, batch_size)
-
         self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
         # Only the sizes, means and deviations are used; the processor on tensors would need torchvision.
         self.image_processor: Any = CLIPImageProcessorPil.from_pretrained(processor or model)
@@ -70,9 +65,8 @@ class CLIPScore(ModelReward):
         """Return float32 embeddings (B, D) of length 1."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        features = self.model.get_text_features(
-            input_ids=tokens.input_ids.to(self.device), attention_mask=tokens.attention_mask.to(self.device)
-        )
+        tokens = tokens.to(self.device)
+        features = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         return _unit(features.pooler_output)
 
 

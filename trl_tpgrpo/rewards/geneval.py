@@ -7,20 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from . import geneval_rules as rules
 from .base import check_images, eight_bits, normalize
 from .clip_score import CLIPScore
-from .geneval_rules import (
-    COLOURS,
-    THRESHOLD,
-    ColoursOf,
-    Detection,
-    Objects,
-    check_metadata,
-    clauses,
-    graded_score,
-    is_right,
-    kept,
-)
 
 
 # COCO's 80 classes in its order, under the names that GenEval's prompts use
@@ -38,11 +27,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LONGEST_TO_SHORTEST = 1333 / 800
 SIZE_DIVISOR = 32
 GROUND = 0.6  # GenEval's #999 behind an object whose colour is asked for
-COLOUR_TEMPLATES = (
-    "a photo of a {colour} {name}",
-    "a photo of a {colour}-colored {name}",
-    "a photo of a {colour} object",
-)
+COLOUR_TEXTS = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 
 
 class GenEval:
@@ -61,18 +46,8 @@ class GenEval:
     Known ways to hack it: cut-out objects side by side on an empty ground, one style for all prompts; objects that
     only the detector takes for such. Quality plays no part, so add a reward that sees quality.
 
-    Args:
-        detector: Mask2Former for COCO's 80 classes in transformers' format, on the Hub or on disk.
-        clip: CLIP that names colours.
-        graded: Whether to return Flow-GRPO's graded score rather than right or wrong.
-        image_size: Shorter edge of the detector's images in pixels.
-        device: Device of the models until the trainer moves them.
-        dtype: Floating-point type of the models.
-        batch_size: Number of images that go through the detector at once.
-
-    Raises:
-        ImportError: If SciPy is missing, which Mask2Former's class asks for.
-        ValueError: If the detector does not know 80 classes.
+    `detector`, for COCO's 80 classes in transformers' format, and `clip` are on the Hub or on disk; `batch_size` and
+    `image_size`, the shorter edge in pixels, are those of the detector's images; the others those of `ModelReward`.
     """
 
     __name__ = "geneval"
@@ -89,16 +64,15 @@ class GenEval:
         batch_size: int = 8,
     ) -> None:
         try:
-            import scipy  # noqa: F401
+            import scipy  # noqa: F401 - Mask2Former's class asks for it
         except ImportError as error:
             raise ImportError("The reward geneval needs scipy: pip install 'trl-tpgrpo[geneval]'.") from error
         from transformers import Mask2FormerForUniversalSegmentation
 
         model = Mask2FormerForUniversalSegmentation.from_pretrained(detector)
         if model.config.num_labels != len(CLASSES):
-            raise ValueError(
-                f"detector {detector!r} knows {model.config.num_labels} classes, not COCO's {len(CLASSES)}."
-            )
+            known = model.config.num_labels
+            raise ValueError(f"detector {detector!r} knows {known} classes, not COCO's {len(CLASSES)}.")
         self.detector: Any = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
         self.clip = CLIPScore(clip, device=device, dtype=dtype)
         self.graded, self.image_size, self.batch_size = graded, image_size, batch_size
@@ -122,60 +96,55 @@ class GenEval:
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """Score images (N, 3, H, W) in [0, 1]; `None` where the row has no tag.
-
-        Raises:
-            ValueError: If a row's metadata is not GenEval's, or `images` is no such tensor.
-        """
+        """Score images (N, 3, H, W) in [0, 1]; `None` where the row has no tag."""
         check_images(images)
         rows = [row for row, kind in enumerate(tag) if kind is not None]
-        wanted = {row: clauses(include[row]) for row in rows}
-        unwanted = {row: clauses(exclude[row] if exclude is not None else None) for row in rows}
+        wanted = {row: rules.clauses(include[row]) for row in rows}
+        unwanted = {row: rules.clauses(exclude[row] if exclude is not None else None) for row in rows}
         for row in rows:
-            check_metadata(str(tag[row]), wanted[row], unwanted[row], CLASSES)
+            rules.check_metadata(str(tag[row]), wanted[row], unwanted[row], CLASSES)
         scores: list[float | None] = [None] * len(tag)
         num_right = 0
         for start in range(0, len(rows), self.batch_size):
             batch = rows[start : start + self.batch_size]
             pixels = eight_bits(images[batch].to(self.clip.device))
             for row, image, found in zip(batch, pixels, self.detect(pixels), strict=True):
-                objects, colours_of = kept(found, str(tag[row])), self.colours_in(image)
-                right = is_right(objects, wanted[row], unwanted[row], colours_of)
+                objects, colours_of = rules.kept(found, str(tag[row])), self.colours_in(image)
+                right = rules.is_right(objects, wanted[row], unwanted[row], colours_of)
                 num_right += right
-                scores[row] = graded_score(objects, wanted[row], colours_of) if self.graded else float(right)
+                scores[row] = rules.graded_score(objects, wanted[row], colours_of) if self.graded else float(right)
         if log_metric is not None and rows:
             log_metric("geneval_right", num_right / len(rows))
         return scores
 
-    def detect(self, images: Tensor) -> list[Objects]:
+    def detect(self, images: Tensor) -> list[rules.Objects]:
         """Find objects of a confidence over 0.3 in images (B, 3, H, W), with boxes and masks in the image's pixels."""
-        height, width = images.shape[-2:]
         pixels = detector_pixels(images, self.image_size)
-        inner = _size_for_detector(height, width, self.image_size)
+        height, width = _size_for_detector(images, self.image_size)
         outputs = self.detector(pixel_values=pixels.to(self.clip.dtype))
-        result: list[Objects] = []
+        result: list[rules.Objects] = []
         for class_logits, masks in zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True):
             scores = class_logits.float().softmax(-1)[:, :-1]  # (queries, classes), without "nothing"
             best, indices = scores.flatten().topk(len(scores))
-            indices = indices[best > THRESHOLD]  # masks only lower the score
+            indices = indices[best > rules.THRESHOLD]  # masks only lower the score
             if len(indices) == 0:
                 result.append({})
                 continue
             masks = masks[indices // scores.shape[1]][None].float()
-            masks = interpolate(masks, pixels.shape[-2:], mode="bilinear")[..., : inner[0], : inner[1]]
-            masks = interpolate(masks, (height, width), mode="bilinear")[0]
+            masks = interpolate(masks, pixels.shape[-2:], mode="bilinear")[..., :height, :width]
+            masks = interpolate(masks, images.shape[-2:], mode="bilinear")[0]
             result.append(objects_from((indices % scores.shape[1]).tolist(), best[: len(indices)], masks))
         return result
 
-    def colours_in(self, image: Tensor) -> ColoursOf:
+    def colours_in(self, image: Tensor) -> rules.ColoursOf:
         """Return a function that names, by CLIP, the colours of objects in this image (3, H, W), each list once."""
         known: dict[tuple[str, int], list[str]] = {}
 
-        def colours_of(name: str, objects: list[Detection]) -> list[str]:
+        def colours_of(name: str, objects: list[rules.Detection]) -> list[str]:
             key = (name, len(objects))  # always the most confident ones
             if key not in known:
                 seen = torch.cat([self.clip.encode_images(cut_out(image, one)[None]) for one in objects])
-                known[key] = [COLOURS[index] for index in (seen @ self._embeddings(name).T).argmax(-1).tolist()]
+                known[key] = [rules.COLOURS[index] for index in (seen @ self._embeddings(name).T).argmax(-1).tolist()]
             return known[key]
 
         return colours_of
@@ -183,33 +152,28 @@ class GenEval:
     def _embeddings(self, name: str) -> Tensor:
         """Return CLIP's embeddings (10, D) of a class in each colour: means over three texts, of length 1."""
         if name not in self.colour_embeddings:
-            texts = [one.format(colour=colour, name=name) for colour in COLOURS for one in COLOUR_TEMPLATES]
-            means = self.clip.encode_texts(texts).unflatten(0, (len(COLOURS), len(COLOUR_TEMPLATES))).mean(1)
+            texts = [one.format(colour=colour, name=name) for colour in rules.COLOURS for one in COLOUR_TEXTS]
+            means = self.clip.encode_texts(texts).unflatten(0, (len(rules.COLOURS), len(COLOUR_TEXTS))).mean(1)
             self.colour_embeddings[name] = torch.nn.functional.normalize(means, dim=-1)
         return self.colour_embeddings[name]
 
 
-def objects_from(labels: list[int], class_scores: Tensor, mask_logits: Tensor) -> Objects:
-    """Group objects by class, from (N,) class probabilities and (N, H, W) mask logits.
-
-    The confidence is the class's times the mean probability within the mask, as in Mask2Former's evaluation.
-    """
+def objects_from(labels: list[int], class_scores: Tensor, mask_logits: Tensor) -> rules.Objects:
+    """Group objects by class, from (N,) class probabilities and (N, H, W) mask logits."""
     inside = mask_logits > 0
-    sizes = inside.sum((1, 2))
-    certainty = (mask_logits.sigmoid() * inside).sum((1, 2)) / (sizes + 1e-6)
-    objects: Objects = {}
-    for label, score, mask, size in zip(
-        labels, (class_scores * certainty).tolist(), inside, sizes.tolist(), strict=True
-    ):
-        if size:
+    certainty = (mask_logits.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+    confidences = (class_scores * certainty).tolist()  # as in Mask2Former's evaluation
+    objects: rules.Objects = {}
+    for label, score, mask in zip(labels, confidences, inside, strict=True):
+        if mask.any():
             rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
             left, top = columns[0].item(), rows[0].item()
             box = (left, top, columns[-1].item() + 1, rows[-1].item() + 1)
-            objects.setdefault(CLASSES[label], []).append(Detection(box, score, mask))
+            objects.setdefault(CLASSES[label], []).append(rules.Detection(box, score, mask))
     return objects
 
 
-def cut_out(image: Tensor, detection: Detection) -> Tensor:
+def cut_out(image: Tensor, detection: rules.Detection) -> Tensor:
     """Cut the object's box out of an image (3, H, W), grey outside the object's mask."""
     if detection.mask is not None:
         image = torch.where(detection.mask, image, GROUND)
@@ -217,14 +181,15 @@ def cut_out(image: Tensor, detection: Detection) -> Tensor:
     return image[:, top:bottom, left:right]
 
 
-def _size_for_detector(height: int, width: int, shortest: int) -> tuple[int, int]:
+def _size_for_detector(images: Tensor, shortest: int) -> tuple[int, int]:
+    height, width = images.shape[-2:]
     scale = min(shortest / min(height, width), shortest * LONGEST_TO_SHORTEST / max(height, width))
     return round(height * scale), round(width * scale)
 
 
 def detector_pixels(images: Tensor, shortest: int) -> Tensor:
     """Resize images (B, 3, H, W) as COCO's are, normalise them, and pad right and below to multiples of 32."""
-    height, width = _size_for_detector(images.shape[-2], images.shape[-1], shortest)
+    height, width = _size_for_detector(images, shortest)
     resized = interpolate(images, (height, width), mode="bilinear", antialias=True)
     padding = (0, -width % SIZE_DIVISOR, 0, -height % SIZE_DIVISOR)
     return torch.nn.functional.pad(normalize(resized, IMAGENET_MEAN, IMAGENET_STD), padding)

@@ -49,11 +49,7 @@ def clauses(value: str | Sequence[dict] | None) -> list[dict[str, Any]]:
 
 
 def check_metadata(tag: str, include: list[dict], exclude: list[dict], classes: Sequence[str]) -> None:
-    """Refuse a row's metadata that is not GenEval's.
-
-    Raises:
-        ValueError: If the metadata names an unknown tag, class, colour or relation, or a wrong count or clause.
-    """
+    """Refuse metadata of a row that name an unknown tag, class, colour or relation, or a wrong count or clause."""
     if tag not in TAGS:
         raise ValueError(f"tag is {tag!r}: use one of {TAGS}.")
     if not include:
@@ -67,57 +63,30 @@ def check_metadata(tag: str, include: list[dict], exclude: list[dict], classes: 
             raise ValueError(f"color is {clause['color']!r}: use one of {COLOURS}.")
         position = clause.get("position", (RELATIONS[0], index - 1))
         if len(position) != 2 or position[0] not in RELATIONS or int(position[1]) >= index:
-            raise ValueError(
-                f"position is {position!r} in clause {index}: use one of {RELATIONS} and the number of an earlier "
-                "clause."
-            )
+            use = f"use one of {RELATIONS} and the number of an earlier clause"
+            raise ValueError(f"position is {position!r} in clause {index}: {use}.")
 
 
-def kept(detections: Objects, tag: str, max_overlap: float = 1.0) -> Objects:
-    """Return the objects that count: confidence over 0.3 (0.9 for `counting`), at most 16 a class, best first.
-
-    Args:
-        detections: Everything that the detector found.
-        tag: Kind of prompt.
-        max_overlap: Intersection over union with a better box of the same class from which a box is dropped; 1 keeps
-            all, as GenEval does.
-    """
+def kept(detections: Objects, tag: str) -> Objects:
+    """Return the objects that count: confidence over 0.3 (0.9 for `counting`), at most 16 a class, best first."""
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     result: Objects = {}
     for name, found in detections.items():
         confident = sorted((one for one in found if one.score > threshold), key=lambda one: -one.score)
-        distinct: list[Detection] = []
-        for one in confident[:MAX_OBJECTS]:
-            if max_overlap == 1 or all(overlap(one.box, other.box) < max_overlap for other in distinct):
-                distinct.append(one)
-        if distinct:
-            result[name] = distinct
+        if confident:
+            result[name] = confident[:MAX_OBJECTS]
     return result
-
-
-def overlap(box: Box, other: Box) -> float:
-    """Compute the intersection over union of boxes that include the pixels at their corners."""
-    inner = _area((max(box[0], other[0]), max(box[1], other[1]), min(box[2], other[2]), min(box[3], other[3])))
-    union = _area(box) + _area(other) - inner
-    return inner / union if union else 0.0
-
-
-def _area(box: Box) -> float:
-    return max(box[2] - box[0] + 1, 0) * max(box[3] - box[1] + 1, 0)
 
 
 def relative_position(box: Box, other: Box) -> set[str]:
     """Return the relations of `box` to `other`: none if they are too close, two on a diagonal.
 
-    A relation holds where the centres' offset along its axis, less a tenth of both sizes, is over half the whole
-    offset.
+    A relation holds where the centres' offset along its axis, less a tenth of both sizes, is over half of the offset.
     """
     offsets = [(box[axis] + box[axis + 2] - other[axis] - other[axis + 2]) / 2 for axis in (0, 1)]
     sizes = [abs(box[axis + 2] - box[axis]) + abs(other[axis + 2] - other[axis]) for axis in (0, 1)]
-    beyond = [
-        math.copysign(max(abs(offset) - POSITION_THRESHOLD * size, 0), offset)
-        for offset, size in zip(offsets, sizes, strict=True)
-    ]
+    pairs = zip(offsets, sizes, strict=True)
+    beyond = [math.copysign(max(abs(offset) - POSITION_THRESHOLD * size, 0), offset) for offset, size in pairs]
     if all(abs(value) < 1e-3 for value in beyond):
         return set()
     across, down = (value / math.hypot(*offsets) for value in beyond)
@@ -126,22 +95,12 @@ def relative_position(box: Box, other: Box) -> set[str]:
 
 
 def is_right(objects: Objects, include: list[dict], exclude: list[dict], colours_of: ColoursOf) -> bool:
-    """Return GenEval's verdict.
+    """Return GenEval's verdict: true for enough objects of `include` and too few of `exclude`.
 
-    Right are at least `count` objects of each class of `include`, of which the `count` most confident have the colour
-    and the position, and fewer than `count` of each class of `exclude`.
+    Of each class of `include`, the `count` most confident must have the colour and the position.
     """
-    matched: list[list[Detection] | None] = []
-    for clause in include:
-        found = objects.get(clause["class"], [])[: clause["count"]]
-        right = len(found) == clause["count"]
-        if right and "color" in clause:
-            right = colours_of(clause["class"], found).count(clause["color"]) == clause["count"]
-        if right and "position" in clause:
-            right = _has_position(found, clause["position"], matched)
-        matched.append(found if right else None)
     unwanted = [clause for clause in exclude if len(objects.get(clause["class"], [])) >= clause["count"]]
-    return None not in matched and not unwanted
+    return not unwanted and all(part == 1 for part in _parts(objects, include, colours_of, only_most_confident=True))
 
 
 def graded_score(objects: Objects, include: list[dict], colours_of: ColoursOf) -> float:
@@ -152,10 +111,18 @@ def graded_score(objects: Objects, include: list[dict], colours_of: ColoursOf) -
     two are 0 where the count is wrong. Counts must be exact here, unlike in `is_right`. Flow-GRPO's reward server adds
     a 1 to a wrong position's 0, so that a wrong position costs half as much; that is not done here.
     """
+    scores = _parts(objects, include, colours_of, only_most_confident=False)
+    return sum(scores) / len(scores)
+
+
+def _parts(objects: Objects, include: list[dict], colours_of: ColoursOf, only_most_confident: bool) -> list[float]:
+    """Score the parts of all clauses, on all objects of a class or on as many as the clause asks for."""
     scores: list[float] = []
     matched: list[list[Detection] | None] = []
     for clause in include:
         found, count = objects.get(clause["class"], []), clause["count"]
+        if only_most_confident:
+            found = found[:count]
         scores.append(1 - abs(count - len(found)) / count)
         right = len(found) == count
         if not right and ("color" in clause or "position" in clause):
@@ -165,16 +132,9 @@ def graded_score(objects: Objects, include: list[dict], colours_of: ColoursOf) -
             scores.append(num_coloured / count)
             right = num_coloured == count
         if right and "position" in clause:
-            right = _has_position(found, clause["position"], matched)
+            relation, others = clause["position"][0], matched[int(clause["position"][1])]
+            boxes = [(one.box, other.box) for one in found for other in others or []]
+            right = others is not None and all(relation in relative_position(*pair) for pair in boxes)
             scores.append(float(right))
         matched.append(found if right else None)
-    return sum(scores) / len(scores)
-
-
-def _has_position(found: list[Detection], position: Sequence, matched: list[list[Detection] | None]) -> bool:
-    """Say whether each object has the relation to each object of the earlier clause, which must itself be right."""
-    relation, target = position
-    others = matched[int(target)]
-    if others is None:
-        return False
-    return all(relation in relative_position(one.box, other.box) for one in found for other in others)
+    return scores

@@ -1,11 +1,9 @@
 """Human Preference Score v2.1: which image people prefer for the prompt."""
 
-import re
-
 import torch
 from torch import Tensor
 
-from .base import hub_file
+from .base import hub_file, renamed
 from .clip_score import CLIPScore
 
 
@@ -18,13 +16,8 @@ class HPSv2(CLIPScore):
 
     Known ways to hack it: glossy, over-saturated and over-detailed pictures, the look of 2023's favourites.
 
-    Args:
-        model: Repository on the Hub, or folder.
-        filename: Name of the checkpoint in there; `HPS_v2_compressed.pt` is version 2.0.
-        processor: Repository or folder of the architecture's config, tokenizer and image processor.
-        device: Device of the model until the trainer moves it.
-        dtype: Floating-point type of the model.
-        batch_size: Number of images that go through the model at once.
+    `filename` is a checkpoint in `model` (version 2.0 is `HPS_v2_compressed.pt`); `processor` has the architecture's
+    config, tokenizer and image processor; the others are those of `ModelReward`.
     """
 
     __name__ = "hps_v2"
@@ -74,21 +67,15 @@ RENAMED = (
 
 
 def from_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of open_clip's CLIP for transformers' CLIPModel.
+    """Rename the weights of open_clip's CLIP for transformers' CLIPModel, which has two differences more.
 
-    Two differences are more than names: projections are transposed, and attention has one input matrix in open_clip
-    where transformers has three.
+    Projections are transposed, and attention has one input matrix in open_clip where transformers has three.
     """
-    renamed = {}
-    for name, weight in weights.items():
-        new_name = name
-        for pattern, replacement in RENAMED:
-            new_name = re.sub(pattern, replacement, new_name)
-        if name in ("visual.proj", "text_projection"):
-            renamed[new_name] = weight.T.contiguous()
-        elif ".in_proj_" in new_name:
+    converted = {}
+    for name, weight in renamed(weights, RENAMED).items():
+        if ".in_proj_" in name:
             for part, rows in zip("qkv", weight.chunk(3), strict=True):
-                renamed[new_name.replace("in_proj_", f"{part}_proj.")] = rows.contiguous()
+                converted[name.replace("in_proj_", f"{part}_proj.")] = rows.contiguous()
         else:
-            renamed[new_name] = weight
-    return renamed
+            converted[name] = weight.T.contiguous() if name.endswith("_projection.weight") else weight
+    return converted

@@ -1,17 +1,26 @@
 """ImageReward: what annotators think of the image for the prompt."""
 
 import json
-import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import CLIP_MEAN, CLIP_STD, ModelReward, hub_file, linear_head, normalize, resize_and_crop
+from .base import CLIP_MEAN, CLIP_STD, ModelReward, hub_file, linear_head, normalize, renamed, resize_and_crop
 
 
 HEAD_WIDTH = 64  # in BLIP's vision transformers, base and large alike
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # published, for the raw scores
+VISION_NAMES = (
+    (r"^cls_token$", "embeddings.class_embedding"),
+    (r"^pos_embed$", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^blocks\.", "encoder.layers."),
+    (r"^norm\.", "post_layernorm."),
+    (r"\.norm(\d)\.", r".layer_norm\1."),
+    (r"\.attn\.proj\.", ".self_attn.projection."),
+    (r"\.attn\.", ".self_attn."),
+)
 
 
 class ImageReward(ModelReward):
@@ -24,12 +33,8 @@ class ImageReward(ModelReward):
     Known ways to hack it: close-up subjects, bright and over-saturated; details that the prompt does not mention are
     free.
 
-    Args:
-        model: Repository on the Hub, or folder, with `ImageReward.pt` and `med_config.json`.
-        tokenizer: Repository or folder of BERT's tokenizer.
-        device: Device of the model until the trainer moves it.
-        dtype: Floating-point type of the model.
-        batch_size: Number of images that go through the model at once.
+    `model`, a repository on the Hub or a folder, has `ImageReward.pt` and `med_config.json`; `tokenizer` is BERT's; the
+    others are those of `ModelReward`.
     """
 
     __name__ = "image_reward"
@@ -67,14 +72,11 @@ def build(weights: dict[str, Tensor], text_config: dict) -> torch.nn.ModuleDict:
     """Build image encoder, text encoder (which attends to the image) and linear layers with the published weights."""
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionModel
 
-    vision = BlipVisionModel(_vision_config(weights))
-    vision.load_state_dict(
-        {_vision_name(name): weight for name, weight in _part(weights, "blip.visual_encoder.").items()}
-    )
-    text = BlipTextModel(
-        BlipTextConfig(**(text_config | {"encoder_hidden_size": vision.config.hidden_size, "is_decoder": True})),
-        add_pooling_layer=False,
-    )
+    seeing = _part(weights, "blip.visual_encoder.")
+    vision = BlipVisionModel(_vision_config(seeing))
+    vision.load_state_dict(renamed(seeing, VISION_NAMES))
+    text_config = text_config | {"encoder_hidden_size": vision.config.hidden_size, "is_decoder": True}
+    text = BlipTextModel(BlipTextConfig(**text_config), add_pooling_layer=False)
     text.load_state_dict(_part(weights, "blip.text_encoder."))
     head = linear_head(text.config.hidden_size)
     head.load_state_dict(_part(weights, "mlp.layers."))
@@ -90,11 +92,10 @@ def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     }
 
 
-def _vision_config(weights: dict[str, Tensor]) -> Any:
+def _vision_config(vision: dict[str, Tensor]) -> Any:
     """Derive the image encoder's config from the shapes of weights: the published package has no file of it."""
     from transformers import BlipVisionConfig
 
-    vision = _part(weights, "blip.visual_encoder.")
     width, _, _, patch_size = vision["patch_embed.proj.weight"].shape
     num_patches = vision["pos_embed"].shape[1] - 1
     return BlipVisionConfig(
@@ -106,18 +107,3 @@ def _vision_config(weights: dict[str, Tensor]) -> Any:
         patch_size=patch_size,
         layer_norm_eps=1e-6,
     )
-
-
-def _vision_name(name: str) -> str:
-    for pattern, replacement in (
-        (r"^cls_token$", "embeddings.class_embedding"),
-        (r"^pos_embed$", "embeddings.position_embedding"),
-        (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
-        (r"^blocks\.", "encoder.layers."),
-        (r"^norm\.", "post_layernorm."),
-        (r"\.norm(\d)\.", r".layer_norm\1."),
-        (r"\.attn\.proj\.", ".self_attn.projection."),
-        (r"\.attn\.", ".self_attn."),
-    ):
-        name = re.sub(pattern, replacement, name)
-    return name

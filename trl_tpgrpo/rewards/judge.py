@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 
 from PIL import Image
 
-from .contract import RewardUnavailable
-from .remote import base64_png
+from .contract import RESERVED_COLUMNS, RewardUnavailable
+from .remote import base64_png, check_numbers, gathered
 
 
 try:
@@ -108,25 +108,17 @@ class VLMJudge:
     at images. The licence is that of the model that is served. It is asynchronous: in a script,
     `asyncio.run(judge(images, prompts))`.
 
+    The attribute `usage` has the cost of all calls so far.
+
     Args:
         base_url: URL of the server, such as `"http://127.0.0.1:8000/v1"`; `/chat/completions` is added.
-        model: Name that the server has for the model.
-        template: Name or text, as above.
         api_key_env: Environment variable that holds the key, if the server asks for one. No other key is sent.
         concurrency: Number of requests under way at once, over all calls.
         num_retries: Number of further attempts after lost connections, timeouts and the statuses 408, 409, 429 and
             those from 500 on, and as many after answers that are no score.
         timeout: Seconds that an attempt waits for the server.
         max_tokens: Number of tokens of an answer; more for a model that thinks first.
-        low: Lowest score.
-        high: Highest score.
         name: Name in metrics; by default `vlm_` and the template's name, or `vlm_judge`.
-
-    Attributes:
-        usage: Cost of all calls so far.
-
-    Raises:
-        ValueError: If an argument is out of range, or the environment has no key.
     """
 
     def __init__(
@@ -147,70 +139,55 @@ class VLMJudge:
             raise ValueError(f"template must be one of {list(TEMPLATES)} or a text, got {template!r}.")
         if not low < high:
             raise ValueError(f"low must be below high, got {low} and {high}.")
-        counts = (("concurrency", concurrency, 1), ("num_retries", num_retries, 0), ("max_tokens", max_tokens, 1))
-        for argument, value, least in counts:
-            if value < least:
-                raise ValueError(f"{argument} must be {least} or more, got {value}.")
-        if not timeout > 0:
-            raise ValueError(f"timeout must be above 0 seconds, got {timeout}.")
+        check_numbers(timeout, concurrency=concurrency, num_retries=num_retries, max_tokens=max_tokens)
         if not re.fullmatch(r"https?://[^\s/@?#][^\s@?#]*", base_url):
-            raise ValueError(
-                "base_url must be an URL such as http://127.0.0.1:8000/v1, without user, password and query."
-            )
+            form = "an URL such as http://127.0.0.1:8000/v1, without user, password and query"
+            raise ValueError(f"base_url must be {form}.")
         self.base_url, self.url = base_url, f"{base_url.rstrip('/')}/chat/completions"
         self.model, self.max_tokens, self.low, self.high = model, max_tokens, low, high
-        self.concurrency, self.num_retries, self.timeout = concurrency, num_retries, timeout
+        # An attribute `timeout` would tell the trainer to end calls after these seconds.
+        self.concurrency, self.num_retries, self.seconds_per_attempt = concurrency, num_retries, timeout
         self.asks_questions = template == "yes_no"
-        self._field = "answer" if self.asks_questions else "score"
         form = "" if self.asks_questions else f"\n\n{FORMAT.format(low=low, high=high)}"
         self.text = TEMPLATES.get(template, template) + form
+        self._field, values = "score", {"type": "number", "minimum": low, "maximum": high}
+        if self.asks_questions:
+            self._field, values = "answer", {"type": "string", "enum": ["yes", "no"]}
+        schema: dict[str, Any] = {"type": "object", "properties": {self._field: values}, "required": [self._field]}
+        self._schema = {"name": self._field, "strict": True, "schema": schema | {"additionalProperties": False}}
         self.__name__ = name or (f"vlm_{template}" if template in TEMPLATES else "vlm_judge")
         self.usage = Usage()
         self._key = None if api_key_env is None else _key_in(api_key_env)
         self._slots: MutableMapping[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
     async def __call__(
-        self,
-        images: list[Image.Image],
-        prompts: list[str],
-        trainer_state: Any = None,
-        log_metric: Callable[[str, float], None] | None = None,
-        log_extra: Callable[[str, list], None] | None = None,
-        **columns: list,
+        self, images: list[Image.Image], prompts: list[str], log_metric: Callable | None = None, **columns: Any
     ) -> list[float | None]:
-        """Score N images.
-
-        Raises:
-            VLMJudgeError: If the server or the model gives no score for one.
-            ValueError: If the template needs a column that is not there, or `questions` has something else in it.
-        """
-        columns = {"prompt": prompts} | columns
+        """Score N images, or raise a `VLMJudgeError`; a `ValueError` if a column is missing or `questions` are wrong."""
+        columns = {"prompt": prompts} | {name: columns[name] for name in columns if name not in RESERVED_COLUMNS}
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         pairs = enumerate(zip(images, rows, strict=True))
         questions = [self._questions(number, image, row) for number, (image, row) in pairs]
         usage = Usage()
         try:
-            async with self._client(usage) as client, asyncio.TaskGroup() as group:
-                tasks = [[group.create_task(self._ask(client, usage, item)) for item in items] for items in questions]
-        except ExceptionGroup as errors:  # of which the first has cancelled the other questions
-            raise errors.exceptions[0] from errors.exceptions[0].__cause__
+            async with self._client(usage) as client:
+                asked = (gathered(self._ask(client, usage, item) for item in items) for items in questions)
+                scores = await gathered(asked)
         finally:
             self.usage.add(usage)
         if log_metric is not None and images:
             for name, value in vars(usage).items():
                 log_metric(f"{self.__name__}/{name}_per_image", value / len(images))
-        return [fmean(task.result() for task in row) if row else None for row in tasks]
+        return [fmean(row) if row else None for row in scores]
 
     def _questions(self, number: int, image: Image.Image, row: dict[str, Any]) -> list[Question]:
         if not self.asks_questions:
             return [Question(image, _filled(self.text, row), f"row {number}")]
         if "questions" not in row:
             raise ValueError("template='yes_no' needs the column 'questions', a list of questions for each row.")
-        pairs = [_text_and_answer(question, number) for question in row["questions"] or []]
-        texts = [_filled(self.text, {"question": text}) for text, _ in pairs]
         return [
-            Question(image, text, f"row {number}, {question!r}", expected)
-            for text, (question, expected) in zip(texts, pairs, strict=True)
+            Question(image, _filled(self.text, {"question": text}), f"row {number}, {text!r}", expected)
+            for text, expected in (_text_and_answer(question, number) for question in row["questions"] or [])
         ]
 
     def _client(self, usage: Usage) -> openai.AsyncOpenAI:
@@ -223,17 +200,13 @@ class VLMJudge:
         return openai.AsyncOpenAI(
             base_url=self.base_url,
             api_key=self._key or "none",  # which is not sent; without one, the client would look for a key itself
-            timeout=self.timeout,
+            timeout=self.seconds_per_attempt,
             max_retries=self.num_retries,
             http_client=openai.DefaultAsyncHttpxClient(mounts=PAST_PROXIES, event_hooks={"request": [count]}),
         )
 
     async def _ask(self, client: openai.AsyncOpenAI, usage: Usage, question: Question) -> float:
-        """Return the score of one question, which is repeated if the answer cannot be used.
-
-        Raises:
-            VLMJudgeError: If no answer can be used.
-        """
+        """Return the score of one question, which is repeated as long as the answer cannot be used."""
         unusable, num_attempts = "", self.num_retries + 1
         async with self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.concurrency)):
             encoded = await asyncio.to_thread(base64_png, question.image)
@@ -255,7 +228,7 @@ class VLMJudge:
         # The image comes first, so that what a server keeps of it serves all questions about it.
         shown = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
         messages: Any = [{"role": "user", "content": [shown, {"type": "text", "text": question.text}]}]
-        answer: Any = {"type": "json_schema", "json_schema": self._answer_schema()}
+        answer: Any = {"type": "json_schema", "json_schema": self._schema}
         # Without `omit`, the client would send what the environment has for OpenAI's own server to any other.
         omitted = ["OpenAI-Organization", "OpenAI-Project"] + ([] if self._key else ["Authorization"])
         try:
@@ -272,17 +245,10 @@ class VLMJudge:
         except openai.APIError as error:
             raise self._failure(error, question.name) from None
 
-    def _answer_schema(self) -> dict[str, Any]:
-        value = {"type": "number", "minimum": self.low, "maximum": self.high}
-        if self.asks_questions:
-            value = {"type": "string", "enum": ["yes", "no"]}
-        schema = {"type": "object", "properties": {self._field: value}, "required": [self._field]}
-        return {"name": self._field, "strict": True, "schema": schema | {"additionalProperties": False}}
-
     def _failure(self, error: openai.APIError, name: str) -> VLMJudgeError:
         what = f"no connection: {type(error.__cause__).__name__} {error.__cause__}"
         if isinstance(error, openai.APITimeoutError):
-            what = f"no answer within {self.timeout:g} seconds"
+            what = f"no answer within {self.seconds_per_attempt:g} seconds"
         if isinstance(error, openai.APIStatusError):
             said = error.body.get("message") if isinstance(error.body, dict) else None
             what = f"status {error.status_code}: {self._shown(said or error.response.text)}"
@@ -292,7 +258,7 @@ class VLMJudge:
         attempts = f" ({num_retries + 1} attempts)" if num_retries else ""
         return JudgeUnavailable(
             f"The judge at {self.url} has not answered for {name}: {what}{attempts}. "
-            f"Is it running, and fast enough for concurrency={self.concurrency} and timeout={self.timeout:g}?"
+            f"Is it running, and fast enough for concurrency={self.concurrency} and timeout={self.seconds_per_attempt:g}?"
         )
 
     def _content(self, completion: Any, usage: Usage) -> Any:
@@ -330,13 +296,11 @@ class VLMJudge:
 
 
 def _key_in(variable: str) -> str:
-    key = os.environ.get(variable)
-    if not key:
+    if not (key := os.environ.get(variable)):
         raise ValueError(f"api_key_env names the environment variable {variable!r}, which is not set.")
     if not re.fullmatch(r"[!-&(-\[\]-~]+", key):  # others break a header, or look different in the text of an error
-        raise ValueError(
-            f"The key in {variable} (not shown) must be printable ASCII without spaces, apostrophes and backslashes."
-        )
+        form = "printable ASCII without spaces, apostrophes and backslashes"
+        raise ValueError(f"The key in {variable} (not shown) must be {form}.")
     return key
 
 

@@ -20,17 +20,11 @@ class OCRReward:
     length` with Levenshtein's distance to all lines and the length of the text asked for. The lines that were read are
     shown beside the samples.
 
-    RapidOCR reads on the CPU (PP-OCRv6 small, Apache-2.0, models in the wheel) and drops lines of a confidence below
-    0.5. To read with something else, override `read`.
+    RapidOCR reads on the CPU (PP-OCRv6 small, Apache-2.0, models in the wheel), with `num_threads` threads in each
+    process, and drops lines of a confidence below 0.5. To read with something else, override `read`.
 
     Known ways to hack it: letters in capitals, large, on a plain ground; the text once more elsewhere, with whatever
     else is written around it, since what surrounds a match costs nothing; no image to speak of beside the text.
-
-    Args:
-        num_threads: Number of the recogniser's threads in each process.
-
-    Raises:
-        ImportError: If RapidOCR, onnxruntime or rapidfuzz is missing.
     """
 
     __name__ = "ocr"
@@ -61,41 +55,32 @@ class OCRReward:
         log_extra: Callable[[str, list], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """Score N images; `None` where no text is asked for.
-
-        Raises:
-            ValueError: If the column `text` holds an empty text.
-        """
-        targets = [
-            wanted_text(prompt, given) for prompt, given in zip(prompts, text or [None] * len(prompts), strict=True)
-        ]
-        lines = [None if target is None else self.read(image) for image, target in zip(images, targets, strict=True)]
+        """Score N images; `None` where no text is asked for."""
+        scores: list[float | None] = []
+        shown: list[str | None] = []
+        for image, prompt, given in zip(images, prompts, text or [None] * len(prompts), strict=True):
+            target = wanted_text(prompt, given)
+            lines = [] if target is None else self.read(image)
+            scores.append(None if target is None else similarity("".join(lines), target))
+            shown.append(None if target is None else " ".join(lines))
         if log_extra is not None:
-            log_extra("ocr_text", [None if read is None else " ".join(read) for read in lines])
-        return [
-            None if target is None or read is None else similarity("".join(read), target)
-            for read, target in zip(lines, targets, strict=True)
-        ]
+            log_extra("ocr_text", shown)
+        return scores
 
     def read(self, image: Image.Image) -> list[str]:
         """Return the lines of text in the image, from top to bottom."""
-        bgr = np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
-        found: Any = self.engine(bgr)
+        found: Any = self.engine(np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1]))  # BGR
         return list(found.txts or ())
 
 
 def wanted_text(prompt: str, given: str | None = None) -> str | None:
-    """Return the text that an image should show: `given`, else the first in double quotes in the prompt, else `None`.
-
-    Raises:
-        ValueError: If `given` is empty.
-    """
-    if given is not None:
-        if not _normal(given):
-            raise ValueError(f"The column text is {given!r} for the prompt {prompt!r}: give a text, or None for none.")
-        return given
-    quoted = QUOTED.search(prompt)
-    return quoted[1] if quoted else None
+    """Return the text that an image should show: `given`, else the first in double quotes in the prompt, else `None`."""
+    if given is None:
+        quoted = QUOTED.search(prompt)
+        return quoted[1] if quoted else None
+    if not _normal(given):
+        raise ValueError(f"The column text is {given!r} for the prompt {prompt!r}: give a text, or None for none.")
+    return given
 
 
 def similarity(read: str, target: str) -> float:

@@ -14,14 +14,8 @@ class PickScore(CLIPScore):
     there show 0.9; advantages are standardised, so that makes no difference but beside other rewards. Weights: the
     model card names no license (the paper's code is MIT).
 
-    Known ways to hack it: a glossy, saturated look with one centred subject whatever the prompt; poor variety.
-
-    Args:
-        model: Checkpoint in CLIP's format, on the Hub or on disk.
-        processor: Repository or folder of tokenizer and image processor.
-        device: Device of the model until the trainer moves it.
-        dtype: Floating-point type of the model.
-        batch_size: Number of images that go through the model at once.
+    Known ways to hack it: a glossy, saturated look with one centred subject whatever the prompt; poor variety. The
+    arguments are those of `CLIPScore`.
     """
 
     __name__ = "pick_score"

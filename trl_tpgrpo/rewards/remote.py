@@ -9,7 +9,7 @@ import os
 import random
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -65,9 +65,6 @@ class RemoteReward:
         batch_size: Images a request.
         concurrency: Requests under way at once.
         columns: Columns of the dataset that are sent; all if `None`.
-
-    Raises:
-        ValueError: If one of these is none of what it may be.
     """
 
     def __init__(
@@ -81,12 +78,7 @@ class RemoteReward:
         concurrency: int = 4,
         columns: Sequence[str] | None = None,
     ):
-        least = {"batch_size": (batch_size, 1), "num_retries": (num_retries, 0), "concurrency": (concurrency, 1)}
-        for name, (value, minimum) in least.items():
-            if value < minimum:
-                raise ValueError(f"{name} must be {minimum} or more, got {value}.")
-        if not timeout > 0:
-            raise ValueError(f"timeout must be above 0 seconds, got {timeout}.")
+        check_numbers(timeout, batch_size=batch_size, num_retries=num_retries, concurrency=concurrency)
         if not reward.isidentifier():
             raise ValueError(f"reward must be a name that the server has, such as 'pick_score', got {reward!r}.")
         self.server = _checked_url("url", url)
@@ -114,13 +106,11 @@ class RemoteReward:
         log_extra: Callable[[str, list], None] | None = None,
         **columns: list,
     ) -> list[float | None]:
-        """Score N images.
-
-        Raises:
-            RemoteRewardError: If the server gives no rewards.
-            ValueError: If an image or a column cannot be sent.
-        """
-        answers = await self._answers(images, prompts, self._sendable(columns))
+        """Score N images, or raise a `RemoteRewardError`; a `ValueError` if an image or a column cannot be sent."""
+        sent, size = self._sendable(columns), self.num_images_per_request
+        async with httpx2.AsyncClient(**self._client_options) as client:
+            batches = (slice(start, start + size) for start in range(0, len(images), size))
+            answers = await gathered(self._ask(client, rows, images, prompts, sent) for rows in batches)
         if log_metric is not None:
             for logged in [logged for answer in answers for logged in answer["metrics"]]:
                 log_metric(*logged)
@@ -131,11 +121,7 @@ class RemoteReward:
         return [reward for answer in answers for reward in answer["rewards"]]
 
     def _sendable(self, columns: dict[str, list]) -> dict[str, list]:
-        """Return the columns that are sent.
-
-        Raises:
-            ValueError: If one is missing, or has something that JSON would not give back as it is.
-        """
+        """Return the columns that are sent; refuse one that is missing, or that JSON would not give back as it is."""
         names = tuple(columns) if self.columns is None else self.columns
         for name in names:
             if name not in columns:
@@ -148,26 +134,17 @@ class RemoteReward:
                     )
         return {name: columns[name] for name in names}
 
-    async def _answers(self, images: list, prompts: list[str], columns: dict[str, list]) -> list[dict[str, Any]]:
-        tasks, size = [], self.num_images_per_request
-        try:
-            async with httpx2.AsyncClient(**self._client_options) as client, asyncio.TaskGroup() as requests:
-                for start in range(0, len(images), size):
-                    rows = slice(start, start + size)
-                    part = {name: values[rows] for name, values in columns.items()}
-                    tasks.append(requests.create_task(self._ask(client, start, images[rows], prompts[rows], part)))
-        except ExceptionGroup as group:  # the first error has ended the other requests
-            raise group.exceptions[0] from group.exceptions[0].__cause__
-        return [task.result() for task in tasks]
-
     async def _ask(
-        self, client: httpx2.AsyncClient, first_row: int, images: list, prompts: list[str], columns: dict[str, list]
+        self, client: httpx2.AsyncClient, rows: slice, images: list, prompts: list[str], columns: dict[str, list]
     ) -> dict[str, Any]:
+        """Score the images of some rows."""
+        first_row, images, prompts = rows.start, images[rows], prompts[rows]
+        columns = {name: values[rows] for name, values in columns.items()}
+        stop = tenacity.stop_after_attempt(self.num_retries + 1)
+        retrying = tenacity.AsyncRetrying(retry=RETRIED, wait=self._pause, stop=stop)
         # A request is made within its slot, so that no more of them are in memory than are under way.
         async with self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.concurrency)):
             body = await asyncio.to_thread(_encoded, first_row, images, prompts, columns)
-            stop = tenacity.stop_after_attempt(self.num_retries + 1)
-            retrying = tenacity.AsyncRetrying(retry=RETRIED, wait=self._pause, stop=stop)
             try:
                 response: httpx2.Response = await retrying(self._post, client, body)
             except tenacity.RetryError as error:
@@ -194,13 +171,13 @@ class RemoteReward:
 
     def _last_failure(self, retry: tenacity.RetryError) -> str:
         attempt = retry.last_attempt
-        error = attempt.exception()
-        if error is None:
-            what = f"status {attempt.result().status_code}: {_error(attempt.result())[1]}"
-        elif isinstance(error, TimeoutError):
-            what = f"no answer within {self.seconds_per_attempt:g} seconds"
-        else:
-            what = f"no connection: {type(error).__name__} {error}".rstrip()
+        match attempt.exception():
+            case None:
+                what = f"status {attempt.result().status_code}: {_error(attempt.result())[1]}"
+            case TimeoutError():
+                what = f"no answer within {self.seconds_per_attempt:g} seconds"
+            case error:
+                what = f"no connection: {type(error).__name__} {error}".rstrip()
         return f"{what} ({attempt.attempt_number} attempts)" if attempt.attempt_number > 1 else what
 
     def _refused(self, response: httpx2.Response, first_row: int, prompts: list[str]) -> RemoteRewardError:
@@ -214,42 +191,52 @@ class RemoteReward:
         return RemoteRewardError(f"{answered}: {message} {remedy}.")
 
     def _parsed(self, response: httpx2.Response, number: int) -> dict[str, Any]:
-        """Return the rewards, metrics and extra columns of an answer.
-
-        Raises:
-            RemoteRewardError: If it is not of the protocol's form.
-        """
+        """Return the rewards, metrics and extra columns of an answer, or refuse what is not of the protocol's form."""
         try:
             answer = response.json()
             rewards, metrics, extra = answer["rewards"], answer.get("metrics", {}), answer.get("extra", {})
-            if len(rewards) != number:
-                raise ValueError(f"{len(rewards)} rewards for {number} images")
-            for name, values in extra.items():
+            for what, values in [("rewards", rewards), *((f"values of {name!r}", extra[name]) for name in extra)]:
                 if len(values) != number:
-                    raise ValueError(f"{len(values)} values of {name!r} for {number} images")
+                    raise ValueError(f"{len(values)} {what} for {number} images")
             for reward in rewards:
                 if reward is not None and (type(reward) not in (int, float) or not math.isfinite(reward)):
                     raise ValueError(f"{reward!r} is no reward")
             logged = [(name, value) for name, values in metrics.items() for value in values]
-            metrics = [(name, math.nan if value is None else float(value)) for name, value in logged]
+            logged = [(name, math.nan if value is None else float(value)) for name, value in logged]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RemoteRewardError(
                 f"The reward server {self.url} answered with what is no answer of protocol 1: {type(error).__name__}: "
                 f"{error}. It began with {response.text[:100]!r}. See docs/remote_rewards.md."
             ) from error
-        return {"rewards": rewards, "metrics": metrics, "extra": extra}
+        return {"rewards": rewards, "metrics": logged, "extra": extra}
 
 
 def remote_reward_from_url(url: str) -> RemoteReward:
-    """Return the remote reward of an URL such as `http://127.0.0.1:8000/pick_score`, with the environment's token.
-
-    Raises:
-        ValueError: If the URL has no path, or is no URL.
-    """
+    """Return the remote reward of an URL such as `http://127.0.0.1:8000/pick_score`, with the environment's token."""
     server, _, reward = _checked_url("A remote reward", url).rpartition("/")
     if not reward.isidentifier() or server in ("http:/", "https:/"):
         raise ValueError(f"A remote reward is http://HOST:PORT/REWARD, got {url!r}.")
     return RemoteReward(server, reward)
+
+
+def check_numbers(timeout: float, **counts: int) -> None:
+    """Refuse a timeout that is not above 0, retries below 0 and other counts below 1."""
+    for name, count in counts.items():
+        least = 0 if name == "num_retries" else 1
+        if count < least:
+            raise ValueError(f"{name} must be {least} or more, got {count}.")
+    if not timeout > 0:
+        raise ValueError(f"timeout must be above 0 seconds, got {timeout}.")
+
+
+async def gathered(calls: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Await calls at once and return what they return; the first error ends the others."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call) for call in calls]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors.exceptions[0].__cause__
+    return [task.result() for task in tasks]
 
 
 def base64_png(image: Image.Image) -> str:
@@ -278,14 +265,11 @@ def _error(response: httpx2.Response) -> tuple[Any, str]:
 
 
 def _headers(token: str | None) -> httpx2.Headers:  # a dictionary would show the token where it is printed
-    headers = httpx2.Headers({"Content-Type": "application/json"})
-    if token is not None:
-        if not token or not token.isascii() or not token.isprintable() or token != token.strip():
-            raise ValueError(
-                "The token must be printable ASCII characters without spaces around; it is not shown here."
-            )
-        headers["Authorization"] = f"Bearer {token}"
-    return headers
+    if token is None:
+        return httpx2.Headers({"Content-Type": "application/json"})
+    if not token or not token.isascii() or not token.isprintable() or token != token.strip():
+        raise ValueError("The token must be printable ASCII characters without spaces around; it is not shown here.")
+    return httpx2.Headers({"Content-Type": "application/json", "Authorization": f"Bearer {token}"})
 
 
 def _checked_url(name: str, url: str) -> str:

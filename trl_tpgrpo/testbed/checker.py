@@ -44,11 +44,7 @@ class Score:
 
 
 def score_images(images: list[Image.Image], prompts: list[str]) -> list[Score]:
-    """Score each image against a prompt, a caption of the shapes world.
-
-    Raises:
-        ValueError: If a prompt is no caption of the shapes world or an image is not 32 x 32.
-    """
+    """Score each image, 32 x 32, against a prompt, a caption of the shapes world; others are a `ValueError`."""
     captions = [parse_caption(prompt) for prompt in prompts]
     return [_score(caption, found) for caption, found in zip(captions, detect(images), strict=True)]
 
@@ -75,8 +71,7 @@ def detect(images: list[Image.Image]) -> list[list[Detection]]:
         return found
     masks = _colour_masks(images)  # (N, 4, H, W)
     planes = masks.reshape(-1, IMAGE_SIZE, IMAGE_SIZE)
-    within_plane = np.zeros((3, 3, 3), dtype=bool)
-    within_plane[1] = ndimage.generate_binary_structure(2, 1)
+    within_plane = np.pad(ndimage.generate_binary_structure(2, 1)[None], ((1, 1), (0, 0), (0, 0)))
     labels, _ = ndimage.label(planes, structure=within_plane)
     for label, (plane, rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
         patch = labels[plane.start, rows, columns] == label
@@ -109,13 +104,10 @@ def _recognise(patch: np.ndarray) -> tuple[str, float]:
     across = (np.arange(width)[None, :] + 0.5) / width * 2 - 1
     down = (np.arange(height)[:, None] + 0.5) / height * 2 - 1
     aspect = min(height, width) / max(height, width)
-    best_shape, best_quality = "", -1.0
-    for shape in SHAPES:
-        template = inside(shape, across, down)
-        quality = aspect * (patch & template).sum() / (patch | template).sum()
-        if quality > best_quality:
-            best_shape, best_quality = shape, float(quality)
-    return best_shape, best_quality
+    templates = {shape: inside(shape, across, down) for shape in SHAPES}
+    qualities = {shape: aspect * (patch & one).sum() / (patch | one).sum() for shape, one in templates.items()}
+    best = max(SHAPES, key=qualities.__getitem__)
+    return best, float(qualities[best])
 
 
 def _score(caption: Caption, found: list[Detection]) -> Score:
@@ -131,10 +123,9 @@ def _score(caption: Caption, found: list[Detection]) -> Score:
     exact = len(found) == len(caption.things)
     exact &= bool((same_colour & same_shape & (quality >= _RECOGNISED))[rows, columns].all())
     if caption.relation is not None:
-        matched = dict(zip(rows.tolist(), columns.tolist(), strict=True))
         along, across = 0.0, 0.0
-        if len(matched) == 2:
-            along, across = offset(caption.relation, *(np.array(found[matched[i]].centre) for i in (0, 1)))
+        if len(rows) == 2:  # in ascending order
+            along, across = offset(caption.relation, *(np.array(found[column].centre) for column in columns))
         graded = 0.7 * graded + 0.3 * float(np.clip((along - 0.5 * across) / 6, 0, 1))
         exact &= along >= 4 and along > across
     return Score(graded=float(graded), strict=float(exact))

@@ -15,20 +15,15 @@ def prompt_dataset(split: str, num_prompts: int = 256, seed: int = 0) -> Dataset
         split: Split `"train"`, `"tuning"` (for choosing settings) or `"heldout"` (for reporting).
         num_prompts: Number of prompts, a multiple of 4.
         seed: Seed of choice and order.
-
-    Raises:
-        ValueError: If `split` is unknown or `num_prompts` is not a positive multiple of 4.
     """
     splits = split_captions()
     if split not in splits:
         raise ValueError(f"split must be one of {tuple(splits)}, got {split!r}.")
     if num_prompts <= 0 or num_prompts % len(KINDS):
         raise ValueError(f"num_prompts must be a positive multiple of {len(KINDS)}, got {num_prompts}.")
-    rng = np.random.default_rng(seed)
-    rows = []
+    rng, rows, number = np.random.default_rng(seed), [], num_prompts // len(KINDS)
     for kind in KINDS:
         captions = [caption for caption in splits[split] if caption.kind == kind]
-        number = num_prompts // len(KINDS)
         repeated = [captions[i] for _ in range(-(-number // len(captions))) for i in rng.permutation(len(captions))]
         rows += [{"prompt": str(caption), "kind": kind} for caption in repeated[:number]]
     return Dataset.from_list([rows[index] for index in rng.permutation(len(rows))])

@@ -1,7 +1,6 @@
-"""The shapes world: captions of coloured shapes, and pictures that show them.
+"""The shapes world: captions of coloured shapes, and the geometry of pictures that show them.
 
-Everything is procedural, so any number of captioned images can be drawn from nothing. Coordinates are pixels, x to the
-right and y downwards; a shape fills the square of half side `half_size` around its centre.
+Coordinates are pixels, x to the right and y downwards. `benchmarks/pretrain.py` draws any number of such pictures.
 """
 
 import itertools
@@ -20,11 +19,8 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle")
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-NUMBERS = {"two": 2, "three": 3}
+NUMBERS = {2: "two", 3: "three"}
 KINDS = ("single", "count", "pair", "position")
-
-_SUPERSAMPLING = 4
-_MARGIN = 2.0
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,7 @@ class Caption:
         if self.kind == "single":
             return f"a {first}"
         if self.kind == "count":
-            number = {value: word for word, value in NUMBERS.items()}[len(self.things)]
-            return f"{number} {first}s"
+            return f"{NUMBERS[len(self.things)]} {first}s"
         return f"a {first} {self.relation or 'and'} a {self.things[1]}"
 
 
@@ -62,7 +57,7 @@ def all_captions() -> list[Caption]:
     pairs = list(itertools.permutations(things, 2))
     return [
         *(Caption("single", (thing,)) for thing in things),
-        *(Caption("count", (thing,) * number) for thing in things for number in NUMBERS.values()),
+        *(Caption("count", (thing,) * number) for thing in things for number in NUMBERS),
         *(Caption("pair", pair) for pair in pairs),
         *(Caption("position", pair, relation) for pair in pairs for relation in RELATIONS),
     ]
@@ -72,11 +67,7 @@ _CAPTIONS = {str(caption): caption for caption in all_captions()}
 
 
 def parse_caption(text: str) -> Caption:
-    """Return the caption that reads `text`.
-
-    Raises:
-        ValueError: If `text` is no caption of the shapes world.
-    """
+    """Return the caption that reads `text`, or raise a `ValueError` if there is none."""
     if text not in _CAPTIONS:
         raise ValueError(f"{text!r} is no caption of the shapes world, such as 'a red circle left of a blue square'.")
     return _CAPTIONS[text]
@@ -96,25 +87,11 @@ def split_captions(seed: int = 0) -> dict[str, list[Caption]]:
     splits: dict[str, list[Caption]] = {"train": [], "tuning": [], "heldout": []}
     for family in ("single", "count", "two"):
         keys = sorted(key for key in groups if key[0] == family)
-        keys = [keys[index] for index in shuffle(len(keys))]
         part = round(0.15 * len(keys))
-        for index, key in enumerate(keys):
-            name = "heldout" if index < part else "tuning" if index < 2 * part else "train"
-            splits[name] += groups[key]
+        for number, index in enumerate(shuffle(len(keys))):
+            name = "heldout" if number < part else "tuning" if number < 2 * part else "train"
+            splits[name] += groups[keys[index]]
     return splits
-
-
-def draw(caption: Caption, rng: np.random.Generator) -> np.ndarray:
-    """Draw one random picture of `caption`: uint8, (32, 32, 3)."""
-    centres, half_sizes = _arrange(caption, rng)
-    grid = (np.arange(IMAGE_SIZE * _SUPERSAMPLING) + 0.5) / _SUPERSAMPLING
-    picture = np.broadcast_to(BACKGROUND, (grid.size, grid.size, 3)).copy()
-    for thing, centre, half_size in zip(caption.things, centres, half_sizes, strict=True):
-        across = (grid[None, :] - centre[0]) / half_size
-        down = (grid[:, None] - centre[1]) / half_size
-        picture[inside(thing.shape, across, down)] = COLOURS[thing.colour]
-    blocks = picture.reshape(IMAGE_SIZE, _SUPERSAMPLING, IMAGE_SIZE, _SUPERSAMPLING, 3)
-    return (blocks.mean((1, 3)) * 255).round().astype(np.uint8)
 
 
 def inside(shape: str, across: np.ndarray, down: np.ndarray) -> np.ndarray:
@@ -125,32 +102,6 @@ def inside(shape: str, across: np.ndarray, down: np.ndarray) -> np.ndarray:
     if shape == "square":
         return in_box
     return in_box & (np.abs(across) <= (down + 1) / 2)
-
-
-def _arrange(caption: Caption, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw centres (n, 2) and half sizes (n,) that fit the picture, keep apart and obey the caption's relation."""
-    number = len(caption.things)
-    smallest, largest = (4.0, 4.8) if number == 3 else (4.2, 6.0)
-    while True:
-        half_sizes = rng.uniform(smallest, largest, number)
-        centres = rng.uniform(half_sizes[:, None] + 1, IMAGE_SIZE - 1 - half_sizes[:, None], (number, 2))
-        if _apart(centres, half_sizes) and _obeys(caption, centres):
-            return centres, half_sizes
-
-
-def _apart(centres: np.ndarray, half_sizes: np.ndarray) -> bool:
-    gaps = [
-        np.abs(centres[i] - centres[j]).max() - half_sizes[i] - half_sizes[j]
-        for i, j in itertools.combinations(range(len(centres)), 2)
-    ]
-    return min(gaps, default=_MARGIN) >= _MARGIN
-
-
-def _obeys(caption: Caption, centres: np.ndarray) -> bool:
-    if caption.relation is None:
-        return True
-    along, across = offset(caption.relation, centres[0], centres[1])
-    return along >= 9 and along >= 1.5 * across
 
 
 def offset(relation: str, first: np.ndarray, second: np.ndarray) -> tuple[float, float]:

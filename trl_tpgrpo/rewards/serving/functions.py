@@ -33,11 +33,7 @@ class Outcome(NamedTuple):
 
 
 class ServedReward:
-    """A reward function, or a class of such that needs no arguments, and what it declares.
-
-    Raises:
-        ValueError: If its name cannot be part of an URL, or it declares what does not exist.
-    """
+    """A reward function, or a class of such that needs no arguments, and what it declares."""
 
     def __init__(self, function: Any, device: str | None = None):
         self.function: Any = function() if inspect.isclass(function) else function
@@ -51,19 +47,13 @@ class ServedReward:
         if not (self.name.isidentifier() and self.name.isascii()) or self.name in RESERVED_NAMES:
             raise ValueError(f"The reward function's name {self.name!r} cannot be part of an URL: set its __name__.")
         if self.image_type not in ("pil", "pt"):
-            message = f"The reward function {self.name!r} has image_type={self.image_type!r}, not 'pil' or 'pt'."
-            raise ValueError(message)
-        move = getattr(innermost, "to", None)
-        if device is not None and move is not None:
-            move(device)
+            wrong = f"image_type={self.image_type!r}, not 'pil' or 'pt'"
+            raise ValueError(f"The reward function {self.name!r} has {wrong}.")
+        if device is not None and hasattr(innermost, "to"):
+            innermost.to(device)
 
     def call(self, images: list[Image.Image], prompts: list[str], columns: dict[str, list]) -> Outcome:
-        """Score N images.
-
-        Raises:
-            Refusal: If the function returns no list of N values.
-            Exception: Whatever the function raises.
-        """
+        """Score N images; raise what the function raises, or a `Refusal` if it returns no list of N values."""
         metrics: dict[str, list[float | None]] = {}
         extra: dict[str, list] = {}
 
@@ -78,8 +68,8 @@ class ServedReward:
             json.dumps(listed, allow_nan=False)
             extra[name] = listed
 
-        log: dict[str, Any] = {"trainer_state": None, "log_metric": log_metric, "log_extra": log_extra}
         given: Any = self._tensor(images) if self.image_type == "pt" else images
+        log: dict[str, Any] = {"trainer_state": None, "log_metric": log_metric, "log_extra": log_extra}
         values = self.function(images=given, prompts=prompts, **columns, **log)
         if inspect.isawaitable(values):
             values = asyncio.run(asyncio.wait_for(values, timeout=None))  # which takes what `run` does not
@@ -123,11 +113,7 @@ class ServedReward:
 
 
 def find_function(path: str) -> Callable[..., Any]:
-    """Find a reward function by its dotted import path, looked up from the current directory too.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Find a reward function by its dotted import path, looked up from the current directory too."""
     module_path, _, name = path.rpartition(".")
     if not module_path:
         raise ValueError(f"{path!r} must be a dotted import path, such as my_rewards.mine.")
@@ -140,7 +126,6 @@ def find_function(path: str) -> Callable[..., Any]:
         raise ValueError(f"The module of the reward function {path!r} cannot be imported: {error}. {where}") from error
     finally:
         sys.path.remove(folder)
-    function: Any = getattr(module, name, None)
-    if function is None:
+    if not hasattr(module, name):
         raise ValueError(f"The module {module_path!r} has no reward function {name!r}.")
-    return function
+    return getattr(module, name)

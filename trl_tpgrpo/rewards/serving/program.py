@@ -19,11 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str], find: Callable[[str], Callable[..., Any]] = find_function) -> int:
-    """Serve until SIGTERM or SIGINT, then answer what has been taken and return; `find` finds a reward by its name.
-
-    Raises:
-        ValueError: If the options do not go together.
-    """
+    """Serve until SIGTERM or SIGINT, then answer what has been taken and return; `find` finds a reward by its name."""
     args = make_parser().parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s")
     token = read_token(args.token_file)
@@ -67,11 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_token(path: str | None) -> str | None:
-    """Read the token in a file.
-
-    Raises:
-        ValueError: If there is none in it.
-    """
+    """Read the token in a file, or raise a `ValueError` if there is none in it."""
     if path is None:
         return None
     token = Path(path).read_text().strip()

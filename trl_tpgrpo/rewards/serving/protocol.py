@@ -47,11 +47,7 @@ class ScoreRequest:
 
 
 def parse_request(body: bytes, max_image_pixels: int) -> ScoreRequest:
-    """Read a request.
-
-    Raises:
-        Refusal: With 400 if it is not of the documented form, with 413 if an image is too large.
-    """
+    """Read a request, or raise a `Refusal`: 400 if it is not of the documented form, 413 if an image is too large."""
     try:
         fields = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

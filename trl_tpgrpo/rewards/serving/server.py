@@ -39,12 +39,7 @@ class Limits:
 
 
 class RewardServer:
-    """Serves reward functions at (host, port) from `__enter__` until `__exit__`; port 0 takes a free one.
-
-    Raises:
-        OSError: If it cannot listen there.
-        ValueError: If two functions have the same name.
-    """
+    """Serves reward functions at (host, port) from `__enter__` until `__exit__`; port 0 takes a free one."""
 
     def __init__(
         self, address: tuple[str, int], rewards: list[ServedReward], limits: Limits, token: str | None = None
@@ -114,11 +109,7 @@ class RewardServer:
             raise Refusal(401, "bad_token", message, headers={"WWW-Authenticate": "Bearer"})
 
     async def _read(self, name: str, request: Request) -> Job:
-        """Queue a request, or find it where it is if it has come before.
-
-        Raises:
-            Refusal: If it is malformed, or there is no room, or its id is that of another request.
-        """
+        """Queue a request, or find it where it is if it has come before."""
 
         async def receive() -> Any:
             return await asyncio.wait_for(request.receive(), MAX_SILENCE)

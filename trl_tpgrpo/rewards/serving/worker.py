@@ -62,11 +62,7 @@ class Worker:
         self._task: asyncio.Future | None = None
 
     def submit(self, request: ScoreRequest) -> Job:
-        """Queue a request.
-
-        Raises:
-            Refusal: With 503 if the queue has no room now, with 413 if it never has.
-        """
+        """Queue a request, or raise a `Refusal`: 503 if the queue has no room now, 413 if it never has."""
         number, num_waiting = len(request.images), len(self.waiting)
         if number > self.max_queue:
             message = f"The request has {number} images; the queue holds {self.max_queue} (--max_queue)."

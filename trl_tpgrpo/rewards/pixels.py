@@ -1,5 +1,6 @@
-"""Brightness and colourfulness: rewards without a model whose effect one sees, for first tests of a setup."""
+"""Rewards without a model, for first tests of a setup: brightness, colourfulness, size as a JPEG file."""
 
+import io
 from typing import Any
 
 import numpy as np
@@ -27,3 +28,23 @@ def _colourfulness(pixels: np.ndarray) -> float:
     opponents = np.stack([red - green, (red + green) / 2 - blue]).reshape(2, -1)
     spread = np.sqrt(opponents.var(axis=1).sum())
     return float(spread + 0.3 * np.linalg.norm(opponents.mean(axis=1)))
+
+
+def jpeg_compressibility(images: list[Image.Image], **columns: Any) -> list[float]:
+    """Reward simple pictures: minus the size of the JPEG file of quality 95, in kB (arXiv 2305.13301).
+
+    Below 0; about -150 for a photograph of 512 x 512. An image of one colour has the maximum, and a policy that is
+    trained on this reward ends there.
+    """
+    return [-_size_in_kilobytes(image) for image in images]
+
+
+def jpeg_incompressibility(images: list[Image.Image], **columns: Any) -> list[float]:
+    """Reward busy pictures: the size of the JPEG file of quality 95, in kB. Noise has the maximum."""
+    return [_size_in_kilobytes(image) for image in images]
+
+
+def _size_in_kilobytes(image: Image.Image) -> float:
+    file = io.BytesIO()
+    image.convert("RGB").save(file, format="JPEG", quality=95)
+    return file.tell() / 1000

@@ -1,0 +1,14 @@
+from .aesthetic_score import AestheticScore as AestheticScore
+from .clip_score import CLIPScore as CLIPScore
+from .contract import RewardError as RewardError
+from .contract import RewardFunc as RewardFunc
+from .contract import RewardUnavailable as RewardUnavailable
+from .geneval import GenEval as GenEval
+from .hps_v2 import HPSv2 as HPSv2
+from .image_reward import ImageReward as ImageReward
+from .ocr import OCRReward as OCRReward
+from .pick_score import PickScore as PickScore
+from .pixels import brightness as brightness
+from .pixels import colourfulness as colourfulness
+from .pixels import jpeg_compressibility as jpeg_compressibility
+from .pixels import jpeg_incompressibility as jpeg_incompressibility
