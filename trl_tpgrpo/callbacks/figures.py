@@ -92,26 +92,6 @@ def reward_figure(log_history: list[dict[str, Any]], evaluations: dict[int, floa
     return figure
 
 
-def step_reward_figure(log_history: list[dict[str, Any]]) -> Figure:
-    """Draw, along the trajectory, the spread of step rewards within a group and the share of turning points."""
-    spread = _mean_by_step(log_history, "step_reward_std/step_")
-    rate = _mean_by_step(log_history, "turning_points/step_")
-    figure, axis = _axis(xlabel="SDE step", ylabel="std of step rewards within a group")
-    axis.bar(range(len(spread)), spread, color=BLUE, width=0.6)
-    axis.set_xticks(range(len(spread)))
-    right = axis.twinx()
-    right.plot(range(len(rate)), rate, "o-", color=RED)
-    right.set_ylabel("share of turning points", color=RED)
-    right.set_ylim(bottom=0)
-    return figure
-
-
-def _mean_by_step(log_history: list[dict[str, Any]], prefix: str) -> list[float]:
-    logged = [entry for entry in log_history if f"{prefix}0" in entry]
-    steps = sum(name.startswith(prefix) for name in logged[0])
-    return [float(np.mean([entry[f"{prefix}{step}"] for entry in logged])) for step in range(steps)]
-
-
 def save_pareto(path: Path, names: list[str], evaluations: list[float], correlations: list[float]) -> None:
     """Draw function evaluations a trajectory against the correlation of N completion rules; the best are joined."""
     title = "Completions: what they take and how faithful they are"
@@ -131,8 +111,7 @@ def save_pareto(path: Path, names: list[str], evaluations: list[float], correlat
 
 def _axis(**labels: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=(6.4, 3.8))
-    axis = figure.subplots()
-    axis.set(**labels)
+    axis = figure.subplots(subplot_kw=labels)
     _plain(axis)
     return figure, axis
 
