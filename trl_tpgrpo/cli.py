@@ -67,7 +67,3 @@ def one_recipe(argv: list[str]) -> Iterator[list[str]]:
         path = Path(folder) / "recipe.yaml"
         path.write_text(yaml.safe_dump(merged))
         yield [*others, "--config", str(path)]
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -20,14 +20,9 @@ from ..batches import SAVED_CLASSES
 
 logger = logging.getLogger(__name__)
 
-INCOMPLETE = "checkpoint-is-incomplete.txt"
-"""File in a checkpoint while it is written, a name that transformers uses for the same."""
-
-PROGRESS = "rollout_{}.pt"
-"""File in a checkpoint of what the process of that number goes on from."""
-
-LAST = "last"
-"""Folder of a checkpoint with the weights that training goes on from, where those beside it are averaged."""
+INCOMPLETE = "checkpoint-is-incomplete.txt"  # in a checkpoint while it is written, as transformers has it too
+PROGRESS = "rollout_{}.pt"  # what the process of that number goes on from
+LAST = "last"  # folder of the weights that training goes on from, where those beside it are averaged
 
 
 def is_complete(checkpoint: str | Path) -> bool:
@@ -38,8 +33,7 @@ def is_complete(checkpoint: str | Path) -> bool:
 def last_complete(output_dir: str | Path) -> Path:
     """Return the latest checkpoint that is whole; raise FileNotFoundError if there is none."""
     found = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*")}
-    by_step = sorted((int(match[1]), path) for path, match in found.items() if match)
-    for _, path in reversed(by_step):
+    for _, path in sorted(((int(match[1]), path) for path, match in found.items() if match), reverse=True):
         if is_complete(path):
             return path
         logger.warning("%s was not written to its end and is passed over.", path)
@@ -82,9 +76,8 @@ def load_progress(trainer: Any, checkpoint: Path) -> None:
     """
     for part in () if trainer.is_deepspeed_enabled else ("optimizer", "scheduler"):
         if not any(checkpoint.glob(f"*{part}*")):
-            raise FileNotFoundError(
-                f"{checkpoint} holds no {part} (saved with save_only_model?): it cannot be resumed."
-            )
+            hint = "(saved with save_only_model?): it cannot be resumed"
+            raise FileNotFoundError(f"{checkpoint} holds no {part} {hint}.")
     path = checkpoint / PROGRESS.format(trainer.accelerator.process_index)
     if not path.exists():
         hint = "A run is resumed on the number of processes that it was saved on."

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState
@@ -52,23 +52,18 @@ MESSAGES = {
 }
 """What was seen, its likely cause, and what to do, by check."""
 
-REMEMBERED = ("grad_norms", "varieties", "rewards", "first_evaluations", "num_skipped", "warned")
-"""Attributes of [`GuardRails`] that are part of a checkpoint."""
+REMEMBERED = ("grad_norms", "varieties", "rewards", "first_evaluations", "num_skipped", "warned")  # in checkpoints
 
 
 class GuardRailError(RuntimeError):
     """A run was stopped by its guard rails."""
 
 
-class Problem(NamedTuple):
+class Problem:
     """Something that a healthy run does not show."""
 
-    name: str  # of the check, in `MESSAGES` and in metrics
-    message: str
-
-
-def _problem(check: str, **seen: Any) -> Problem:
-    return Problem(check, MESSAGES[check].format(**seen))
+    def __init__(self, check: str, **seen: Any):
+        self.name, self.message = check, MESSAGES[check].format(**seen)
 
 
 @dataclass(eq=False)  # transformers compares callbacks and looks them up
@@ -85,8 +80,7 @@ class GuardRails(TrainerCallback):
         max_one_sided: Share of the ratios of a later update on one side of 1.
         max_frac_reward_zero_std: Share of the groups without spread in their final rewards.
         max_grad_norm_factor: Norm of the gradient, in medians of earlier norms.
-        max_reference_drift: Distance of the predicted velocity from the reference's, `|v - v_ref|^2 / |v_ref|^2`. (The
-            KL divergence counts in units of the SDE's noise, so that what is healthy depends on sampler and window.)
+        max_reference_drift: Distance of the predicted velocity from the reference's, `|v - v_ref|^2 / |v_ref|^2`.
         min_image_variety: Share of the variety of the first rollouts' images that must be left.
         max_reward_drop: Fall of a rollout's mean reward below that of earlier ones, in a reward's standard deviations.
         max_evaluation_errors: Fall of a held-out reward while the trained one rises, in standard errors.
@@ -138,18 +132,15 @@ class GuardRails(TrainerCallback):
         metrics = self.metrics_of_update()
         problems = [*self.problems_of_update(metrics, args), *self.problems_of_rollout(metrics, args)]
         self._report(problems, state)
-        if not problems or self.action != "skip":
-            self.num_skipped = 0
+        self.num_skipped = self.num_skipped + 1 if problems and self.action == "skip" else 0
+        if not self.num_skipped:
             return
-        self.num_skipped += 1
         if self.num_skipped > MOST_SKIPPED:
-            reason = problems[0].message
-            raise GuardRailError(f"{MOST_SKIPPED} updates in a row were skipped; the last problem: {reason}")
+            seen = problems[0].message
+            raise GuardRailError(f"{MOST_SKIPPED} updates in a row were skipped; the last problem: {seen}")
         model.zero_grad()  # the optimizer passes over parameters without gradient
 
-    def on_evaluate(
-        self, args: Any, state: TrainerState, control: Any, *, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         self._report(list(self.problems_of_evaluation(metrics)), state)
 
     def _report(self, problems: list[Problem], state: TrainerState) -> None:
@@ -157,12 +148,12 @@ class GuardRails(TrainerCallback):
             self.record(f"guard_rails/{problem.name}", 1.0)
             if self.action == "stop":
                 raise GuardRailError(f"After update {state.global_step}: {problem.message}")
-            due = problem.name not in self.warned or state.global_step - self.warned[problem.name] >= REPEAT_AFTER
-            if due and state.is_world_process_zero:
+            if state.global_step - self.warned.get(problem.name, -REPEAT_AFTER) < REPEAT_AFTER:
+                continue
+            self.warned[problem.name] = state.global_step
+            if state.is_world_process_zero:
                 message = problem.message + (" This update is skipped." if self.action == "skip" else "")
                 logger.warning("Guard rail %r after update %d: %s", problem.name, state.global_step, message)
-            if due:
-                self.warned[problem.name] = state.global_step
 
     # The checks
 
@@ -174,11 +165,11 @@ class GuardRails(TrainerCallback):
         enough = args.train_batch_size * args.world_size * args.gradient_accumulation_steps >= FEWEST_TRANSITIONS
         drift = metrics.get("reference_drift", 0.0)
         if is_on_policy and deviation > self.max_on_policy_deviation * clip_range:
-            yield _problem("on_policy_ratio", deviation=deviation, clip_range=clip_range)
+            yield Problem("on_policy_ratio", deviation=deviation, clip_range=clip_range)
         if enough and not is_on_policy and share > self.max_one_sided:
-            yield _problem("one_sided_ratio", share=share)
+            yield Problem("one_sided_ratio", share=share)
         if drift > self.max_reference_drift:
-            yield _problem("reference_drift", drift=drift, limit=self.max_reference_drift)
+            yield Problem("reference_drift", drift=drift, limit=self.max_reference_drift)
         yield from self._grad_norm(metrics.get("grad_norm", math.nan))
 
     def _grad_norm(self, norm: float) -> Iterator[Problem]:
@@ -187,36 +178,26 @@ class GuardRails(TrainerCallback):
         usual = median(self.grad_norms) if len(self.grad_norms) >= FEWEST_NORMS else math.inf
         self.grad_norms = [*self.grad_norms, norm][-MOST_NORMS:]
         if norm > self.max_grad_norm_factor * usual:
-            yield _problem("grad_norm", norm=norm, usual=usual, limit=2 * usual)
+            yield Problem("grad_norm", norm=norm, usual=usual, limit=2 * usual)
 
     def problems_of_rollout(self, metrics: dict[str, float], args: Any) -> Iterator[Problem]:
         """Check rewards and images, if the update under way is the first on a rollout."""
         if "reward" not in metrics:
             return
         if args.prompts_per_generation >= FEWEST_PROMPTS:
-            share = metrics["frac_reward_zero_std"]
-            if share > self.max_frac_reward_zero_std:
-                yield _problem("zero_spread", share=share)
+            if (share := metrics["frac_reward_zero_std"]) > self.max_frac_reward_zero_std:
+                yield Problem("zero_spread", share=share)
             yield from self._reward_drop(metrics["reward"], metrics["reward_std"])
-        yield from self._variety(metrics.get("image_variety", math.nan))
+        variety = metrics.get("image_variety", math.nan)
+        self.varieties += [variety] if len(self.varieties) < FIRST_ROLLOUTS and not math.isnan(variety) else []
+        if self.varieties and variety < self.min_image_variety * max(self.varieties):
+            yield Problem("image_variety", variety=variety, first=max(self.varieties))
 
     def _reward_drop(self, reward: float, spread: float) -> Iterator[Problem]:
-        if self.rewards is None:
-            self.rewards = reward, spread
-            return
-        usual, usual_spread = self.rewards
+        usual, usual_spread = self.rewards or (reward, spread)
         self.rewards = MEMORY * usual + (1 - MEMORY) * reward, MEMORY * usual_spread + (1 - MEMORY) * spread
         if reward < usual - self.max_reward_drop * usual_spread:
-            yield _problem("reward_drop", reward=reward, usual=usual, spread=usual_spread)
-
-    def _variety(self, variety: float) -> Iterator[Problem]:
-        if math.isnan(variety):
-            return
-        if len(self.varieties) < FIRST_ROLLOUTS:
-            self.varieties.append(variety)
-        first = max(self.varieties)
-        if variety < self.min_image_variety * first:
-            yield _problem("image_variety", variety=variety, first=first)
+            yield Problem("reward_drop", reward=reward, usual=usual, spread=usual_spread)
 
     def problems_of_evaluation(self, metrics: dict[str, float]) -> Iterator[Problem]:
         """Check for held-out rewards that fell since a dataset's first evaluation, while the trained one has risen."""
@@ -230,7 +211,7 @@ class GuardRails(TrainerCallback):
                 mean, spread = f"{prefix}_rewards/{name}/mean", f"{prefix}_rewards/{name}/std"
                 fall = first[mean] - metrics[mean]
                 if fall > errors * metrics[spread]:
-                    yield _problem("reward_hacking", rise=rise, name=name, fall=fall)
+                    yield Problem("reward_hacking", rise=rise, name=name, fall=fall)
 
 
 def watch_over(
@@ -241,23 +222,19 @@ def watch_over(
 ) -> GuardRails | None:
     """Connect the guard rails among a trainer's callbacks, or those that `args.guard_rails` asks for.
 
-    Args:
-        trainer: The `TPGRPOTrainer`.
-        metrics_of_update: Function that returns what the update under way has recorded, the same on all processes:
-            metrics, `grad_norm`, and `is_on_policy`, 1 in the first update on a rollout.
-        record: Function that adds a metric to the log.
-        held_out: Names of reward functions that are not trained on.
+    `metrics_of_update` returns what the update under way has recorded, the same on all processes: metrics,
+    `grad_norm`, and `is_on_policy`, 1 in the first update on a rollout. `record` adds a metric to the log; the reward
+    functions with names in `held_out` are not trained on.
 
     Raises:
         ValueError: If they are to hold back updates of DeepSpeed.
     """
-    given = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, GuardRails)]
-    if not given and trainer.args.guard_rails != "off":
-        given = [GuardRails(trainer.args.guard_rails)]
-        trainer.add_callback(given[0])
-    if not given:
+    guard = next((one for one in trainer.callback_handler.callbacks if isinstance(one, GuardRails)), None)
+    if guard is None and trainer.args.guard_rails != "off":
+        guard = GuardRails(trainer.args.guard_rails)
+        trainer.add_callback(guard)
+    if guard is None:
         return None
-    guard = given[0]
     if guard.action == "skip" and trainer.is_deepspeed_enabled:
         raise ValueError("guard_rails='skip' cannot hold back an update of DeepSpeed: use 'warn' or 'stop'.")
     guard.metrics_of_update, guard.record, guard.held_out = metrics_of_update, record, held_out

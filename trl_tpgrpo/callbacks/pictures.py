@@ -1,4 +1,7 @@
-"""Images, trajectory figures and histograms for TensorBoard, W&B and trackio, and grids of evaluations on disk."""
+"""Images, trajectory figures and histograms for TensorBoard, W&B and trackio, and grids of evaluations on disk.
+
+Grids are drawn by diffusers and Pillow, since Matplotlib is an extra.
+"""
 
 import importlib
 import logging
@@ -19,15 +22,9 @@ from .samples import EvaluationSample, RolloutSample, SampleCallback
 logger = logging.getLogger(__name__)
 
 LIBRARIES = {WandbCallback: "wandb", TrackioCallback: "trackio"}
-
-SMALLEST, LARGEST = 112, 256
-"""Pixels of an image's longer side in a grid; smaller ones are enlarged, larger ones reduced."""
-
+SMALLEST, LARGEST = 112, 256  # pixels of an image's longer side in a grid, to which others are scaled
 GAP, CAPTION, TITLE, TITLE_WIDTH = 6, 18, 24, 360
 INK, GREY, PAPER = "#22262b", "#6b7280", "#ffffff"
-
-Scored = tuple[Image.Image, float]
-"""An image and its reward."""
 
 
 @dataclass
@@ -44,9 +41,7 @@ class PictureCallback(SampleCallback):
     """Sends pictures to the trackers among `handler.callbacks`, which may be added and removed at any time."""
 
     def __init__(self, handler: CallbackHandler) -> None:
-        self._handler = handler
-        self._last_shown = -1
-        self._warned = False
+        self._handler, self._last_shown, self._warned = handler, -1, False
 
     def wants_rollout(self, args: Any, state: TrainerState) -> bool:
         """Return whether it is the first rollout, or the first after every `log_images_steps` updates."""
@@ -57,9 +52,7 @@ class PictureCallback(SampleCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._last_shown = -1
 
-    def on_rollout_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, sample: RolloutSample, **kwargs: Any
-    ) -> None:
+    def on_rollout_end(self, args: Any, state: Any, control: Any, sample: RolloutSample, **kwargs: Any) -> None:
         self._last_shown = state.global_step // args.log_images_steps
         pictures = rollout_pictures(sample)
         if sample.rewards.shape[1] > 1:
@@ -71,9 +64,7 @@ class PictureCallback(SampleCallback):
                 self._warned = True
         self._send(pictures, state.global_step)
 
-    def on_evaluation_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, sample: EvaluationSample, **kwargs: Any
-    ) -> None:
+    def on_evaluation_end(self, args: Any, state: Any, control: Any, sample: EvaluationSample, **kwargs: Any) -> None:
         if args.log_images_steps is None:
             return
         folder = Path(args.output_dir) / "images" / sample.prefix
@@ -98,7 +89,7 @@ class PictureCallback(SampleCallback):
 def rollout_pictures(sample: RolloutSample) -> Pictures:
     """Return the sample's images with prompts and rewards, and what the histograms of the whole rollout show."""
     own, rewards = [images[-1] for images in sample.images], sample.rewards[:, -1].tolist()
-    by_prompt: dict[str, list[Scored]] = {}
+    by_prompt: dict[str, list[tuple[Image.Image, float]]] = {}
     for prompt, image, reward in zip(sample.prompts, own, rewards, strict=True):
         by_prompt.setdefault(prompt, []).append((image, reward))
     captions = [f"{prompt}: {reward:.3f}" for prompt, reward in zip(sample.prompts, rewards, strict=True)]
@@ -112,12 +103,8 @@ def rollout_pictures(sample: RolloutSample) -> Pictures:
 
 
 def trajectory_image(sample: RolloutSample) -> Image.Image:
-    """Draw the trajectory whose turning points gain or lose most, or, where none turns, whose rewards spread most.
-
-    Raises:
-        ImportError: If Matplotlib is missing.
-    """
-    from .figures import as_image, trajectory_figure
+    """Draw the trajectory whose turning points gain or lose most, or, where none turns, whose rewards spread most."""
+    from .figures import as_image, trajectory_figure  # raises ImportError without Matplotlib
 
     rewards, turning = sample.rewards, sample.turning_points
     gained = ((rewards[:, -1:] - rewards[:, :-1]).abs() * turning).sum(1)
@@ -150,10 +137,7 @@ def to_library(library: str, pictures: Pictures, step: int) -> None:
     module.log(media | {"train/global_step": step})
 
 
-# Grids, by diffusers and Pillow, since Matplotlib is an extra
-
-
-def grid(shown: dict[str, list[Scored]]) -> Image.Image:
+def grid(shown: dict[str, list[tuple[Image.Image, float]]]) -> Image.Image:
     """Draw each prompt above its images, with rewards below these, in rows of 4 (more if images are narrow)."""
     rows = [[_cell(image, f"{reward:.3f}") for image, reward in images] for images in shown.values()]
     columns = max(min(4, max(map(len, rows))), -(-TITLE_WIDTH // rows[0][0].width))

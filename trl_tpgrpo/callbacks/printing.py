@@ -27,9 +27,7 @@ class SamplePrinter(SampleCallback):
     def wants_rollout(self, args: Any, state: TrainerState) -> bool:
         return args.log_completions
 
-    def on_rollout_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, sample: RolloutSample, **kwargs: Any
-    ) -> None:
+    def on_rollout_end(self, args: Any, state: Any, control: Any, sample: RolloutSample, **kwargs: Any) -> None:
         self._sample = sample
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -12,8 +12,7 @@ from ..algorithm.credit import RewardTable
 from ..batches import Sampled
 
 
-NUM_EVALUATION_PROMPTS, NUM_EVALUATION_IMAGES = 8, 4
-"""What is kept of an evaluation: the first images of each of its first prompts."""
+NUM_EVALUATION_PROMPTS, NUM_EVALUATION_IMAGES = 8, 4  # what is kept: first prompts, and first images of each
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     after = sample_heldout(trainer.policy.pipeline, heldout, "Held-out images after")
 
     scores = [score_images(images, repeated(heldout)) for images in (before, after)]
-    draw_figures(trainer, heldout, (before, after), scores)
+    draw_figures(trainer, heldout, [before, after], scores)
     print(report(heldout, scores))  # noqa: T201
     difference = compare_with_plain_pipeline(args.output_dir, heldout, after)
     print(  # noqa: T201
@@ -118,9 +118,7 @@ def report(dataset: Dataset, scores: list[list[Score]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_figures(
-    trainer: TPGRPOTrainer, dataset: Dataset, images: tuple[Images, Images], scores: list[list[Score]]
-) -> None:
+def draw_figures(trainer: TPGRPOTrainer, dataset: Dataset, images: list[Images], scores: list[list[Score]]) -> None:
     """Write the three pictures; images and scores are those before and after training."""
     prompts = dataset["prompt"][:PICTURED_PROMPTS]
     starts = range(0, len(prompts) * IMAGES_PER_PROMPT, IMAGES_PER_PROMPT)

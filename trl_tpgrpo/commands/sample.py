@@ -37,8 +37,9 @@ def main(argv: list[str]) -> int:
     options |= {name: value for name, value in vars(args).items() if name in SAMPLING_OPTIONS and value is not None}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for number, prompt in enumerate(tqdm(prompts, desc="Prompts")):
+        name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
         for index, image in enumerate(sample(pipeline, prompt, args.num_images_per_prompt, args.seed, options)):
-            image.save(args.output_dir / f"{number:03d}-{_slug(prompt)}-{index}.png")
+            image.save(args.output_dir / f"{number:03d}-{name}-{index}.png")
     tqdm.write(f"{len(prompts) * args.num_images_per_prompt} images in {args.output_dir}")
     return 0
 
@@ -80,7 +81,3 @@ def sample(pipeline: DiffusionPipeline, prompt: str, number: int, seed: int, opt
     """Sample `number` images of a prompt, of which image i depends on `seed + i` alone, not on the number."""
     generators = [torch.Generator("cpu").manual_seed(seed + index) for index in range(number)]
     return [pipeline(prompt, generator=generator, **options).images[0] for generator in generators]
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]

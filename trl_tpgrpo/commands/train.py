@@ -40,16 +40,21 @@ BUILT_IN_REWARDS = {
     "strict_reward": "trl_tpgrpo.testbed.checker.strict_reward",
 }
 
+# Options of TRL's models that have another one here
 REFUSED = {
     "load_in_4bit": "for language models: use --quantization nf4",
     "load_in_8bit": "LLM.int8, whose layers compute otherwise in training than in evaluation: use --quantization int8 "
     "(torchao, weights only) or nf4",
     "attn_implementation": "for language models: use --attention_backend",
 }
-"""Options of TRL's models that have another one here."""
 
 # The heading of a group of parameters in a docstring
 HEADING = re.compile(r" {4}> Parameters (?:that control (?:the )?(.+))?")
+
+
+REWARDS = f"""Reward functions: {", ".join(BUILT_IN_REWARDS)}, dotted import paths (my_rewards.mine; found in the
+current folder too, a class is created without arguments), or URLs (http://host:8000/pick_score)."""
+HELD_OUT = "Reward functions for evaluation only, which are logged and not trained on."
 
 
 @dataclass
@@ -58,16 +63,8 @@ class TPGRPOScriptArguments(ScriptArguments):
 
     _argument_group_name = "Script"
 
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": f"Reward functions: {', '.join(BUILT_IN_REWARDS)}, dotted import paths (my_rewards.mine; found "
-            "in the current folder too, a class is created without arguments), or URLs (http://host:8000/pick_score)."
-        },
-    )
-    eval_reward_funcs: list[str] | None = field(
-        default=None, metadata={"help": "Reward functions for evaluation only, which are logged and not trained on."}
-    )
+    reward_funcs: list[str] | None = field(default=None, metadata={"help": REWARDS})
+    eval_reward_funcs: list[str] | None = field(default=None, metadata={"help": HELD_OUT})
 
 
 @described
@@ -110,7 +107,7 @@ def main(argv: list[str]) -> int:
         launch = launch_command_parser().parse_args([*launch_options, "--module", "trl_tpgrpo", "train", *own_options])
         launch_command(launch)
         return 0
-    options = parser.parse_args_and_config(own_options, fail_with_unknown_args=False)[:4]  # then a namespace
+    options = parser.parse_args_and_config(own_options, fail_with_unknown_args=False)[:4]  # a namespace follows
     script_args, model_args, dataset_args, training_args = options
     settings = non_defaults(script_args) | non_defaults(model_args) | non_defaults(dataset_args) | training_args.given
     try:
@@ -230,7 +227,7 @@ def build_trainer(
 
 
 def load_reward(name: str) -> RewardFunc:
-    """Find the reward function of a built-in name, dotted path or URL, or raise ValueError; a class is instantiated."""
+    """Find the reward of a built-in name, dotted path or URL, or raise ValueError; a class is instantiated."""
     if name.startswith(("http://", "https://")):
         return remote_reward_from_url(name)
     path = BUILT_IN_REWARDS.get(name, name)
@@ -244,7 +241,7 @@ def load_reward(name: str) -> RewardFunc:
 def load_prompts(
     script_args: TPGRPOScriptArguments, dataset_args: DatasetMixtureConfig, evaluate: bool
 ) -> tuple[Dataset, Dataset | None]:
-    """Load the prompts of training and, if asked to, of evaluation; raise ValueError if no dataset or split is there."""
+    """Load the prompts of training and, if asked to, of evaluation; raise ValueError if dataset or split lack."""
     if script_args.dataset_name == "testbed":
         return prompt_dataset("train"), prompt_dataset("heldout") if evaluate else None
     if dataset_args.datasets:

@@ -19,18 +19,15 @@ from PIL import Image
 from transformers import TrainerState
 
 
-TEMPLATE = Path(__file__).with_name("card.md")
-CARD_FILE, RECIPE_FILE, SAMPLE_FILES = CARD_FILES = "README.md", "recipe.yaml", "images/sample_*.png"
-NUM_SAMPLES, FIRST_ROWS = 4, 64
-"""Distinct prompts of a dataset that have an image on the card, and rows in which they are looked for."""
+CARD_FILE, RECIPE_FILE, SAMPLE_FILE = "README.md", "recipe.yaml", "images/sample_{}.png"
+CARD_FILES = CARD_FILE, RECIPE_FILE, SAMPLE_FILE.format("*")
+NUM_SAMPLES, FIRST_ROWS = 4, 64  # distinct prompts with an image on the card, and rows in which they are looked for
 
 PERSONAL = {"push_to_hub", "report_to", "run_name", "project", "disable_tqdm", "resume_from_checkpoint",
             "ddp_find_unused_parameters", "local_rank", "debug"}  # fmt: skip
 """Settings not of the method but of who ran it, like all `hub_*` and `trackio_*`."""
 
-LOCAL = object()
-"""Stands for a value that means something on one machine only."""
-
+LOCAL = object()  # stands for a value that means something on one machine only
 HEADER = """# The settings of this run that differ from the defaults.
 # trl-tpgrpo train --config recipe.yaml --output_dir FOLDER
 """
@@ -64,11 +61,12 @@ class RunCard:
         folder = Path(self.args.output_dir)
         dataset = None if dataset_name is None or is_local(dataset_name) else dataset_name
         name = (model_name or repo_id or folder.name).split("/")[-1]
-        for stale in folder.glob(SAMPLE_FILES):
+        for stale in folder.glob(SAMPLE_FILE.format("*")):
             stale.unlink()
         for number, image in enumerate(self.images):
-            (folder / _sample_file(number)).parent.mkdir(parents=True, exist_ok=True)
-            image.save(folder / _sample_file(number))
+            file = folder / SAMPLE_FILE.format(number)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file)
         self._card(state, name, repo_id or name, dataset, tags).save(folder / CARD_FILE)
         options = self._options(dataset) | self.args.given if options is None else options
         settings = self.args.to_dict()  # enums as their values
@@ -87,12 +85,12 @@ class RunCard:
             datasets=dataset if dataset and "/" in dataset else None,  # others, as "testbed", are not on the Hub
             model_name=name,
             tags=sorted({*tags, "text-to-image", "diffusers", *(["lora"] if is_lora else [])}),
-            widget=[{"text": prompt, "output": {"url": _sample_file(number)}} for number, prompt in shown] or None,
+            widget=[{"text": prompt, "output": {"url": SAMPLE_FILE.format(i)}} for i, prompt in shown] or None,
         )
         evaluated = rewards_by_update(state.log_history, r"eval_(.+_)?(reward|rewards/.+/mean)")
         return ModelCard.from_template(
             metadata,
-            template_path=str(TEMPLATE),
+            template_path=str(Path(__file__).with_name("card.md")),
             args=self.args,
             is_lora=is_lora,
             repo=repo,
@@ -137,10 +135,6 @@ def sample_prompts(datasets: Iterable[Any]) -> list[str]:
         if isinstance(chosen, Dataset) and len(chosen):
             return list(dict.fromkeys(chosen[:FIRST_ROWS]["prompt"]))[:NUM_SAMPLES]
     return []
-
-
-def _sample_file(number: int) -> str:
-    return SAMPLE_FILES.replace("*", str(number))
 
 
 def to_yaml(settings: dict[str, Any]) -> str:

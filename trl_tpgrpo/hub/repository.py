@@ -51,13 +51,10 @@ class Upload:
 
     def command(self, repo_id: str, private: bool | None) -> str:
         """Return the command that pushes the same."""
-        patterns = {
-            "--include": self.allow_patterns,
-            "--exclude": self.ignore_patterns,
-            "--delete": self.delete_patterns,
-        }
         words = ["hf", "upload", repo_id, str(self.folder_path), self.path_in_repo]
-        words += [word for option, values in patterns.items() for value in values or () for word in (option, value)]
+        patterns = (self.allow_patterns, self.ignore_patterns, self.delete_patterns)
+        for option, values in zip(("--include", "--exclude", "--delete"), patterns, strict=True):
+            words += [word for value in values or () for word in (option, value)]
         words += ["--revision", self.revision] if self.revision else []
         return shlex.join([*words, "--private"] if private else words)
 
