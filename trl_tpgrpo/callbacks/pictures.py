@@ -45,9 +45,8 @@ class PictureCallback(SampleCallback):
 
     def wants_rollout(self, args: Any, state: TrainerState) -> bool:
         """Return whether it is the first rollout, or the first after every `log_images_steps` updates."""
-        if args.log_images_steps is None or not self._trackers():
-            return False
-        return state.global_step // args.log_images_steps > self._last_shown
+        is_on = args.log_images_steps is not None and len(self._trackers()) > 0
+        return is_on and state.global_step // args.log_images_steps > self._last_shown
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._last_shown = -1

@@ -109,8 +109,7 @@ class Samples:
         self._evaluated: dict[str, list[tuple[Image.Image, float]]] = {}
 
     def _callbacks(self) -> list[SampleCallback]:
-        found = [one for one in self._handler.callbacks if isinstance(one, SampleCallback)]
-        return found if self._is_main else []
+        return [one for one in self._handler.callbacks if self._is_main and isinstance(one, SampleCallback)]
 
     def rollout_begins(self, state: TrainerState) -> None:
         """Ask which callbacks want to see the rollout."""

@@ -83,8 +83,8 @@ def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
     Settings were chosen on the tuning prompts. All weights are trained: so small a model learns less from an adapter.
     """
     # The rate falls to 0, which does what an average of the weights would.
-    run = {"learning_rate": 1e-4, "lr_scheduler_type": "linear", "max_steps": max_steps, "seed": seed}
-    shown = {"disable_tqdm": False, "logging_strategy": "steps"}
+    run: dict[str, Any] = {"learning_rate": 1e-4, "lr_scheduler_type": "linear", "max_steps": max_steps, "seed": seed}
+    shown: dict[str, Any] = {"disable_tqdm": False, "logging_strategy": "steps"}
     config = TPGRPOConfig(str(output_dir), **SETTINGS, sde_window_size=3, **run, **shown)
     return TPGRPOTrainer(TESTBED, shapes_reward, config, prompt_dataset("train"))
 

@@ -235,7 +235,7 @@ def load_reward(name: str) -> RewardFunc:
         known = f"one of {list(BUILT_IN_REWARDS)}, a dotted import path such as my_rewards.mine, or a URL"
         raise ValueError(f"No reward function {name!r}: use {known}.")
     found: Any = find_function(path)
-    return found() if inspect.isclass(found) else found
+    return found() if isinstance(found, type) else found
 
 
 def load_prompts(
