@@ -35,7 +35,9 @@ def reward(images, **columns):
     return brightness(images)
 
 settings = {name: value for name, value in options.items() if name not in ("signal", "rank")}
-trainer = build(out, reward_funcs=reward, peft_config=lora(r=options["rank"]), save_strategy="steps", save_steps=1, **settings)
+trainer = build(
+    out, reward_funcs=reward, peft_config=lora(r=options["rank"]), save_strategy="steps", save_steps=1, **settings
+)
 trainer.train(resume_from_checkpoint=resume or None)
 torch.save((trained(trainer), trainer.stop_on_signal.stopped, trainer.state.global_step), out / f"end-{rank}.pt")
 """
