@@ -146,7 +146,7 @@ POINTS = {
     "the random states": ("trainer", "_save_rng_state"),
     "the trainer's state": ("state", "save_to_json"),
     "the end of writing": (checkpoints.Path, "unlink"),
-    "old checkpoints deleted": (trainer_module, "rotate_checkpoints"),
+    "old checkpoints deleted": (checkpoints, "rotate_checkpoints"),
 }
 
 

@@ -401,8 +401,8 @@ class Rollouts:
 
     @property
     def _mode(self) -> str:
-        model = self.accelerator.unwrap_model(self._model())  # transformers leaves the mode of DeepSpeed's engine alone
-        return "train" if model.training else "eval"
+        # Of the model itself: transformers leaves the mode of DeepSpeed's engine as it is.
+        return "train" if self.accelerator.unwrap_model(self._model()).training else "eval"
 
     @property
     def _trained_names(self) -> list[str]:

@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -330,7 +330,7 @@ class TPGRPOTrainer(_BaseTrainer):
         if return_outputs:
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
         advantages = inputs.table.credited.advantages[inputs.rows, inputs.position].to(inputs.latents.device)  # (B,)
-        velocity = self._velocity(model, inputs)
+        velocity = self.policy.velocity(model, inputs.latents, inputs.timestep, inputs.conditioning)
         step = inputs.transition(velocity)
         log_probs = inputs.log_prob(step)
         old_log_probs = log_probs.detach() if inputs.old_log_probs is None else inputs.old_log_probs
@@ -351,9 +351,6 @@ class TPGRPOTrainer(_BaseTrainer):
         metrics.record("clip_ratio", surrogate.clipped.float().mean())
         metrics.record("num_train_evaluations", len(log_probs), "sum")
         return loss
-
-    def _velocity(self, model: torch.nn.Module, inputs: Transitions) -> Tensor:
-        return self.policy.velocity(model, inputs.latents, inputs.timestep, inputs.conditioning)
 
     def _report_rollout(self, rows: list[dict[str, Any]], trajectories: Trajectories) -> None:
         """Log a rollout and hand its sample to callbacks, once its credit has been computed in the loss."""
@@ -403,11 +400,7 @@ class TPGRPOTrainer(_BaseTrainer):
 
     @torch.no_grad()
     def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: list[dict[str, Any]],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: torch.nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any
     ) -> tuple[None, None, None]:
         """Sample and score a batch of an evaluation; there is no loss."""
         first = self._num_evaluated + self.accelerator.process_index * len(inputs)
@@ -441,22 +434,18 @@ class TPGRPOTrainer(_BaseTrainer):
         save_weights(model, folder, self.policy.pipeline_class, self.args.should_save)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        run = Path(self._get_output_dir(trial=trial))
-        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        limit = self.args.save_total_limit
-        self.args.save_total_limit = None  # none is deleted before this one is whole
-        try:
-            with checkpoints.being_written(folder, self.accelerator):
-                if not self.args.save_only_model:
-                    checkpoints.save_progress(self, folder)
-                    if self.averaged.num_moves:
-                        self._save_weights(folder / checkpoints.LAST)
-                super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save and not self.hub.is_busy:  # else one that is being pushed might be deleted
-            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
-        self.push_checkpoint(folder)
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with checkpoints.being_written(self, folder):
+            if not self.args.save_only_model:
+                checkpoints.save_progress(self, folder)
+                if self.averaged.num_moves:
+                    self._save_weights(folder / checkpoints.LAST)
+            super()._save_checkpoint(model, trial)
+        checkpoints.rotate(self)
+        self.create_model_card()
+        if self.is_world_process_zero() and self.args.push_to_hub and self.args.hub_strategy != "end":
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self.hub.push_checkpoint(folder, self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         trained = self.accelerator.unwrap_model(model or self.model)
@@ -524,19 +513,10 @@ class TPGRPOTrainer(_BaseTrainer):
             self.create_model_card(**kwargs)
         return self.hub.push(commit_message, blocking, token, revision)
 
-    def push_checkpoint(self, checkpoint: Path) -> None:
-        """Write the card, and begin to push what `hub_strategy` asks for at a checkpoint, which must be whole."""
-        self.create_model_card()
-        if self.is_world_process_zero() and self.args.push_to_hub and self.args.hub_strategy != "end":
-            self.callback_handler.on_push_begin(self.args, self.state, self.control)
-            self.hub.push_checkpoint(checkpoint, self.state.global_step)
-
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Do nothing in the middle of writing a checkpoint: `push_checkpoint` pushes it when it is whole."""
+        """Do nothing in the middle of writing a checkpoint: `_save_checkpoint` pushes it when it is whole."""
 
     def _finish_current_push(self) -> None:
         """Wait for pushes at the end of training, then delete the checkpoints that had to stay for them."""
         self.hub.finish()
-        if self.args.should_save:
-            run, best = self._get_output_dir(trial=None), self.state.best_model_checkpoint
-            rotate_checkpoints(run, self.args.save_total_limit, best, use_mtime=True)
+        checkpoints.rotate(self)

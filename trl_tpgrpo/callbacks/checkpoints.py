@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..batches import SAVED_CLASSES
 
@@ -41,16 +41,28 @@ def last_complete(output_dir: str | Path) -> Path:
 
 
 @contextmanager
-def being_written(checkpoint: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Mark a checkpoint as incomplete until all processes have written their part."""
+def being_written(trainer: Any, checkpoint: Path) -> Iterator[None]:
+    """Mark a checkpoint as incomplete until all processes have written their part; delete none before it is whole."""
+    accelerator, args, limit = trainer.accelerator, trainer.args, trainer.args.save_total_limit
     checkpoint.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         (checkpoint / INCOMPLETE).write_text("This checkpoint has not been written to its end.\n")
     accelerator.wait_for_everyone()
-    yield
+    args.save_total_limit = None
+    try:
+        yield
+    finally:
+        args.save_total_limit = limit
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (checkpoint / INCOMPLETE).unlink()
+
+
+def rotate(trainer: Any) -> None:
+    """Delete the oldest checkpoints over `save_total_limit`, unless one may still be being pushed."""
+    if trainer.args.should_save and not trainer.hub.is_busy:
+        run, limit = trainer._get_output_dir(trial=None), trainer.args.save_total_limit
+        rotate_checkpoints(run, limit, trainer.state.best_model_checkpoint, use_mtime=True)
 
 
 def save_progress(trainer: Any, checkpoint: Path) -> None:

@@ -122,7 +122,8 @@ class GuardRails(TrainerCallback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Remember what `state_dict` returned."""
-        vars(self).update(state)
+        for name, value in state.items():
+            setattr(self, name, value)
 
     # The events
 
