@@ -43,7 +43,7 @@ from .policies.embeddings import PromptEmbeddings
 from .policies.loading import check_optimizer, load_policy, prepare_transformer
 from .policies.reference import Reference
 from .policies.weights import load_weights, save_weights
-from .rewards.contract import RewardFunc, reward_name, reward_names
+from .rewards.contract import RewardFunc, reward_names
 from .rollouts import Rollouts
 
 
@@ -112,12 +112,10 @@ class TPGRPOTrainer(_BaseTrainer):
         self.reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         eval_only = eval_reward_funcs if isinstance(eval_reward_funcs, list) else [eval_reward_funcs]
         self.eval_reward_funcs = [function for function in eval_only if function is not None]
-        functions = [*self.reward_funcs, *self.eval_reward_funcs]
-        self.reward_func_names = reward_names(functions)[: len(self.reward_funcs)]
-        if args.reward_weights is not None and len(args.reward_weights) != len(self.reward_funcs):
-            raise ValueError(
-                f"reward_weights has {len(args.reward_weights)} entries for {len(self.reward_funcs)} reward functions."
-            )
+        number, names = len(self.reward_funcs), reward_names([*self.reward_funcs, *self.eval_reward_funcs])
+        self.reward_func_names, self.eval_reward_func_names = names[:number], names[number:]
+        if args.reward_weights is not None and len(args.reward_weights) != number:
+            raise ValueError(f"reward_weights has {len(args.reward_weights)} entries for {number} reward functions.")
         check_datasets(train_dataset, eval_dataset, self.reward_funcs, self.eval_reward_funcs, args)
         sharding.check_before_loading()
         set_seed(args.seed)  # before the adapter's random weights
@@ -163,14 +161,14 @@ class TPGRPOTrainer(_BaseTrainer):
 
     def _add_parts(self, embeddings: PromptEmbeddings) -> None:
         """Create the trainer's own parts and callbacks, in the order in which the callbacks are called."""
-        args, is_main = self.args, self.accelerator.is_main_process
+        args = self.args
         self.progress = ProgressDisplay(shows_bar=False)
         if self.pop_callback(ProgressCallback) is not None:  # there is another one in notebooks
             self.progress = ProgressDisplay()
             self.add_callback(self.progress)
         if self.pop_callback(PrinterCallback) is not None:
             self.add_callback(LogLines)
-        self.samples = Samples(self.callback_handler, args, self.reward_func_names, is_main)
+        self.samples = Samples(self.callback_handler, args, self.reward_func_names, self.accelerator.is_main_process)
         rewards, shown = (self.reward_funcs, self.eval_reward_funcs), (self.samples, self.progress, self._metrics)
         getters = (lambda: self._policy_model), (lambda: self.state)
         self.rollouts = Rollouts(self.policy, args, self.accelerator, embeddings, *rewards, *shown, *getters)
@@ -180,8 +178,7 @@ class TPGRPOTrainer(_BaseTrainer):
         pictures = PictureCallback(self.callback_handler)
         for callback in (SamplePrinter(), pictures, self._set_epoch, self.averaged, self.stop_on_signal):
             self.add_callback(callback)
-        held_out = [reward_name(function) for function in self.eval_reward_funcs]
-        self.guard_rails = watch_over(self, self._metrics_of_update, self._metrics["train"].record, held_out)
+        self.guard_rails = watch_over(self, self._metrics_of_update, self._metrics["train"].record)
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL's reads `model.config.model_type`, which diffusers models do not have."""
@@ -412,8 +409,7 @@ class TPGRPOTrainer(_BaseTrainer):
         """Add the metrics recorded since the last log, with the evaluation's prefix if they belong to one."""
         mode = "train" if self.model.training else "eval"
         prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
-        recorded = self._metrics[mode].flush()
-        logs.update({f"{prefix}{name}": value for name, value in recorded.items()})
+        logs.update({f"{prefix}{name}": value for name, value in self._metrics[mode].flush().items()})
         super().log(logs, start_time)
 
     # ----------------------------------------------------------------------------------------- saving and resuming
@@ -430,8 +426,8 @@ class TPGRPOTrainer(_BaseTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_weights(self, folder: str | Path) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        save_weights(model, folder, self.policy.pipeline_class, self.args.should_save)
+        model, pipeline_class = self.accelerator.unwrap_model(self.model), self.policy.pipeline_class
+        save_weights(model, folder, pipeline_class, self.args.should_save)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

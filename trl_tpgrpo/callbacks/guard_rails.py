@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 
 
 logger = logging.getLogger(__name__)
@@ -216,16 +216,12 @@ class GuardRails(TrainerCallback):
 
 
 def watch_over(
-    trainer: Trainer,
-    metrics_of_update: Callable[[], dict[str, float]],
-    record: Callable[[str, float], None],
-    held_out: list[str],
+    trainer: Any, metrics_of_update: Callable[[], dict[str, float]], record: Callable[[str, float], None]
 ) -> GuardRails | None:
-    """Connect the guard rails among a trainer's callbacks, or those that `args.guard_rails` asks for.
+    """Connect the guard rails among a `TPGRPOTrainer`'s callbacks, or those that `args.guard_rails` asks for.
 
     `metrics_of_update` returns what the update under way has recorded, the same on all processes: metrics,
-    `grad_norm`, and `is_on_policy`, 1 in the first update on a rollout. `record` adds a metric to the log; the reward
-    functions with names in `held_out` are not trained on.
+    `grad_norm`, and `is_on_policy`, 1 in the first update on a rollout. `record` adds a metric to the log.
 
     Raises:
         ValueError: If they are to hold back updates of DeepSpeed.
@@ -238,5 +234,6 @@ def watch_over(
         return None
     if guard.action == "skip" and trainer.is_deepspeed_enabled:
         raise ValueError("guard_rails='skip' cannot hold back an update of DeepSpeed: use 'warn' or 'stop'.")
-    guard.metrics_of_update, guard.record, guard.held_out = metrics_of_update, record, held_out
+    guard.metrics_of_update, guard.record = metrics_of_update, record
+    guard.held_out = trainer.eval_reward_func_names
     return guard
