@@ -13,9 +13,9 @@ import pytest
 import torch
 from test_trainer import assert_same, build, lora, trained
 
-from trl_tpgrpo import trainer as trainer_module
 from trl_tpgrpo.callbacks import checkpoints
 from trl_tpgrpo.callbacks.checkpoints import INCOMPLETE, is_complete, last_complete
+from trl_tpgrpo.policies import weights
 
 
 TESTS = Path(__file__).parent
@@ -141,7 +141,7 @@ class Crash(BaseException):
 POINTS = {
     "before anything": (checkpoints.Path, "mkdir"),
     "the rollout": (checkpoints.torch, "save"),
-    "the weights": (trainer_module, "save_weights"),
+    "the weights": (weights, "save_weights"),
     "the optimizer": ("trainer", "_save_optimizer_and_scheduler"),
     "the random states": ("trainer", "_save_rng_state"),
     "the trainer's state": ("state", "save_to_json"),

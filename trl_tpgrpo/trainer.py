@@ -27,9 +27,8 @@ from trl.trainer.utils import RepeatSampler
 from .algorithm.losses import clipped_surrogate, first_wrong_term, relative_difference
 from .algorithm.sde import kl_divergence
 from .batches import Sampled, Trajectories, Transitions
-from .callbacks import checkpoints
+from .callbacks import checkpoints, guard_rails
 from .callbacks.averaging import AveragedWeights
-from .callbacks.guard_rails import watch_over
 from .callbacks.pictures import PictureCallback
 from .callbacks.printing import SamplePrinter
 from .callbacks.progress import LogLines, ProgressDisplay
@@ -38,11 +37,9 @@ from .config import TPGRPOConfig
 from .data import EpochSampler, SetEpoch, all_prompts, check_datasets
 from .hub import HubRepository, RunCard, sample_prompts, without_tokens
 from .metrics import Metrics, rollout_metrics
-from .policies import sharding
+from .policies import loading, sharding, weights
 from .policies.embeddings import PromptEmbeddings
-from .policies.loading import check_optimizer, load_policy, prepare_transformer
 from .policies.reference import Reference
-from .policies.weights import load_weights, save_weights
 from .rewards.contract import RewardFunc, reward_names
 from .rollouts import Rollouts
 
@@ -119,8 +116,8 @@ class TPGRPOTrainer(_BaseTrainer):
         check_datasets(train_dataset, eval_dataset, self.reward_funcs, self.eval_reward_funcs, args)
         sharding.check_before_loading()
         set_seed(args.seed)  # before the adapter's random weights
-        self.policy = load_policy(model, args, use_lora=peft_config is not None)
-        transformer, frozen_copy = prepare_transformer(self.policy, peft_config, args)
+        self.policy = loading.load_policy(model, args, use_lora=peft_config is not None)
+        transformer, frozen_copy = loading.prepare_transformer(self.policy, peft_config, args)
         embeddings = PromptEmbeddings(self.policy, args.prompt_embeds_dir)
         self.policy.to(args.device)
         if args.precompute_prompt_embeds:
@@ -151,7 +148,7 @@ class TPGRPOTrainer(_BaseTrainer):
         args = self.args
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: launch one process per GPU with `accelerate launch`.")
-        check_optimizer(self.optimizer)
+        loading.check_optimizer(self.optimizer)
         sharding.check_accelerator(self.accelerator, self.model, frozen_copy, args)
         frozen_copy = sharding.prepare_for_sharding(self.accelerator, self.model, frozen_copy, self.policy.dtype)
         if frozen_copy is not None and not args.offload_reference:
@@ -178,7 +175,7 @@ class TPGRPOTrainer(_BaseTrainer):
         pictures = PictureCallback(self.callback_handler)
         for callback in (SamplePrinter(), pictures, self._set_epoch, self.averaged, self.stop_on_signal):
             self.add_callback(callback)
-        self.guard_rails = watch_over(self, self._metrics_of_update, self._metrics["train"].record)
+        self.guard_rails = guard_rails.watch_over(self, self._metrics_of_update, self._metrics["train"].record)
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL's reads `model.config.model_type`, which diffusers models do not have."""
@@ -427,7 +424,7 @@ class TPGRPOTrainer(_BaseTrainer):
 
     def _save_weights(self, folder: str | Path) -> None:
         model, pipeline_class = self.accelerator.unwrap_model(self.model), self.policy.pipeline_class
-        save_weights(model, folder, pipeline_class, self.args.should_save)
+        weights.save_weights(model, folder, pipeline_class, self.args.should_save)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -446,14 +443,14 @@ class TPGRPOTrainer(_BaseTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         trained = self.accelerator.unwrap_model(model or self.model)
         last = Path(resume_from_checkpoint) / checkpoints.LAST
-        load_weights(trained, resume_from_checkpoint)
+        weights.load_weights(trained, resume_from_checkpoint)
         if last.exists():  # what has just been loaded is the average
             if self.args.ema_decay is not None:
                 self.averaged.start()
-            load_weights(trained, last)
+            weights.load_weights(trained, last)
 
     def _load_best_model(self) -> None:
-        load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+        weights.load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
         self.averaged.average = None  # or it would be evaluated and saved instead
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
