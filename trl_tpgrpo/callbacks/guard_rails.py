@@ -159,7 +159,7 @@ class GuardRails(TrainerCallback):
     # The checks
 
     def problems_of_update(self, metrics: dict[str, float], args: Any) -> Iterator[Problem]:
-        """Check ratio, distance from the reference and gradient of the update under way."""
+        """Check ratio, distance from the reference and gradient of an update; see `watch_over` for `metrics`."""
         clip_range, is_on_policy = min(args.epsilon, args.epsilon_high), metrics.get("is_on_policy")
         deviation, above = metrics.get("ratio/max_deviation", 0.0), metrics.get("ratio/frac_above_one", 0.5)
         share = max(above, 1 - above)
@@ -182,7 +182,7 @@ class GuardRails(TrainerCallback):
             yield Problem("grad_norm", norm=norm, usual=usual, limit=2 * usual)
 
     def problems_of_rollout(self, metrics: dict[str, float], args: Any) -> Iterator[Problem]:
-        """Check rewards and images, if the update under way is the first on a rollout."""
+        """Check rewards and images of an update that is the first on a rollout; see `watch_over` for `metrics`."""
         if "reward" not in metrics:
             return
         if args.prompts_per_generation >= FEWEST_PROMPTS:
