@@ -21,7 +21,7 @@ VERBS = {
     "assert", "assign", "average", "await", "balance", "begin", "bring", "build", "call", "cancel", "cast",
     "change", "check", "choose", "clear", "close", "collect", "combine", "command", "commit", "compare", "compile",
     "complete", "compute", "connect", "convert", "copy", "correct", "count", "create", "credit", "crop", "cut",
-    "decide", "decode", "derive", "describe", "detect", "divide", "do", "download", "draw", "drop", "embed",
+    "decide", "decode", "delete", "derive", "describe", "detect", "divide", "do", "download", "draw", "drop", "embed",
     "encode", "end", "enter", "estimate", "evaluate", "exchange", "expand", "explain", "fill", "find", "finish",
     "fit", "flip", "forget", "format", "free", "freeze", "gather", "get", "give", "go", "group", "guard", "guide",
     "hand", "handle", "hash", "hold", "import", "initialize", "initialise", "insert", "integrate", "join", "judge",

@@ -16,7 +16,6 @@ from ..algorithm.credit import aggregated_rewards, turning_points
 from ..algorithm.rollout import EXACT
 from ..callbacks.figures import Figure, before_after_figure, reward_figure, trajectory_figure
 from ..config import TPGRPOConfig
-from ..policies.loading import load_pipeline
 from ..testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
 from ..testbed.checker import Score, score_images, shapes_reward
 from ..testbed.world import KINDS
@@ -44,7 +43,7 @@ def main(argv: list[str]) -> int:
     heldout = prompt_dataset("heldout", args.num_eval_prompts)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    before = sample_heldout(load_pipeline(TESTBED), heldout, "Held-out images before")
+    before = sample_heldout(build_pipeline("testbed", None, "float32", "cpu"), heldout, "Held-out images before")
     trainer = build_trainer(args.output_dir, args.max_steps, args.seed)
     trainer.train()
     trainer.save_model()

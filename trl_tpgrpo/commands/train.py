@@ -194,6 +194,11 @@ def run(trainer: TPGRPOTrainer, dataset_name: str | None) -> None:
         trainer.accelerator.print(f"Pushed to {trainer.hub.url}.")
 
 
+def model_path(name: str) -> str | Path:
+    """Return what a model is loaded from: for `testbed` the bundled toy model's folder."""
+    return TESTBED if name == "testbed" else name
+
+
 def build_trainer(
     script_args: TPGRPOScriptArguments,
     model_args: TPGRPOModelConfig,
@@ -216,7 +221,7 @@ def build_trainer(
     training_args.model_init_kwargs = chosen | (training_args.model_init_kwargs or {})
     train_dataset, eval_dataset = load_prompts(script_args, dataset_args, training_args.eval_strategy != "no")
     return TPGRPOTrainer(
-        model=TESTBED if model_args.model_name_or_path == "testbed" else model_args.model_name_or_path,
+        model=model_path(model_args.model_name_or_path),
         reward_funcs=list(map(load_reward, script_args.reward_funcs)),
         args=training_args,
         train_dataset=train_dataset,
