@@ -21,19 +21,14 @@ class CompletionRule:
 
     For example, `parse("at_1_2_5_every_2")` is `CompletionRule(at=(1, 2, 5), extrapolate=True, every=2)`. It completes
     the states x_0, x_2, x_4 and so on, and with T = 10 steps the completion of x_2 has `stops(2, 10) == [2, 5, 10]`.
-
-    Attributes:
-        num_steps: Largest number of evaluations of a completion, evenly spaced; `None`: no such limit.
-        at: Steps before which alone the model is evaluated, beside the state's own; `None`: no such limit.
-        extrapolate: Whether the velocity over steps without an evaluation is extrapolated linearly from the last two
-            (Adams-Bashforth) instead of kept from the last (Euler).
-        every: Stride n: the states before every n-th SDE step are completed; credit is then that of blocks of n steps.
+    Over steps without an evaluation the velocity is that of the last one (Euler) or, with `extrapolate`, linear in the
+    last two (Adams-Bashforth). With a stride `every` above 1, credit is that of blocks of so many steps.
     """
 
-    num_steps: int | None = None
-    at: tuple[int, ...] | None = None
+    num_steps: int | None = None  # largest number of evaluations of a completion, evenly spaced; None: no such limit
+    at: tuple[int, ...] | None = None  # steps that alone are evaluated, beside the state's own; None: no such limit
     extrapolate: bool = False
-    every: int = 1
+    every: int = 1  # stride n: the states before every n-th SDE step are completed
 
     @classmethod
     def parse(cls, name: str) -> "CompletionRule":

@@ -25,30 +25,20 @@ EPSILON = 1e-4
 class CreditRule:
     """How rewards along a trajectory become advantages; the defaults are the paper's.
 
-    Attributes:
-        credit: `"outcome"` (the final reward on every step: Flow-GRPO), `"incremental"` (`r_j`), `"turning_point"` or
-            `"consistent"` (`A_j` at turning points, `r_j` elsewhere) or `"lambda"` (the lambda-return of the `r_j`).
-        lambda_: Decay of `"lambda"`: 0 is `"incremental"`, 1 is `A_j` everywhere.
-        trend: Gain with whose sign turning points agree: `"remaining"`, from the step on, or `"global"`, of all steps.
-        first_step: Whether the first step, which has none before it, may be a turning point (Remark 5.2).
-        deadzone: Largest step reward that counts as 0 in the search for turning points.
-        balanced: Whether to apply `balance`.
-        baseline: Mean to subtract: that of the `"group"`, or none (`"completion"`), as `R_j` is the state's value.
-        scale: Spread to divide by: within the `"group"`, within the `"batch"`, or none (`"none"`).
-        scope: Steps over which mean and spread are taken: each `"step"` on its own, or all of them (`"joint"`).
-        aggregation: Order for several reward functions: `"sum_then_normalize"` or `"normalize_then_sum"` (GDPO).
+    The credit of a step is `"outcome"` (the final reward: Flow-GRPO), `"incremental"` (`r_j`), `"turning_point"` or
+    `"consistent"` (`A_j` at turning points, `r_j` elsewhere) or `"lambda"` (the lambda-return of the `r_j`).
     """
 
     credit: str = "consistent"
-    lambda_: float = 0.0
-    trend: str = "remaining"
-    first_step: bool = True
-    deadzone: float = 0.0
-    balanced: bool = True
-    baseline: str = "group"
-    scale: str = "group"
-    scope: str = "step"
-    aggregation: str = "sum_then_normalize"
+    lambda_: float = 0.0  # decay of "lambda": 0 is "incremental", 1 is A_j everywhere
+    trend: str = "remaining"  # gain with whose sign turning points agree: from the step on, or "global", of all steps
+    first_step: bool = True  # whether the first step, which has none before it, may be a turning point (Remark 5.2)
+    deadzone: float = 0.0  # largest step reward that counts as 0 in the search for turning points
+    balanced: bool = True  # whether to apply `balance`
+    baseline: str = "group"  # mean to subtract: the group's, or none ("completion"), as R_j is the state's value
+    scale: str = "group"  # spread to divide by: within the group, within the "batch", or none ("none")
+    scope: str = "step"  # steps over which mean and spread are taken: each on its own, or all of them ("joint")
+    aggregation: str = "sum_then_normalize"  # of several reward functions; or "normalize_then_sum" (GDPO)
 
 
 def step_rewards(rewards: Tensor) -> Tensor:
@@ -145,21 +135,15 @@ class RewardTable:
     `step_rewards = [[2, 1], [-2, 3]]`. `CreditRule("incremental", scale="none")` subtracts the mean of each column:
     `advantages = [[2, -1], [-2, 1]]`.
 
-    Attributes:
-        rewards_per_func: float32, (B, F, K + 1), or (B, F, 1) of the trajectories' own images alone; NaN where a
-            function does not apply. A trajectory that is NaN throughout is left out of means and has advantages of 0.
-        reward_weights: (F,).
-        num_generations: Group size G.
-        num_steps: Number K of SDE steps.
-        rule: Rule that turns rewards into advantages.
-        every: Stride n: only the states before every n-th SDE step have a reward, C in all. Each step gets the credit
-            of the block of n steps that it is in, and K + 1 reads C + 1.
+    Rewards are NaN where a function does not apply. A trajectory that is NaN throughout is left out of means and has
+    advantages of 0. With a stride `every` of n only the states before every n-th SDE step have a reward, C in all:
+    each step gets the credit of the block of n steps that it is in, and K + 1 reads C + 1.
     """
 
-    rewards_per_func: Tensor
-    reward_weights: Tensor
-    num_generations: int
-    num_steps: int
+    rewards_per_func: Tensor  # float32, (B, F, K + 1), or (B, F, 1) of the trajectories' own images alone
+    reward_weights: Tensor  # (F,)
+    num_generations: int  # G
+    num_steps: int  # K
     rule: CreditRule
     every: int = 1
 

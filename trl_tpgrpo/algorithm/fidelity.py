@@ -14,16 +14,11 @@ class Fidelity:
     """Agreement with exact completions: (K + 1,) tensors, of each of K steps and then of all as one population.
 
     A number is NaN where there is nothing to compare: a correlation without spread, an F1 without turning points.
-
-    Attributes:
-        correlation: Pearson's, of the step rewards.
-        sign_agreement: Share of the step rewards with the same sign, of which 0 is one.
-        f1: Twice the turning points found by both over the sum of those found by each, before they are balanced.
     """
 
-    correlation: Tensor
-    sign_agreement: Tensor
-    f1: Tensor
+    correlation: Tensor  # Pearson's, of the step rewards
+    sign_agreement: Tensor  # share of the step rewards with the same sign, of which 0 is one
+    f1: Tensor  # twice the turning points found by both over the sum of those found by each, before they are balanced
 
     def overall(self) -> dict[str, float]:
         """Return the three numbers over all steps."""

@@ -58,24 +58,15 @@ class Rollout:
 
     Two trajectories with the same initial noise and C = 2 have M = 5 images: one completion of x_0 for both, one of
     x_1 for each, and two of their own. So `image_of` is `[[0, 1, 3], [0, 2, 4]]` and `rows` is `[0, 0, 1, 0, 1]`.
-
-    Attributes:
-        states: float32, (B, K + 1, ...): the trajectory before each SDE step and after the last.
-        log_probs: float32, (B, K): of the SDE steps.
-        final_latents: float32, (M, ...): ends of the completions, in the order of the states, and of the trajectories.
-        image_of: On the CPU, (B, C + 1): indices of the images of a trajectory's C completions and of its own image.
-        rows: On the CPU, (M,): index of the trajectory of an image, the first if several share it.
-        num_evaluations: Number of function evaluations (NFE), counted in samples.
-        num_calls: Number of model calls, counted in batches.
     """
 
-    states: Tensor
-    log_probs: Tensor
-    final_latents: Tensor
-    image_of: Tensor
-    rows: Tensor
-    num_evaluations: int
-    num_calls: int
+    states: Tensor  # float32, (B, K + 1, ...): the trajectory before each SDE step and after the last
+    log_probs: Tensor  # float32, (B, K): of the SDE steps
+    final_latents: Tensor  # float32, (M, ...): ends of completions, in the order of the states, then of trajectories
+    image_of: Tensor  # on the CPU, (B, C + 1): indices of the images of a trajectory's completions and of its own
+    rows: Tensor  # on the CPU, (M,): index of the trajectory of an image, the first if several share it
+    num_evaluations: int  # function evaluations (NFE), counted in samples
+    num_calls: int  # model calls, counted in batches
 
 
 @torch.no_grad()

@@ -21,20 +21,13 @@ class RolloutSample:
 
     Shapes: `K` SDE steps, `F` reward functions, `C + 1` images of a trajectory: what the ODE makes of C of its states,
     and last its own. C is 0 where there are no completions, and K where every state has one.
-
-    Attributes:
-        prompts: Prompts, n.
-        images: Images, n x (C + 1).
-        table: Rewards of all N trajectories of all processes; the first n rows are those of the sample.
-        reward_names: Names of the F functions.
-        extra: Columns that reward functions have logged, by name: n values, of the trajectories' own images.
     """
 
-    prompts: list[str]
-    images: list[list[Image.Image]]
-    table: RewardTable
-    reward_names: list[str]
-    extra: dict[str, list] = field(default_factory=dict)
+    prompts: list[str]  # n
+    images: list[list[Image.Image]]  # n x (C + 1)
+    table: RewardTable  # of all N trajectories of all processes; the first n rows are those of the sample
+    reward_names: list[str]  # F
+    extra: dict[str, list] = field(default_factory=dict)  # logged columns, n values: of the trajectories' own images
 
     @property
     def rewards(self) -> Tensor:
@@ -65,19 +58,12 @@ class RolloutSample:
 
 @dataclass(frozen=True)
 class EvaluationSample:
-    """The first images of an evaluation: of the same prompts from the same noise each time.
+    """The first images of an evaluation: of the same P prompts from the same noise each time."""
 
-    Attributes:
-        prefix: `"eval"`, or `"eval_{name}"` for one of several datasets.
-        prompts: Prompts, P.
-        images: P lists of images.
-        rewards: P lists of the images' weighted rewards (of the functions that are trained on).
-    """
-
-    prefix: str
-    prompts: list[str]
-    images: list[list[Image.Image]]
-    rewards: list[list[float]]
+    prefix: str  # "eval", or "eval_{name}" for one of several datasets
+    prompts: list[str]  # P
+    images: list[list[Image.Image]]  # P lists
+    rewards: list[list[float]]  # P lists of the images' weighted rewards, of the functions that are trained on
 
 
 class SampleCallback(TrainerCallback):
