@@ -1,4 +1,7 @@
-"""Whether the wheel and the sdist in a folder hold the package, whole, and nothing else: `python .ci/distributions.py dist`."""
+"""Whether the wheel and the sdist in a folder hold the package, whole, and nothing else.
+
+Run as `python .ci/distributions.py dist`.
+"""
 
 import sys
 import tarfile

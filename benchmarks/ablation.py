@@ -1,9 +1,10 @@
 """What credit by step is worth on the testbed: training runs at equal CPU seconds, model evaluations and updates.
 
-For each study (a window, a set of methods) and method, the learning rate is chosen by runs that are scored on the tuning
-prompts; with it, one run a seed is scored on the held-out prompts when it reaches each of the three budgets. Every run has
-one thread, as many are under way at once as `--num_processes` says, and each leaves a file in benchmarks/results/ablation/: a
-second call goes on where the first was stopped. A seed fixes prompts and noise, so that methods are compared pair by pair.
+For each study (a window, a set of methods) and method, the learning rate is chosen by runs that are scored on the
+tuning prompts; with it, one run a seed is scored on the held-out prompts when it reaches each of the three budgets.
+Every run has one thread, as many are under way at once as `--num_processes` says, and each leaves a file in
+benchmarks/results/ablation/: a second call goes on where the first was stopped. A seed fixes prompts and noise, so
+that methods are compared pair by pair.
 
     python benchmarks/ablation.py --studies window_3 --num_processes 2
     python benchmarks/ablation.py --report
@@ -60,7 +61,10 @@ RECIPE = {
     "share_initial_noise": True,
     "scale_rewards": "batch",
 }
-"""What was tried as one: with one SDE step and one noise a group, the final reward is the step's own gain and needs no completions."""
+"""What was tried as one.
+
+With one SDE step and one noise a group, the final reward is the step's own gain and needs no completions.
+"""
 
 STUDIES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "window_3": ({"sde_window_size": 3}, CREDITS),
@@ -318,8 +322,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="to choose from (default: 5e-5 to 4e-4), or those reported (default: all)",
     )
     add("--cpu_seconds", type=float, default=80, help="the first budget, 0: none (default: %(default)s)")
-    add("--evaluations", type=float, default=68_000, help="the second: of the model, one training step on a transition "
-        "counting as three (default: %(default)s)")  # fmt: skip
+    add(
+        "--evaluations",
+        type=float,
+        default=68_000,
+        help="the second: of the model, one training step on a transition counting as three (default: %(default)s)",
+    )
     add("--updates", type=int, default=32, help="the third (default: %(default)s)")
     add("--num_prompts", type=int, default=160, help="to score, 4 images each (default: %(default)s)")
     add("--num_processes", type=int, default=2, help="at once (default: %(default)s)")
@@ -409,7 +417,8 @@ def report(args: argparse.Namespace) -> str:
 def table(methods: dict[tuple[str, float], list[dict]], reference: str, rate: float) -> list[str]:
     """By budget, method and weights: what held-out scores have gained, and what that is above the reference's gain."""
     lines = [
-        f"| equal | method | learning rate | seeds | updates | weights | reward gained | strict gained | against {reference} | p |",
+        "| equal | method | learning rate | seeds | updates | weights | reward gained | strict gained "
+        f"| against {reference} | p |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     others = methods.get((reference, rate), [])
@@ -427,7 +436,10 @@ def table(methods: dict[tuple[str, float], list[dict]], reference: str, rate: fl
 
 
 def gains(runs: list[dict], budget: str, weights: str) -> dict[int, tuple[float, float]]:
-    """By seed: what reward and strict score have gained over the base model, where they were scored with such weights."""
+    """By seed: what reward and strict score have gained over the base model.
+
+    Only of runs that were scored with such weights.
+    """
     found = {}
     for run in runs:
         scores, base = run["scores"].get(budget, {}), run["base"]

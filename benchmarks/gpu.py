@@ -1,15 +1,17 @@
 """What real models take: peak memory and seconds of each phase, evaluations a second and FLOP utilisation.
 
-Builds the true architecture of FLUX.1-dev or SD3.5-medium with random weights, saves it, and for each base (bf16, nf4, int8, fp8;
-each also compiled) loads and trains it in a process of its own, through the trainer, with the settings of a recipe and fewer
-prompts. Memory and time do not depend on what weights say. Results go to benchmarks/results/.
+Builds the true architecture of FLUX.1-dev or SD3.5-medium with random weights, saves it, and for each base (bf16, nf4,
+int8, fp8; each also compiled) loads and trains it in a process of its own, through the trainer, with the settings of a
+recipe and fewer prompts. Memory and time do not depend on what weights say. Results go to benchmarks/results/.
 
     python benchmarks/gpu.py --model flux.1-dev --machine 1x80gb --bases bf16 nf4 int8 --compile no yes
-    python benchmarks/gpu.py --model sd3.5-medium --reduced --bases bf16 int8   # the same on a CPU: one layer, small images, float32
+    # the same on a CPU: one layer, small images, float32
+    python benchmarks/gpu.py --model sd3.5-medium --reduced --bases bf16 int8
 
-FLOPs are those that the mathematics takes: of an evaluation, counted on the architecture; of a transition under LoRA, twice that
-(the base has no weight gradients), under full training three times; of the reference's, once. What activation checkpointing
-computes again is not counted. Utilisation is held against a large matrix product in the same process.
+FLOPs are those that the mathematics takes: of an evaluation, counted on the architecture; of a transition under LoRA,
+twice that (the base has no weight gradients), under full training three times; of the reference's, once. What
+activation checkpointing computes again is not counted. Utilisation is relative to a large matrix product in the same
+process.
 """
 
 import argparse
@@ -47,8 +49,8 @@ ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "examples/recipes"
 ARCHITECTURES = {folder.name: folder for folder in FOLDERS.values()}
 BASES = ("bf16", "nf4", "int8", "fp8")
-REDUCED = {"num_layers": 1, "num_single_layers": 1, "num_hidden_layers": 1, "dual_attention_layers": [0], "vocab_size": 512,
-           "d_ff": 1024, "block_out_channels": [32] * 4, "layers_per_block": 1}  # fmt: skip
+REDUCED = {"num_layers": 1, "num_single_layers": 1, "num_hidden_layers": 1, "dual_attention_layers": [0],
+           "vocab_size": 512, "d_ff": 1024, "block_out_channels": [32] * 4, "layers_per_block": 1}  # fmt: skip
 SMALL = {"height": 64, "width": 64, "num_generations": 4, "per_device_train_batch_size": 2, "max_sequence_length": 32,
          "num_inference_steps": 3, "use_cpu": True, "bf16": False}  # fmt: skip
 ROOM = 48 * 2**30
@@ -184,8 +186,10 @@ def run_variant(args: argparse.Namespace, base: str, compiled: bool, folder: str
         "rollout_utilisation": counts["num_evaluations"] * flops / seconds["rollout"] / available,
         "train_utilisation": of_training * flops / seconds["train"] / available,
         "loss_is_finite": all(np.isfinite(entry["loss"]) for entry in last),
-        "settings": {name: getattr(config, name) for name in ("height", "num_inference_steps", "num_generations", "optim",
-                     "per_device_train_batch_size", "generation_batch_size", "activation_checkpointing", "beta")},
+        "settings": {name: getattr(config, name) for name in (
+            "height", "num_inference_steps", "num_generations", "optim", "per_device_train_batch_size",
+            "generation_batch_size", "activation_checkpointing", "beta",
+        )},
     }  # fmt: skip
 
 
@@ -296,8 +300,8 @@ def report(results: dict) -> str:
     lines = [
         f"{results['device']}, {results['date']}",
         "",
-        "| base | compiled | peak GiB: load | rollout | decode | train | seconds: rollout | decode | train | evaluations/s | "
-        "utilisation: rollout | train |",
+        "| base | compiled | peak GiB: load | rollout | decode | train | seconds: rollout | decode | train "
+        "| evaluations/s | utilisation: rollout | train |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:

@@ -1,16 +1,17 @@
 """What credit is worth at a fixed policy, without a training run: signal and noise of the policy gradient.
 
-The embedded model samples batches of trajectories with their completions, and the gradient of the log-probability of each
-of their SDE steps is kept as a sketch (Charikar et al., 2002: random signs, added up in far fewer places, which keeps inner products). The
-gradient of a batch under any credit is then a weighted sum, so that all rules are compared on the same trajectories:
+The embedded model samples batches of trajectories with their completions, and the gradient of the log-probability of
+each of their SDE steps is kept as a sketch (Charikar et al., 2002: random signs, added up in far fewer places, which
+keeps inner products). The gradient of a batch under any credit is then a weighted sum, so that all rules are compared
+on the same trajectories:
 
 - signal to noise: the squared norm of the mean gradient, from products of different batches, over the variance of one
   trajectory's; 1 / this is how many trajectories make the noise as small as the signal;
-- cosine: of the mean gradient with that of the policy gradient, for which `R_K - R_j` is unbiased, unscaled, without a baseline
-  but R_j;
-- progress: the squared cosine of the policy gradient with the gradient of one batch, as large as the same cost pays for: the
-  model evaluations of 64 trajectories with their completions, one trained transition counting as three; and its ratio to that of
-  Flow-GRPO (`outcome`) on the same batches.
+- cosine: of the mean gradient with that of the policy gradient, for which `R_K - R_j` is unbiased, unscaled, without a
+  baseline but R_j;
+- progress: the squared cosine of the policy gradient with the gradient of one batch, as large as the same cost pays
+  for: the model evaluations of 64 trajectories with their completions, one trained transition counting as three; and
+  its ratio to that of Flow-GRPO (`outcome`) on the same batches.
 
 For one step alone the batch is 64 trajectories. Intervals are those of a jackknife over batches. Results go to
 benchmarks/results/gradient_snr/, one file a setting; settings that have one are not run again.
@@ -202,9 +203,10 @@ def compare(batches: list[tuple[Tensor, Tensor, float]], setting: dict) -> list[
 
 
 def over_a_share(batches: list[tuple[Tensor, Tensor, float]], group: int) -> Tensor:
-    """The gradient of each batch, (M, size), if a step is credited with `R_{j+1} - b_j R_j`, both against their group's mean.
+    """The gradient of each batch, (M, size), if a step is credited with `R_{j+1} - b_j R_j`.
 
-    `b_j` is the slope of the least squares over all batches: what of `R_j` lowers the variance, and no more.
+    Both rewards are taken against their group's mean. `b_j` is the slope of the least squares over all batches: what
+    of `R_j` lowers the variance, and no more.
     """
     rewards = torch.stack([rewards for rewards, _, _ in batches]).unflatten(1, (-1, group))
     centred = (rewards - rewards.mean(2, keepdim=True)).flatten(1, 2)  # (M, B, K + 1)
@@ -220,7 +222,10 @@ def over_a_share(batches: list[tuple[Tensor, Tensor, float]], group: int) -> Ten
 
 
 def of_sampling(setting: dict) -> float:
-    """Evaluations a trajectory without completions; a group with one noise is one trajectory until its first SDE step."""
+    """Evaluations a trajectory without completions.
+
+    A group with one noise is one trajectory until its first SDE step.
+    """
     shared = setting["start"] if setting["share_initial_noise"] else 0
     return setting["num_steps"] - shared + shared / setting["group"]
 
@@ -242,7 +247,10 @@ class Sketch:
         self.signs = torch.randint(2, self.flat.shape, generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
 
     def of(self, gradients: dict[str, Tensor]) -> Tensor:
-        """The sketches of N gradients: (N, size). The size is a prime, which the sizes of the weights' rows do not share."""
+        """The sketches of N gradients: (N, size).
+
+        The size is a prime, which the sizes of the weights' rows do not share.
+        """
         sketches = []
         for parts in zip(*gradients.values(), strict=True):
             torch.cat([part.flatten() for part in parts], out=self.flat[: self.number])
@@ -281,8 +289,10 @@ def sample(
     rewards = shapes_reward(images=images, prompts=[prompts[row] for row in run.rows])
     of_each = vmap(grad(one_log_prob), in_dims=(None, 0, 0, 0, None))
     of_steps = [
-        torch.cat([sketch.of(of_each(sketch.weights, *(run.states[rows, place + after] for after in (0, 1)), rows, step))
-                   for rows in torch.arange(len(prompts)).split(16)])
+        torch.cat([
+            sketch.of(of_each(sketch.weights, *(run.states[rows, place + after] for after in (0, 1)), rows, step))
+            for rows in torch.arange(len(prompts)).split(16)
+        ])
         for place, step in enumerate(range(window.start, window.stop))
     ]  # fmt: skip
     return torch.tensor(rewards)[run.image_of], torch.stack(of_steps, 1), run.num_evaluations / len(prompts)
@@ -325,7 +335,10 @@ def summary(values: np.ndarray, progress_of_flow: np.ndarray) -> dict[str, float
 
 
 def statistics(own: Tensor, both: Tensor, reference: Tensor, num_trajectories: float) -> tuple[float, float, float]:
-    """From products of batches' gradients (M, M): signal to noise of a trajectory, cosine, progress; a squared norm below 0 is none."""
+    """From products of batches' gradients (M, M): signal to noise of a trajectory, cosine, progress.
+
+    A squared norm below 0 is none.
+    """
     apart = ~torch.eye(len(own), dtype=torch.bool)
     signal, along, true = (float(products[apart].mean()) for products in (own, both, reference))
     noise = BATCH * (float(own.diagonal().mean()) - signal)
@@ -338,8 +351,8 @@ def report(found: dict) -> str:
     lines = [
         f"**{found['setting']}**, {found['num_batches']} batches of {BATCH} trajectories",
         "",
-        "| credit, baseline, scale, scope | reward noise | evaluations | signal / noise, times 1000 | cosine | progress, "
-        "times 1000 | progress / outcome's |",
+        "| credit, baseline, scale, scope | reward noise | evaluations | signal / noise, times 1000 | cosine "
+        "| progress, times 1000 | progress / outcome's |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in sorted(found["rows"], key=lambda row: (row["reward_noise"], -row["progress"])):

@@ -1,9 +1,9 @@
 """What an iteration of training costs with credit by step, against one of Flow-GRPO with the same window and batch.
 
-Rollouts of 8 prompts x 8 images with one update each, T = 10, K = 9, on the testbed or a tiny FLUX, all ways in turns in one
-process with one thread, on the same prompts. A ratio is that of CPU seconds within a turn, and the median over turns. Settings:
-"lean" (no KL term, no activation checkpointing) and "paper" (the config's defaults: both). Results go to
-benchmarks/results/iteration.json.
+Rollouts of 8 prompts x 8 images with one update each, T = 10, K = 9, on the testbed or a tiny FLUX, all ways in turns
+in one process with one thread, on the same prompts. A ratio is that of CPU seconds within a turn, and the median over
+turns. Settings: "lean" (no KL term, no activation checkpointing) and "paper" (the config's defaults: both). Results go
+to benchmarks/results/iteration.json.
 
     python benchmarks/iteration.py
 """
@@ -151,7 +151,8 @@ def report(rows: list[dict]) -> str:
     lines = [
         f"**{rows[0]['setting']}**",
         "",
-        "| way | / Flow-GRPO | rollout | decode | score | train | evaluations | trained on | images | zero advantages |",
+        "| way | / Flow-GRPO | rollout | decode | score | train "
+        "| evaluations | trained on | images | zero advantages |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

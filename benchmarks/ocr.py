@@ -1,7 +1,8 @@
 """Accuracy of the OCR reward on 50 rendered texts, by size, noise and ground: `python benchmarks/ocr.py > table.md`.
 
-Each text is drawn at a random place in an image of 512 x 512 in one of five fonts (those that matplotlib ships). Where the
-text that was asked for is in the image, the score should be 1; the last row asks for another text than the one drawn.
+Each text is drawn at a random place in an image of 512 x 512 in one of five fonts (those that matplotlib ships). Where
+the text that was asked for is in the image, the score should be 1; the last row asks for another text than the one
+drawn.
 """
 
 import argparse
@@ -19,19 +20,19 @@ IMAGE_SIZE = 512
 FONTS = ("DejaVuSans", "DejaVuSerif-Bold", "DejaVuSansMono", "STIXGeneral", "STIXGeneralItalic")
 TEXTS = (
     "Hello World", "Open 24 Hours", "STOP", "Fresh Bread", "No Parking", "Happy Birthday", "SALE 50% OFF", "Chapter 7",
-    "Exit", "Coffee & Tea", "Room 101", "Welcome Home", "Beware of Dog", "Platform 9", "Just Married", "Speed Limit 35",
-    "Thank You", "Grand Opening", "Made in Italy", "Do Not Disturb", "Season's Greetings", "Live Music Tonight", "Gate B12",
-    "Est. 1984", "Out of Order", "Wet Paint", "Mind the Gap", "Taxi", "Library", "Pizza", "Lost Cat", "Final Boss",
-    "Game Over", "Level 42", "Quiet Zone", "Zebra Crossing", "Best Before 2030", "Keep Left", "Recycle", "Hot Soup",
-    "Moon Base Alpha", "Vote Today", "Mango Juice", "The End", "Time Machine", "Robot Repair", "Dragon Eggs", "Ice Cream",
-    "Free Wifi", "Yellow Submarine",
+    "Exit", "Coffee & Tea", "Room 101", "Welcome Home", "Beware of Dog", "Platform 9", "Just Married",
+    "Speed Limit 35", "Thank You", "Grand Opening", "Made in Italy", "Do Not Disturb", "Season's Greetings",
+    "Live Music Tonight", "Gate B12", "Est. 1984", "Out of Order", "Wet Paint", "Mind the Gap", "Taxi", "Library",
+    "Pizza", "Lost Cat", "Final Boss", "Game Over", "Level 42", "Quiet Zone", "Zebra Crossing", "Best Before 2030",
+    "Keep Left", "Recycle", "Hot Soup", "Moon Base Alpha", "Vote Today", "Mango Juice", "The End", "Time Machine",
+    "Robot Repair", "Dragon Eggs", "Ice Cream", "Free Wifi", "Yellow Submarine",
 )  # fmt: skip
 
 
 def render(
     text: str, font: str, size: int, noise: float, plain: bool = True, rng: np.random.Generator | None = None
 ) -> Image.Image:
-    """The text at a random place, dark on light or light on dark, with noise of this standard deviation in grey levels.
+    """The text at a random place, dark on light or light on dark, with noise.
 
     Args:
         text: What to draw, on one line.

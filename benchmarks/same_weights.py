@@ -35,7 +35,8 @@ COMMON = {
 SETTINGS = {
     "the paper's defaults, LoRA, average": {"ema_update_every": 2, "lora": True},
     "outcome, flow_sde, all weights, no KL": {
-        "credit": "outcome", "sde_type": "flow_sde", "beta": 0.0, "epsilon": 1e-3, "learning_rate": 1e-4, "ema_decay": None,
+        "credit": "outcome", "sde_type": "flow_sde", "beta": 0.0, "epsilon": 1e-3, "learning_rate": 1e-4,
+        "ema_decay": None,
     },
     "dance_sde, two iterations, all weights, KL": {
         "sde_type": "dance_sde", "num_iterations": 2, "epsilon": 1e-3, "learning_rate": 1e-4, "ema_update_every": 3,
@@ -84,7 +85,8 @@ def train(output_dir: Path, resume: Path | None = None, **settings: object) -> s
     trained = {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
     saved = {path.name: load_file(path) for path in output_dir.rglob("*.safetensors") if "checkpoint" not in str(path)}
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-    return f"{digest(trained)} {digest(next(iter(saved.values())))} {hashlib.sha256(repr(rewards).encode()).hexdigest()[:8]}"
+    rewards_digest = hashlib.sha256(repr(rewards).encode()).hexdigest()[:8]
+    return f"{digest(trained)} {digest(next(iter(saved.values())))} {rewards_digest}"
 
 
 def train_all(folder: Path, checkpoint: Path) -> dict[str, str]:

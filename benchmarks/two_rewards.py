@@ -1,7 +1,7 @@
 """Two rewards of very different spread, summed before and after they are normalised (GDPO), on the testbed.
 
-The demo's settings, with `shapes_reward` (0 to 1) and `colourfulness` (tens), which pull in different directions: the dark background is not
-colourful. Both are evaluated on held-out prompts before and after.
+The demo's settings, with `shapes_reward` (0 to 1) and `colourfulness` (tens), which pull in different directions: the
+dark background is not colourful. Both are evaluated on held-out prompts before and after.
 
     python benchmarks/two_rewards.py
 """
@@ -27,10 +27,11 @@ def run(aggregation: str, weights: list[float], max_steps: int, seed: int) -> di
     """Held-out rewards before and after training."""
     with tempfile.TemporaryDirectory() as folder:
         config = TPGRPOConfig(
-            folder, use_cpu=True, **PIPELINE_KWARGS, guidance_scale=1.0, num_inference_steps=8, num_inference_steps_eval=8,
-            sde_window_size=3, num_generations=8, per_device_train_batch_size=64, gradient_accumulation_steps=1,
-            sde_type="flow_sde", epsilon=1e-3, beta=0.0, learning_rate=1e-4, lr_scheduler_type="linear", ema_decay=None,
-            multi_objective_aggregation=aggregation, reward_weights=weights, num_generations_eval=4, per_device_eval_batch_size=64,
+            folder, use_cpu=True, **PIPELINE_KWARGS, guidance_scale=1.0, num_inference_steps=8,
+            num_inference_steps_eval=8, sde_window_size=3, num_generations=8, per_device_train_batch_size=64,
+            gradient_accumulation_steps=1, sde_type="flow_sde", epsilon=1e-3, beta=0.0, learning_rate=1e-4,
+            lr_scheduler_type="linear", ema_decay=None, multi_objective_aggregation=aggregation,
+            reward_weights=weights, num_generations_eval=4, per_device_eval_batch_size=64,
             activation_checkpointing=False, max_steps=max_steps, save_strategy="no", disable_tqdm=True, seed=seed,
             log_images_steps=None,
         )  # fmt: skip

@@ -1,4 +1,6 @@
-"""TurningPoint-GRPO in one script: the embedded tiny model here; for SD3.5 or FLUX.1-dev change MODEL, SIZE and the reward.
+"""TurningPoint-GRPO in one script, here on the embedded tiny model.
+
+For SD3.5 or FLUX.1-dev change MODEL, SIZE and the reward.
 
 python examples/tpgrpo.py                          # one device
 accelerate launch examples/tpgrpo.py               # several

@@ -85,7 +85,9 @@ def anchors(page: Path) -> set[str]:
 
 
 def read_training(options: list[str], own_types: tuple[type, ...] = ()) -> tuple[Any, ...]:
-    """The options and recipes of a training as `trl-tpgrpo` reads them, also of one that needs a GPU, which is not asked for.
+    """The options and recipes of a training as `trl-tpgrpo` reads them.
+
+    A training that needs a GPU is read too: none is asked for.
 
     Args:
         options: Of the command line.

@@ -1,7 +1,8 @@
 """Makes accelerate take processes on the CPU for processes with a GPU each.
 
-On the CPU accelerate leaves FSDP and DeepSpeed out without a word and runs DDP. With this, torch's own `fully_shard` and
-DeepSpeed's own engine run, between processes that talk by gloo. What depends on the device is not shown: NCCL, streams, memory.
+On the CPU accelerate leaves FSDP and DeepSpeed out without a word and runs DDP. With this, torch's own `fully_shard`
+and DeepSpeed's own engine run, between processes that talk by gloo. What depends on the device is not shown: NCCL,
+streams, memory.
 """
 
 import os

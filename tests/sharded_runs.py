@@ -1,4 +1,7 @@
-"""Runs for test_sharded.py, on one process or on all that `accelerate launch` starts: `python sharded_runs.py FOLDER`."""
+"""Runs for test_sharded.py, on one process or on all that `accelerate launch` starts.
+
+Run as `python sharded_runs.py FOLDER`.
+"""
 
 import os
 import signal
@@ -28,7 +31,8 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 SETTINGS = {
     "use_cpu": WORLD == 1,
     "bf16": False,
-    "adam_epsilon": 1.0,  # far above the gradients: steps are proportional to them, like rounding errors, but there is a state
+    # far above the gradients: steps are proportional to them, like rounding errors, but there is a state
+    "adam_epsilon": 1.0,
     "learning_rate": 10.0,
     "max_grad_norm": 1e-3,  # below what comes, so that clipping counts too
     "reward_funcs": rising,
@@ -50,7 +54,8 @@ SETTINGS = {
 LORA = SETTINGS | {"ema_decay": 0.9, "ema_update_every": 1, "save_strategy": "steps", "save_steps": 10}
 FULL = SETTINGS | {"full": True, "learning_rate": 10.0, "gradient_accumulation_steps": 2, "max_steps": 3}
 FLUX = SETTINGS | {
-    "beta": 0.0, "learning_rate": 40.0, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
+    "beta": 0.0, "learning_rate": 40.0, "eval_strategy": "steps", "eval_steps": 1,
+    "save_strategy": "steps", "save_steps": 1,
     "load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "max_steps": 3,
 }  # fmt: skip
 
@@ -111,7 +116,10 @@ def full(out: Path) -> dict[str, object]:
 
 
 def flux(out: Path) -> dict[str, object]:
-    """Transitions left out, evaluations whose last batch is not full, one of them before training; the best model at the end."""
+    """Transitions left out, evaluations whose last batch is not full, one of them before training.
+
+    The best model is loaded at the end.
+    """
     trainer = make(out / "flux-run", tiny_flux, eval_dataset=prompts(5), **FLUX)
     if trainer.is_deepspeed_enabled:
         with pytest.raises(ValueError, match="eval_on_start"):

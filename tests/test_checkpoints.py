@@ -13,9 +13,9 @@ import pytest
 import torch
 from test_trainer import assert_same, build, lora, trained
 
-from trl_tpgrpo import trainer as trainer_module
 from trl_tpgrpo.callbacks import checkpoints
 from trl_tpgrpo.callbacks.checkpoints import INCOMPLETE, is_complete, last_complete
+from trl_tpgrpo.policies import weights
 
 
 TESTS = Path(__file__).parent
@@ -35,7 +35,9 @@ def reward(images, **columns):
     return brightness(images)
 
 settings = {name: value for name, value in options.items() if name not in ("signal", "rank")}
-trainer = build(out, reward_funcs=reward, peft_config=lora(r=options["rank"]), save_strategy="steps", save_steps=1, **settings)
+trainer = build(
+    out, reward_funcs=reward, peft_config=lora(r=options["rank"]), save_strategy="steps", save_steps=1, **settings
+)
 trainer.train(resume_from_checkpoint=resume or None)
 torch.save((trained(trainer), trainer.stop_on_signal.stopped, trainer.state.global_step), out / f"end-{rank}.pt")
 """
@@ -139,12 +141,12 @@ class Crash(BaseException):
 POINTS = {
     "before anything": (checkpoints.Path, "mkdir"),
     "the rollout": (checkpoints.torch, "save"),
-    "the weights": (trainer_module, "save_weights"),
+    "the weights": (weights, "save_weights"),
     "the optimizer": ("trainer", "_save_optimizer_and_scheduler"),
     "the random states": ("trainer", "_save_rng_state"),
     "the trainer's state": ("state", "save_to_json"),
     "the end of writing": (checkpoints.Path, "unlink"),
-    "old checkpoints deleted": (trainer_module, "rotate_checkpoints"),
+    "old checkpoints deleted": (checkpoints, "rotate_checkpoints"),
 }
 
 

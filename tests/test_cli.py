@@ -217,7 +217,7 @@ def test_demo_trains_reports_and_draws(tmp_path: Path, capsys) -> None:
     text = capsys.readouterr().out
     assert "largest difference of a pixel: 0 of 255" in text
     assert all(kind in text for kind in ("single", "count", "pair", "position", "all"))
-    pictures = {"before_after.png", "reward.png", "step_reward_spread.png", "trajectory.png"}
+    pictures = {"before_after.png", "reward.png", "trajectory.png"}
     assert pictures == {path.name for path in tmp_path.glob("*.png")}
     assert all(min(Image.open(tmp_path / name).size) > 200 for name in pictures)
     assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").exists()

@@ -39,9 +39,10 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
 
     Groups of 4 straddle the processes' micro-batches of 6.
 
-    Gradients are sums in another order and batches of another size, so weights agree to float32 rounding: 1e-5 of updates
-    of 1e-3, with plain SGD, whose steps are proportional to the gradients. Rewards come in steps, as rounding moves single pixels
-    by a 255th. Two processes also send pictures and print samples, on the main process alone, which changes nothing.
+    Gradients are sums in another order and batches of another size, so weights agree to float32 rounding: 1e-5 of
+    updates of 1e-3, with plain SGD, whose steps are proportional to the gradients. Rewards come in steps, as rounding
+    moves single pixels by a 255th. Two processes also send pictures and print samples, on the main process alone,
+    which changes nothing.
     """
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

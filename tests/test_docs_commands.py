@@ -1,8 +1,8 @@
 """Each command of the documentation is one that exists, with options and values that its parser takes.
 
-A block of bash is run by bash itself, so that quotes, braces, variables and continued lines mean what they mean to a reader, but
-every program in it is a stand-in that writes down how it was called. Those of this package and its scripts are then given to the
-parsers. Commands within sentences are treated alike.
+A block of bash is run by bash itself, so that quotes, braces, variables and continued lines mean what they mean to a
+reader, but every program in it is a stand-in that writes down how it was called. Those of this package and its scripts
+are then given to the parsers. Commands within sentences are treated alike.
 """
 
 import argparse

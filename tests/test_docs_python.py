@@ -8,8 +8,8 @@ for each training. A statement at the top level of a block is left out only if
 - it imports a module of `OF_THE_READER`, or
 - it uses a name that such a statement would have defined.
 
-Everything else runs, so that a new block is run unless there is a reason. What is left out compiles all the same, its calls have
-keyword arguments that exist, and its imports are tried.
+Everything else runs, so that a new block is run unless there is a reason. What is left out compiles all the same, its
+calls have keyword arguments that exist, and its imports are tried.
 """
 
 import ast
@@ -81,7 +81,10 @@ def parts(block: Block, missing: set[str]) -> tuple[list[ast.stmt], list[ast.stm
 
 @pytest.fixture
 def as_if_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In an empty folder with the examples in it, on the CPU; trainings end after one update, of one micro-batch if it has whole groups."""
+    """In an empty folder with the examples in it, on the CPU.
+
+    Trainings end after one update, of one micro-batch if it has whole groups.
+    """
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     initialise = TPGRPOConfig.__post_init__

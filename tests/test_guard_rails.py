@@ -226,7 +226,7 @@ def test_hacking_is_a_trained_reward_that_rises_while_a_held_out_one_falls(
     rise: float, fall: float, hacked: bool
 ) -> None:
     guard = GuardRails()
-    guard.watch(dict, lambda name, value: None, ["held_out"])
+    guard.held_out = ["held_out"]
     assert not list(guard.problems_of_evaluation(evaluation(0.5, 0.5)))
     problems = list(guard.problems_of_evaluation(evaluation(0.5 + rise, 0.5 - fall)))
     assert [problem.name for problem in problems] == (["reward_hacking"] if hacked else [])

@@ -1,4 +1,7 @@
-"""What the package overrides or uses of its hosts and they do not promise: a release that takes a name away fails here, by name."""
+"""What the package overrides or uses of its hosts and they do not promise.
+
+A release that takes a name away fails here, by name.
+"""
 
 import ast
 import importlib
@@ -14,9 +17,10 @@ from trl_tpgrpo import TPGRPOTrainer
 ROOT = Path(trl_tpgrpo.__file__).parent
 OVERRIDDEN = {
     "_finish_current_push", "_get_eval_sampler", "_get_grad_norm", "_get_train_sampler", "_load_best_model",
-    "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_prepare_inputs", "_push_from_checkpoint", "_save_checkpoint",
-    "_send_telemetry", "_set_signature_columns_if_needed", "_tag_names", "compute_loss", "create_model_card", "evaluate",
-    "get_train_dataloader", "init_hf_repo", "log", "prediction_step", "push_to_hub", "save_model", "train", "training_step",
+    "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_prepare_inputs", "_push_from_checkpoint",
+    "_save_checkpoint", "_send_telemetry", "_set_signature_columns_if_needed", "_tag_names", "compute_loss",
+    "create_model_card", "evaluate", "get_train_dataloader", "init_hf_repo", "log", "prediction_step", "push_to_hub",
+    "save_model", "train", "training_step",
 }  # fmt: skip
 """Methods of TRL's or transformers' trainer."""
 

@@ -1,4 +1,7 @@
-"""Quantised bases and the options for memory and speed: what they must not change, and that they do what they are for."""
+"""Quantised bases and the options for memory and speed.
+
+What they must not change, and that they do what they are for.
+"""
 
 from pathlib import Path
 
@@ -54,7 +57,10 @@ def quantized(folder: Path, output_dir: Path, quantization: str, **changes: obje
 
 
 def check_a_quantized_run(folder: Path, tmp_path: Path, quantization: str) -> TPGRPOTrainer:
-    """Ratio 1 before the first update, 8-bit states, a resumed run like the uninterrupted one, an adapter that reloads."""
+    """Ratio 1 before the first update, 8-bit states, an adapter that reloads.
+
+    A resumed run is like the uninterrupted one.
+    """
     whole = quantized(folder, tmp_path / "whole", quantization, save_strategy="steps", save_steps=2)
     whole.train()
     assert logged(whole, "ratio/max_deviation")[0] == 0.0
@@ -135,8 +141,11 @@ def decoded(policy: FlowPolicy, latents: torch.Tensor) -> torch.Tensor:
 
 
 def test_slices_change_images_by_rounding_and_tiles_at_most_at_their_borders(tmp_path: Path) -> None:
-    """Of the testbed's trained VAE. Convolutions round otherwise at other batch sizes. Images of one tile are not tiled; smaller tiles do
-    not see across their borders and normalise over themselves, hence a mean of 8 of 255 levels, here at 16 pixels a tile."""
+    """Of the testbed's trained VAE.
+
+    Convolutions round otherwise at other batch sizes. Images of one tile are not tiled; smaller tiles do not see
+    across their borders and normalise over themselves, hence a mean of 8 of 255 levels, here at 16 pixels a tile.
+    """
     options = {"max_sequence_length": 0, "guidance_scale": 1.0, "height": 32, "width": 32}
     whole, sliced, tiled = (
         load_policy(TESTBED, config(tmp_path, **{**options, **more}), use_lora=True)
@@ -145,8 +154,8 @@ def test_slices_change_images_by_rounding_and_tiles_at_most_at_their_borders(tmp
     pipeline = whole.pipeline
     pipeline.set_progress_bar_config(disable=True)
     latents = pipeline(
-        PROMPTS[:3], num_inference_steps=8, guidance_scale=1.0, output_type="latent", height=32, width=32, max_sequence_length=0,
-        generator=torch.Generator().manual_seed(0),
+        PROMPTS[:3], num_inference_steps=8, guidance_scale=1.0, output_type="latent", height=32, width=32,
+        max_sequence_length=0, generator=torch.Generator().manual_seed(0),
     ).images  # fmt: skip
     expected = decoded(whole, latents)
     assert (expected - decoded(sliced, latents)).abs().max() <= 1
@@ -210,8 +219,9 @@ def test_recomputed_log_probs_make_the_ratio_one(tmp_path: Path) -> None:
     deviations, evaluations = [], []
     for recompute in (False, True):
         trainer = build(
-            tmp_path, recompute_old_log_probs=recompute, beta=0.0, advantage_baseline="completion", scale_rewards="batch",
-            per_device_train_batch_size=2, steps_per_generation=4, gradient_accumulation_steps=2,
+            tmp_path, recompute_old_log_probs=recompute, beta=0.0, advantage_baseline="completion",
+            scale_rewards="batch", per_device_train_batch_size=2, steps_per_generation=4,
+            gradient_accumulation_steps=2,
         )  # fmt: skip
         velocity = trainer.policy.velocity
         trainer.policy.velocity = lambda *inputs, velocity=velocity: (

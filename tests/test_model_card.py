@@ -11,8 +11,7 @@ from test_trainer import build, config, prompts
 
 from trl_tpgrpo import TPGRPOConfig
 from trl_tpgrpo.commands import train
-from trl_tpgrpo.hub.card import rewards_by_update
-from trl_tpgrpo.hub.recipe import to_yaml
+from trl_tpgrpo.hub.card import rewards_by_update, to_yaml
 from trl_tpgrpo.policies.weights import load_weights
 
 

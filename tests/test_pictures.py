@@ -1,6 +1,5 @@
 """Pictures for trackers, read back from what the real trackers have written, and grids of evaluations on disk."""
 
-import importlib.util
 import logging
 import sys
 from io import BytesIO
@@ -15,8 +14,7 @@ from test_trainer import build, prompts
 
 from trl_tpgrpo import TPGRPOTrainer
 from trl_tpgrpo.algorithm.credit import CreditRule, RewardTable
-from trl_tpgrpo.callbacks.grids import CAPTION, GAP, TITLE, grid, resized
-from trl_tpgrpo.callbacks.pictures import rollout_pictures, trajectory_image
+from trl_tpgrpo.callbacks.pictures import CAPTION, GAP, TITLE, grid, resized, rollout_pictures, trajectory_image
 from trl_tpgrpo.callbacks.samples import RolloutSample
 
 
@@ -69,9 +67,8 @@ def test_credits_without_completions_or_turning_points(credit: str, tmp_path: Pa
 def test_without_matplotlib_the_rest_is_there_and_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "trl_tpgrpo.callbacks.figures", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with caplog.at_level(logging.WARNING):
         watched(tmp_path, "tensorboard", log_images_steps=1).train()
     assert set(events(tmp_path).Tags()["images"]) == TAGS - {"rollout/trajectory"}

@@ -1,6 +1,7 @@
-"""Whole runs on two processes under DDP, FSDP2 and ZeRO-2, with the configs of examples/accelerate, against one process.
+"""Whole runs on two processes under DDP, FSDP2 and ZeRO-2, against one process.
 
-The processes are on the CPU and made to believe that they have GPUs (emulated_gpus.py); what they run is in sharded_runs.py.
+The configs are those of examples/accelerate. The processes are on the CPU and made to believe that they have GPUs
+(emulated_gpus.py); what they run is in sharded_runs.py.
 """
 
 import os
@@ -56,8 +57,11 @@ def series(result: dict[str, Any], metric: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("run", ["lora", "full", "flux"])
 def test_two_processes_give_the_weights_of_one(run: str, one: Path, two: tuple[str, Path]) -> None:
-    """Gradients are sums in another order and batches of another size, so weights agree to float32 rounding: measured 1e-7 of
-    updates of 3e-3, with an optimizer whose steps are proportional to the gradients. Both processes have the same."""
+    """Gradients are sums in another order and batches of another size, so weights agree to float32 rounding.
+
+    Measured is 1e-7 of updates of 3e-3, with an optimizer whose steps are proportional to the gradients. Both
+    processes have the same weights.
+    """
     expected, results = load(one, run), [load(two[1], run, rank) for rank in (0, 1)]
     start = expected.get("before", {})
     changed = {name: value - start[name] if start else value for name, value in expected["weights"].items()}

@@ -1,4 +1,7 @@
-"""What the site does to Markdown and docstrings. That the whole of it builds without a warning is shown by `make docs`."""
+"""What the site does to Markdown and docstrings.
+
+That the whole of it builds without a warning is shown by `make docs`.
+"""
 
 import importlib.util
 import inspect
@@ -52,11 +55,14 @@ def test_docstrings_of_hugging_face_become_lists() -> None:
     pytest.importorskip("griffe", reason="the packages of the extra docs are not installed")
     as_markdown = load("docstrings").as_markdown
     assert as_markdown(
-        "What it is, see [`~trl.GRPOConfig`] and [`~a.B.c`].\n\nParameters:\n    > Parameters that control the data\n\n"
-        "    size (`int`, *optional*, defaults to `8`):\n        How much.\n        And more.\n\nRaises:\n    ValueError: If not."
+        "What it is, see [`~trl.GRPOConfig`] and [`~a.B.c`].\n\n"
+        "Parameters:\n    > Parameters that control the data\n\n"
+        "    size (`int`, *optional*, defaults to `8`):\n        How much.\n        And more.\n\n"
+        "Raises:\n    ValueError: If not."
     ) == (
         "What it is, see `GRPOConfig` and `B.c`.\n\n**The data**\n\n"
-        "- `size` (`int`, *optional*, defaults to `8`):\n    How much.\n    And more.\n\n\nRaises:\n    ValueError: If not."
+        "- `size` (`int`, *optional*, defaults to `8`):\n    How much.\n    And more.\n\n\n"
+        "Raises:\n    ValueError: If not."
     )
     google = "What.\n\nArgs:\n    size: How much.\n"
     assert as_markdown(google) == google

@@ -17,22 +17,25 @@ FILES = sorted(ROOT.rglob("*.py"))
 HEART = ["config.py", "trainer.py", "data.py", "rollouts.py", "batches.py", "metrics.py", "algorithm", "policies",
          "rewards/scorer.py", "rewards/contract.py"]  # fmt: skip
 VERBS = {
-    "account", "activate", "add", "adjust", "advance", "allow", "answer", "append", "apply", "arrange", "ask", "assert", "assign",
-    "average", "await", "balance", "begin", "bring", "build", "call", "cancel", "cast", "change", "check", "choose", "clear",
-    "close", "collect", "combine", "command", "commit", "compare", "compile", "complete", "compute", "connect", "convert", "copy",
-    "correct", "count", "create", "credit", "crop", "cut", "decide", "decode", "derive", "describe", "detect", "divide", "do", "download",
-    "draw", "drop", "embed", "encode", "end", "enter", "estimate", "evaluate", "exchange", "expand", "explain", "fill", "find",
-    "finish", "fit", "flip", "forget", "format", "free", "freeze", "gather", "get", "give", "go", "group", "guard", "guide", "hand",
-    "handle", "hash", "hold", "import", "initialize", "initialise", "insert", "integrate", "join", "judge", "keep", "label", "launch", "lay",
-    "leave", "let", "limit", "list", "listen", "load", "log", "look", "make", "map", "mark", "match", "measure", "merge",
-    "mix", "move", "name", "normalize", "normalise", "note", "offload", "open", "order", "pad", "paint", "parse", "pass", "pick",
-    "place", "plan", "precompute", "predict", "prepare", "print", "process", "push", "put", "queue", "raise", "rank", "read", "recompute",
-    "record", "reduce", "refuse", "remember", "remove", "rename", "render", "repeat", "replace", "report", "resize", "resolve", "restore",
-    "return", "reward", "roll", "rotate", "round", "run", "sample", "save", "say", "scale", "score", "select", "send", "separate", "serve", "set",
-    "settle", "shard", "shift", "shorten", "show", "shuffle", "skip", "solve", "sort", "split", "stand", "standardise", "start",
-    "step", "stop", "submit", "sum", "summarize", "summarise", "switch", "take", "tell", "test", "time", "tokenize", "track",
-    "train", "transform", "truncate", "try", "turn", "undo", "unpack", "update", "use", "visit", "wait", "walk", "want", "warn",
-    "weigh", "work", "wrap", "write", "yield",
+    "account", "activate", "add", "adjust", "advance", "allow", "answer", "append", "apply", "arrange", "ask",
+    "assert", "assign", "average", "await", "balance", "begin", "bring", "build", "call", "cancel", "cast",
+    "change", "check", "choose", "clear", "close", "collect", "combine", "command", "commit", "compare", "compile",
+    "complete", "compute", "connect", "convert", "copy", "correct", "count", "create", "credit", "crop", "cut",
+    "decide", "decode", "delete", "derive", "describe", "detect", "divide", "do", "download", "draw", "drop", "embed",
+    "encode", "end", "enter", "estimate", "evaluate", "exchange", "expand", "explain", "fill", "find", "finish",
+    "fit", "flip", "forget", "format", "free", "freeze", "gather", "get", "give", "go", "group", "guard", "guide",
+    "hand", "handle", "hash", "hold", "import", "initialize", "initialise", "insert", "integrate", "join", "judge",
+    "keep", "label", "launch", "lay", "leave", "let", "limit", "list", "listen", "load", "log", "look", "make",
+    "map", "mark", "match", "measure", "merge", "mix", "move", "name", "normalize", "normalise", "note", "offload",
+    "open", "order", "pad", "paint", "parse", "pass", "pick", "place", "plan", "precompute", "predict", "prepare",
+    "print", "process", "push", "put", "queue", "raise", "rank", "read", "recompute", "record", "reduce", "refuse",
+    "remember", "remove", "rename", "render", "repeat", "replace", "report", "resize", "resolve", "restore",
+    "return", "reward", "roll", "rotate", "round", "run", "sample", "save", "say", "scale", "score", "select",
+    "send", "separate", "serve", "set", "settle", "shard", "shift", "shorten", "show", "shuffle", "skip", "solve",
+    "sort", "split", "stand", "standardise", "start", "step", "stop", "submit", "sum", "summarize", "summarise",
+    "switch", "take", "tell", "test", "time", "tokenize", "track", "train", "transform", "truncate", "try", "turn",
+    "undo", "unpack", "update", "use", "visit", "wait", "walk", "want", "warn", "weigh", "work", "wrap", "write",
+    "yield",
 }  # fmt: skip
 """First words of docstrings in use; a new verb gets a place here."""
 
@@ -92,7 +95,10 @@ def loaded_by_one_family() -> list[str]:
 
 
 def without_verb() -> tuple[list[str], int]:
-    """Functions whose docstring does not begin with a verb, and the number of those that have one; properties are nouns."""
+    """Functions whose docstring does not begin with a verb, and the number of those that have one.
+
+    Properties are nouns.
+    """
     wrong, number = [], 0
     for name, node in functions():
         text = ast.get_docstring(node)

@@ -525,8 +525,8 @@ def test_resume_that_finds_too_little_is_an_error(lost: str, message: str, tmp_p
 
 def test_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     trainer = build(
-        tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-        load_best_model_at_end=True, metric_for_best_model="eval_reward", greater_is_better=True, eval_dataset=prompts(4),
+        tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, eval_dataset=prompts(4), save_strategy="steps",
+        save_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_reward", greater_is_better=True,
     )  # fmt: skip
     trainer.train()
     assert trainer.evaluate()["eval_reward"] == max(logged(trainer, "eval_reward"))
@@ -679,7 +679,8 @@ def test_wrong_adapters_are_refused(peft_config: object, error: type, message: s
 
 
 def unconditional() -> DiffusionPipeline:
-    return DDPMPipeline(UNet2DModel(8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)), DDPMScheduler())  # fmt: skip
+    unet = UNet2DModel(8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    return DDPMPipeline(unet, DDPMScheduler())
 
 
 def test_wrong_models_are_refused(tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ class Trajectories:
 
         Args:
             skip_zeros: Whether those whose advantage is 0 are left out, as where there is no KL term.
-            keep_steps: Whether a step that has none left takes one all the same, as where other processes wait for it. The
-                last step does in any case, so that there is a gradient and an update.
+            keep_steps: Whether a step that has none left takes one all the same, as where other processes wait for
+                it. The last step does in any case, so that there is a gradient and an update.
         """
         num_steps = len(self.window)
         if not skip_zeros:
@@ -124,7 +124,7 @@ class Trajectories:
         return {step: rows for step, rows in chosen.items() if len(rows)}
 
     def transitions(self, position: int, chosen: Tensor | None = None) -> Transitions:
-        """Return the SDE step at `position` of the window, of all trajectories or of the indices `chosen` (on the CPU)."""
+        """Return the SDE step at `position` of the window, of all trajectories or of those `chosen` (on the CPU)."""
         chosen = torch.arange(len(self)) if chosen is None else chosen
         step, device = self.window.start + position, self.conditioning.device
         return Transitions(

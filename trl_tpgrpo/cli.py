@@ -50,11 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextmanager
 def one_recipe(argv: list[str]) -> Iterator[list[str]]:
-    """Yield the arguments with the recipes after `--config` merged into one; later recipes override earlier ones.
-
-    Raises:
-        ValueError: If a recipe is no mapping of options.
-    """
+    """Yield arguments with the recipes of `--config` merged, later over earlier; raise ValueError for no mapping."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="*", default=[])
     recipes, others = parser.parse_known_args(argv)
@@ -71,7 +67,3 @@ def one_recipe(argv: list[str]) -> Iterator[list[str]]:
         path = Path(folder) / "recipe.yaml"
         path.write_text(yaml.safe_dump(merged))
         yield [*others, "--config", str(path)]
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,6 +1,7 @@
 """From rows of a dataset to trajectories, their images, the rewards of these, and the reward table.
 
-Shapes: `B` rows of this process, `N` of all processes, `M` images, `F` reward functions, `K` SDE steps, `C` completed states.
+Shapes: `B` rows of this process, `N` of all processes, `M` images, `F` reward functions, `K` SDE steps, `C` completed
+states.
 """
 
 import logging
@@ -65,8 +66,8 @@ class Pending:
 class Rollouts:
     """Samples and scores rows of a dataset, with the model and the trainer's state that two getters give.
 
-    `batch_sizes` has the samples that the `"model"` and the `"vae"` are given at once; they are measured at the first use
-    if absent.
+    `batch_sizes` has the samples that the `"model"` and the `"vae"` are given at once, measured at the first use if
+    absent.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Rollouts:
     # A generation batch
 
     def generate(self, rows: Rows, generation: int) -> Trajectories:
-        """Sample a trajectory with its completions for each of B rows, of rollout `generation`, and score every image."""
+        """Sample a trajectory with its completions for each of B rows of a rollout, and score every image."""
         share = self.args.sde_window_share
         if share is not None and self.measured_window is None:
             self.measured_window = self._measure_window(rows, share)
@@ -279,7 +280,7 @@ class Rollouts:
         return to_images(self.decode(rollout.final_latents))
 
     def training_log_probs(self, trajectories: Trajectories, autocast: Callable[[], Any]) -> Tensor:
-        """Compute log-probabilities (B, K) as training does, gradients and all, in the context that `autocast` gives."""
+        """Compute log-probabilities (B, K) as training does, gradients and all, in the context of `autocast`."""
         log_probs = []
         for position in range(len(trajectories.window)):
             with torch.enable_grad(), autocast():
@@ -351,8 +352,8 @@ class Rollouts:
     ) -> Rollout:
         """Sample one trajectory for each of B prompts, see [`~trl_tpgrpo.algorithm.rollout.roll_out`].
 
-        `prompts` (B,) are indices among the distinct ones of `conditioning`. Under `share_initial_noise` the first of a
-        group's generators draws the group's noise. Without a window, `num_inference_steps_eval` ODE steps are taken.
+        `prompts` (B,) are indices among the distinct ones of `conditioning`. Under `share_initial_noise` the first
+        generator of a group draws its noise. Without a window, `num_inference_steps_eval` ODE steps are taken.
         """
         schedule, device = self.policy.schedule(self._num_steps(window)), self.policy.device
         prompts, model = prompts.to(device), self._model()
@@ -400,7 +401,8 @@ class Rollouts:
 
     @property
     def _mode(self) -> str:
-        return "train" if self._model().training else "eval"
+        # Of the model itself: transformers leaves the mode of DeepSpeed's engine as it is.
+        return "train" if self.accelerator.unwrap_model(self._model()).training else "eval"
 
     @property
     def _trained_names(self) -> list[str]:

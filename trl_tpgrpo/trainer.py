@@ -1,7 +1,7 @@
 """The trainer: rows of a dataset become prompts, trajectories, images, rewards, credit, and an update of the weights.
 
-It reads in that order, under the names of TRL's GRPOTrainer: every method that overrides one of TRL's or transformers' is
-here. Mathematics is in `algorithm/`, model families in `policies/`, sampling and scoring in `rollouts.py`.
+It reads in that order, under the names of TRL's GRPOTrainer: every method that overrides one of TRL's or transformers'
+is here. Mathematics is in `algorithm/`, model families in `policies/`, sampling and scoring in `rollouts.py`.
 """
 
 from concurrent.futures import Future
@@ -20,16 +20,15 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
 from .algorithm.losses import clipped_surrogate, first_wrong_term, relative_difference
 from .algorithm.sde import kl_divergence
 from .batches import Sampled, Trajectories, Transitions
-from .callbacks import checkpoints
+from .callbacks import checkpoints, guard_rails
 from .callbacks.averaging import AveragedWeights
-from .callbacks.guard_rails import watch_over
 from .callbacks.pictures import PictureCallback
 from .callbacks.printing import SamplePrinter
 from .callbacks.progress import LogLines, ProgressDisplay
@@ -38,12 +37,10 @@ from .config import TPGRPOConfig
 from .data import EpochSampler, SetEpoch, all_prompts, check_datasets
 from .hub import HubRepository, RunCard, sample_prompts, without_tokens
 from .metrics import Metrics, rollout_metrics
-from .policies import sharding
+from .policies import loading, sharding, weights
 from .policies.embeddings import PromptEmbeddings
-from .policies.loading import check_optimizer, load_policy, prepare_transformer
 from .policies.reference import Reference
-from .policies.weights import load_weights, save_weights
-from .rewards.contract import RewardFunc, reward_name, reward_names
+from .rewards.contract import RewardFunc, reward_names
 from .rollouts import Rollouts
 
 
@@ -67,11 +64,11 @@ class TPGRPOTrainer(_BaseTrainer):
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
-            Hub id or folder of a pipeline, loaded with `args.model_init_kwargs`, or the pipeline itself. Its transformer is
-            trained, in place.
+            Hub id or folder of a pipeline, loaded with `args.model_init_kwargs`, or the pipeline itself. Its
+            transformer is trained, in place.
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
-            Called as `reward_func(images=..., prompts=..., **other dataset columns, trainer_state=..., log_metric=...)`
-            with N PIL images, N prompts and N values of each column; returns N numbers, `None` where it does not apply.
+            Called as `reward_func(images=..., prompts=..., **other columns, trainer_state=..., log_metric=...)` with N
+            PIL images, N prompts and N values of each column; returns N numbers, `None` where it does not apply.
         args ([`TPGRPOConfig`], *optional*):
             Settings. `None`: the paper's.
         train_dataset ([`~datasets.Dataset`], *optional*):
@@ -83,11 +80,11 @@ class TPGRPOTrainer(_BaseTrainer):
         callbacks (`list[~transformers.TrainerCallback]`, *optional*):
             Callbacks besides the default ones.
         optimizers (`tuple`, *optional*):
-            Optimizer and learning-rate schedule instead of those of `args`. With `peft_config` the trained weights do not
-            exist before the trainer does: choose the optimizer by `args.optim` then.
+            Optimizer and learning-rate schedule instead of those of `args`. With `peft_config` the trained weights do
+            not exist before the trainer does: choose the optimizer by `args.optim` then.
         peft_config ([`~peft.LoraConfig`], *optional*):
-            Config of the LoRA adapter to train; without `target_modules` the paper's for the model's family. `None`: train
-            all weights of the transformer.
+            Config of the LoRA adapter to train; without `target_modules` the paper's for the model's family. `None`:
+            train all weights of the transformer.
 
     Raises:
         ValueError, TypeError: For arguments that cannot work, with what would be right.
@@ -112,17 +109,15 @@ class TPGRPOTrainer(_BaseTrainer):
         self.reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         eval_only = eval_reward_funcs if isinstance(eval_reward_funcs, list) else [eval_reward_funcs]
         self.eval_reward_funcs = [function for function in eval_only if function is not None]
-        functions = [*self.reward_funcs, *self.eval_reward_funcs]
-        self.reward_func_names = reward_names(functions)[: len(self.reward_funcs)]
-        if args.reward_weights is not None and len(args.reward_weights) != len(self.reward_funcs):
-            raise ValueError(
-                f"reward_weights has {len(args.reward_weights)} entries for {len(self.reward_funcs)} reward functions."
-            )
+        number, names = len(self.reward_funcs), reward_names([*self.reward_funcs, *self.eval_reward_funcs])
+        self.reward_func_names, self.eval_reward_func_names = names[:number], names[number:]
+        if args.reward_weights is not None and len(args.reward_weights) != number:
+            raise ValueError(f"reward_weights has {len(args.reward_weights)} entries for {number} reward functions.")
         check_datasets(train_dataset, eval_dataset, self.reward_funcs, self.eval_reward_funcs, args)
         sharding.check_before_loading()
         set_seed(args.seed)  # before the adapter's random weights
-        self.policy = load_policy(model, args, use_lora=peft_config is not None)
-        transformer, frozen_copy = prepare_transformer(self.policy, peft_config, args)
+        self.policy = loading.load_policy(model, args, use_lora=peft_config is not None)
+        transformer, frozen_copy = loading.prepare_transformer(self.policy, peft_config, args)
         embeddings = PromptEmbeddings(self.policy, args.prompt_embeds_dir)
         self.policy.to(args.device)
         if args.precompute_prompt_embeds:
@@ -153,7 +148,7 @@ class TPGRPOTrainer(_BaseTrainer):
         args = self.args
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: launch one process per GPU with `accelerate launch`.")
-        check_optimizer(self.optimizer)
+        loading.check_optimizer(self.optimizer)
         sharding.check_accelerator(self.accelerator, self.model, frozen_copy, args)
         frozen_copy = sharding.prepare_for_sharding(self.accelerator, self.model, frozen_copy, self.policy.dtype)
         if frozen_copy is not None and not args.offload_reference:
@@ -163,14 +158,14 @@ class TPGRPOTrainer(_BaseTrainer):
 
     def _add_parts(self, embeddings: PromptEmbeddings) -> None:
         """Create the trainer's own parts and callbacks, in the order in which the callbacks are called."""
-        args, is_main = self.args, self.accelerator.is_main_process
+        args = self.args
         self.progress = ProgressDisplay(shows_bar=False)
         if self.pop_callback(ProgressCallback) is not None:  # there is another one in notebooks
             self.progress = ProgressDisplay()
             self.add_callback(self.progress)
         if self.pop_callback(PrinterCallback) is not None:
             self.add_callback(LogLines)
-        self.samples = Samples(self.callback_handler, args, self.reward_func_names, is_main)
+        self.samples = Samples(self.callback_handler, args, self.reward_func_names, self.accelerator.is_main_process)
         rewards, shown = (self.reward_funcs, self.eval_reward_funcs), (self.samples, self.progress, self._metrics)
         getters = (lambda: self._policy_model), (lambda: self.state)
         self.rollouts = Rollouts(self.policy, args, self.accelerator, embeddings, *rewards, *shown, *getters)
@@ -180,8 +175,7 @@ class TPGRPOTrainer(_BaseTrainer):
         pictures = PictureCallback(self.callback_handler)
         for callback in (SamplePrinter(), pictures, self._set_epoch, self.averaged, self.stop_on_signal):
             self.add_callback(callback)
-        held_out = [reward_name(function) for function in self.eval_reward_funcs]
-        self.guard_rails = watch_over(self, self._metrics_of_update, self._metrics["train"].record, held_out)
+        self.guard_rails = guard_rails.watch_over(self, self._metrics_of_update, self._metrics["train"].record)
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL's reads `model.config.model_type`, which diffusers models do not have."""
@@ -263,7 +257,7 @@ class TPGRPOTrainer(_BaseTrainer):
     # ------------------------------------------------------------------------------------------------- the training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, as [`~transformers.Trainer.train`] does; after SIGTERM until the end of the update, with a checkpoint.
+        """Train as [`~transformers.Trainer.train`] does; after SIGTERM until the end of the update, with a checkpoint.
 
         Raises:
             FileNotFoundError: If there is no complete checkpoint to resume from.
@@ -283,7 +277,7 @@ class TPGRPOTrainer(_BaseTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run one forward and backward for each SDE step of a micro-batch, so that memory does not grow with the steps."""
+        """Run a forward and backward for each SDE step of a micro-batch, so that memory does not grow with them."""
         model.train()
         getattr(self.optimizer, "train", lambda: None)()  # schedule-free optimizers have modes too
         trajectories = self._prepare_inputs(inputs)
@@ -299,9 +293,10 @@ class TPGRPOTrainer(_BaseTrainer):
             if self._is_new_rollout:
                 self._report_rollout(inputs, trajectories)
             if not torch.isfinite(total):
+                what = f"The loss at update {self.state.global_step} is {total.item()}"
                 raise FloatingPointError(
-                    f"The loss at update {self.state.global_step} is {total.item()}: {first_wrong_term(self._loss_terms)}. "
-                    "The last update has probably been too large (learning_rate, max_grad_norm), or float16 has overflowed."
+                    f"{what}: {first_wrong_term(self._loss_terms)}. The last update has probably been too large "
+                    "(learning_rate, max_grad_norm), or float16 has overflowed."
                 )
         self._step += 1
         return total
@@ -323,13 +318,13 @@ class TPGRPOTrainer(_BaseTrainer):
     ) -> Tensor:
         """Compute the clipped surrogate of one SDE step of a micro-batch, with the KL divergence from the reference.
 
-        Credit and advantages are computed here, from the reward table of the whole generation batch that the inputs carry;
-        the table keeps them for other steps and micro-batches, for metrics and for pictures.
+        Credit and advantages are computed here, from the reward table of the whole generation batch that the inputs
+        carry; the table keeps them for other steps and micro-batches, for metrics and for pictures.
         """
         if return_outputs:
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
         advantages = inputs.table.credited.advantages[inputs.rows, inputs.position].to(inputs.latents.device)  # (B,)
-        velocity = self._velocity(model, inputs)
+        velocity = self.policy.velocity(model, inputs.latents, inputs.timestep, inputs.conditioning)
         step = inputs.transition(velocity)
         log_probs = inputs.log_prob(step)
         old_log_probs = log_probs.detach() if inputs.old_log_probs is None else inputs.old_log_probs
@@ -351,9 +346,6 @@ class TPGRPOTrainer(_BaseTrainer):
         metrics.record("num_train_evaluations", len(log_probs), "sum")
         return loss
 
-    def _velocity(self, model: torch.nn.Module, inputs: Transitions) -> Tensor:
-        return self.policy.velocity(model, inputs.latents, inputs.timestep, inputs.conditioning)
-
     def _report_rollout(self, rows: list[dict[str, Any]], trajectories: Trajectories) -> None:
         """Log a rollout and hand its sample to callbacks, once its credit has been computed in the loss."""
         self._is_new_rollout, table = False, trajectories.table
@@ -367,8 +359,8 @@ class TPGRPOTrainer(_BaseTrainer):
         self._grad_norm = None if norm is None else float(norm)
         if self._grad_norm is not None and not self.args.fp16 and not np.isfinite(self._grad_norm):
             raise FloatingPointError(
-                f"The gradient's norm at update {self.state.global_step} is {self._grad_norm}, of a finite loss: nothing "
-                "has been updated. Lower learning_rate, or train in another precision."
+                f"The gradient's norm at update {self.state.global_step} is {self._grad_norm}, of a finite loss: "
+                "nothing has been updated. Lower learning_rate, or train in another precision."
             )
         return self._grad_norm
 
@@ -388,7 +380,7 @@ class TPGRPOTrainer(_BaseTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Return the mean reward of images sampled by the ODE in `num_inference_steps_eval` steps, from the same noise."""
+        """Return rewards of images sampled by the ODE in `num_inference_steps_eval` steps, from the same noise."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
             check_datasets(None, eval_dataset, self.reward_funcs, self.eval_reward_funcs, self.args)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
@@ -402,11 +394,7 @@ class TPGRPOTrainer(_BaseTrainer):
 
     @torch.no_grad()
     def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: list[dict[str, Any]],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: torch.nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any
     ) -> tuple[None, None, None]:
         """Sample and score a batch of an evaluation; there is no loss."""
         first = self._num_evaluated + self.accelerator.process_index * len(inputs)
@@ -418,14 +406,13 @@ class TPGRPOTrainer(_BaseTrainer):
         """Add the metrics recorded since the last log, with the evaluation's prefix if they belong to one."""
         mode = "train" if self.model.training else "eval"
         prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
-        recorded = self._metrics[mode].flush()
-        logs.update({f"{prefix}{name}": value for name, value in recorded.items()})
+        logs.update({f"{prefix}{name}": value for name, value in self._metrics[mode].flush().items()})
         super().log(logs, start_time)
 
     # ----------------------------------------------------------------------------------------- saving and resuming
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the trained weights, their average if there is one, in diffusers' format: the adapter, or `transformer`."""
+        """Write the trained weights, or their average, in diffusers' format: the adapter, or `transformer`."""
         output_dir = output_dir or self.args.output_dir
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         with self.averaged.in_use():
@@ -436,38 +423,34 @@ class TPGRPOTrainer(_BaseTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_weights(self, folder: str | Path) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        save_weights(model, folder, self.policy.pipeline_class, self.args.should_save)
+        model, pipeline_class = self.accelerator.unwrap_model(self.model), self.policy.pipeline_class
+        weights.save_weights(model, folder, pipeline_class, self.args.should_save)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        run = Path(self._get_output_dir(trial=trial))
-        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        limit = self.args.save_total_limit
-        self.args.save_total_limit = None  # none is deleted before this one is whole
-        try:
-            with checkpoints.being_written(folder, self.accelerator):
-                if not self.args.save_only_model:
-                    checkpoints.save_progress(self, folder)
-                    if self.averaged.num_moves:
-                        self._save_weights(folder / checkpoints.LAST)
-                super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save and not self.hub.is_busy:  # else one that is being pushed might be deleted
-            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
-        self.push_checkpoint(folder)
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with checkpoints.being_written(self, folder):
+            if not self.args.save_only_model:
+                checkpoints.save_progress(self, folder)
+                if self.averaged.num_moves:
+                    self._save_weights(folder / checkpoints.LAST)
+            super()._save_checkpoint(model, trial)
+        checkpoints.rotate(self)
+        self.create_model_card()
+        if self.is_world_process_zero() and self.args.push_to_hub and self.args.hub_strategy != "end":
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self.hub.push_checkpoint(folder, self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         trained = self.accelerator.unwrap_model(model or self.model)
         last = Path(resume_from_checkpoint) / checkpoints.LAST
-        load_weights(trained, resume_from_checkpoint)
+        weights.load_weights(trained, resume_from_checkpoint)
         if last.exists():  # what has just been loaded is the average
             if self.args.ema_decay is not None:
                 self.averaged.start()
-            load_weights(trained, last)
+            weights.load_weights(trained, last)
 
     def _load_best_model(self) -> None:
-        load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+        weights.load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
         self.averaged.average = None  # or it would be evaluated and saved instead
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -523,19 +506,10 @@ class TPGRPOTrainer(_BaseTrainer):
             self.create_model_card(**kwargs)
         return self.hub.push(commit_message, blocking, token, revision)
 
-    def push_checkpoint(self, checkpoint: Path) -> None:
-        """Write the card, and begin to push what `hub_strategy` asks for at a checkpoint, which must be whole."""
-        self.create_model_card()
-        if self.is_world_process_zero() and self.args.push_to_hub and self.args.hub_strategy != "end":
-            self.callback_handler.on_push_begin(self.args, self.state, self.control)
-            self.hub.push_checkpoint(checkpoint, self.state.global_step)
-
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Do nothing in the middle of writing a checkpoint: `push_checkpoint` pushes it when it is whole."""
+        """Do nothing in the middle of writing a checkpoint: `_save_checkpoint` pushes it when it is whole."""
 
     def _finish_current_push(self) -> None:
         """Wait for pushes at the end of training, then delete the checkpoints that had to stay for them."""
         self.hub.finish()
-        if self.args.should_save:
-            run, best = self._get_output_dir(trial=None), self.state.best_model_checkpoint
-            rotate_checkpoints(run, self.args.save_total_limit, best, use_mtime=True)
+        checkpoints.rotate(self)

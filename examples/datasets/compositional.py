@@ -7,8 +7,8 @@ The prompts are drawn here, not GenEval's own 553, which stay a test set. Column
 
 - `prompt`
 - `tag`: `single_object`, `two_object`, `counting`, `colors`, `position` or `color_attr`
-- `include`: the objects that must be there, as JSON: `class`, `count`, and where it matters `color` or `position`, such as
-  `["left of", 0]`: the relation to another object, and that one's number
+- `include`: the objects that must be there, as JSON: `class`, `count`, and where it matters `color` or `position`,
+  such as `["left of", 0]`: the relation to another object, and that one's number
 - `exclude`: what there may not be, as JSON: so many of a class as make a wrong count
 """
 
@@ -24,12 +24,13 @@ from transformers import HfArgumentParser
 
 
 CLASSES = (
-    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking meter, bench, "
-    "bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, "
-    "snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, "
-    "knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, "
-    "dining table, toilet, tv, laptop, computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, "
-    "refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
+    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
+    "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
+    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
+    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, "
+    "laptop, computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, "
+    "book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
 ).split(", ")
 """COCO's, under the names that GenEval gives them."""
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")

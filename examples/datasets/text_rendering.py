@@ -3,8 +3,8 @@
     python examples/datasets/text_rendering.py --output_dir data/text_rendering
     trl-tpgrpo train --dataset_name data/text_rendering --reward_funcs ocr ...
 
-Columns: `prompt`, in which the text stands between double quotes, and `text`. Texts are one to four words drawn from a list; those of the test
-split do not occur in the training split.
+Columns: `prompt`, in which the text stands between double quotes, and `text`. Texts are one to four words drawn from a
+list; those of the test split do not occur in the training split.
 """
 
 import random
@@ -38,10 +38,11 @@ SCENES = (
     "A robot holding up a card with the words {}",
 )
 WORDS = (
-    "open late fresh bread north harbour quiet please golden hour river wild honey lost found paper moon summer camp silver "
-    "lake first class slow down winter sale good morning blue door little wonder house green tea market stone bridge happy "
-    "travel keep left grand hotel cold drinks night train free range city lights art for all home again mind the gap wet paint "
-    "no parking deep sea red planet lucky number seven garden party old friends new ideas small steps big dreams star dust"
+    "open late fresh bread north harbour quiet please golden hour river wild honey lost found paper moon summer camp "
+    "silver lake first class slow down winter sale good morning blue door little wonder house green tea market stone "
+    "bridge happy travel keep left grand hotel cold drinks night train free range city lights art for all home again "
+    "mind the gap wet paint no parking deep sea red planet lucky number seven garden party old friends new ideas "
+    "small steps big dreams star dust"
 ).split()
 
 

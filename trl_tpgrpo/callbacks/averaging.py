@@ -10,15 +10,10 @@ from transformers import TrainerCallback, TrainerState
 
 
 class AveragedWeights(TrainerCallback):
-    """diffusers' `EMAModel` of the trained weights, from the first update that counts; until then these themselves.
+    """diffusers' `EMAModel` of trained weights, from the first update that counts; until then these themselves.
 
     The average moves after every `every`-th update, by a decay that rises as (1 + n) / (10 + n) with the number n of
-    earlier moves, up to `decay`.
-
-    Args:
-        model: Model whose trained weights are averaged.
-        decay: Largest decay of a move, in [0, 1). `None`: there is never an average.
-        every: Number of updates a move.
+    earlier moves, up to `decay` in [0, 1). With `None` for `decay` there is never an average.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float | None, every: int):
@@ -29,8 +24,7 @@ class AveragedWeights(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.decay is None or state.global_step % self.every:
             return
-        average = self.average or self.start()
-        average.step(self._trained())
+        (self.average or self.start()).step(self._trained())
 
     def start(self) -> EMAModel:
         """Begin the average with the weights that the model has now, and return it."""

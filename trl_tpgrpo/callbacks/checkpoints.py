@@ -13,18 +13,16 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..batches import SAVED_CLASSES
 
 
 logger = logging.getLogger(__name__)
 
-INCOMPLETE = "checkpoint-is-incomplete.txt"
-"""File in a checkpoint while it is written, a name that transformers uses for the same."""
-
-LAST = "last"
-"""Folder of a checkpoint with the weights that training goes on from, where those beside it are averaged."""
+INCOMPLETE = "checkpoint-is-incomplete.txt"  # in a checkpoint while it is written, as transformers has it too
+PROGRESS = "rollout_{}.pt"  # what the process of that number goes on from
+LAST = "last"  # folder of the weights that training goes on from, where those beside it are averaged
 
 
 def is_complete(checkpoint: str | Path) -> bool:
@@ -33,14 +31,9 @@ def is_complete(checkpoint: str | Path) -> bool:
 
 
 def last_complete(output_dir: str | Path) -> Path:
-    """Find the latest checkpoint that is whole.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
+    """Return the latest checkpoint that is whole; raise FileNotFoundError if there is none."""
     found = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*")}
-    by_step = sorted((int(match[1]), path) for path, match in found.items() if match)
-    for _, path in reversed(by_step):
+    for _, path in sorted(((int(match[1]), path) for path, match in found.items() if match), reverse=True):
         if is_complete(path):
             return path
         logger.warning("%s was not written to its end and is passed over.", path)
@@ -48,25 +41,32 @@ def last_complete(output_dir: str | Path) -> Path:
 
 
 @contextmanager
-def being_written(checkpoint: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Mark a checkpoint as incomplete until all processes have written their part."""
+def being_written(trainer: Any, checkpoint: Path) -> Iterator[None]:
+    """Mark a checkpoint as incomplete until all processes have written their part; delete none before it is whole."""
+    accelerator, args, limit = trainer.accelerator, trainer.args, trainer.args.save_total_limit
     checkpoint.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         (checkpoint / INCOMPLETE).write_text("This checkpoint has not been written to its end.\n")
     accelerator.wait_for_everyone()
-    yield
+    args.save_total_limit = None
+    try:
+        yield
+    finally:
+        args.save_total_limit = limit
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (checkpoint / INCOMPLETE).unlink()
 
 
-def save_progress(trainer: Any, checkpoint: Path) -> None:
-    """Write what this process goes on from, besides what transformers saves and the weights.
+def rotate(trainer: Any) -> None:
+    """Delete the oldest checkpoints over `save_total_limit`, unless one may still be being pushed."""
+    if trainer.args.should_save and not trainer.hub.is_busy:
+        run, limit = trainer._get_output_dir(trial=None), trainer.args.save_total_limit
+        rotate_checkpoints(run, limit, trainer.state.best_model_checkpoint, use_mtime=True)
 
-    Args:
-        trainer: The `TPGRPOTrainer`.
-        checkpoint: Folder of the checkpoint.
-    """
+
+def save_progress(trainer: Any, checkpoint: Path) -> None:
+    """Write what this process of a `TPGRPOTrainer` goes on from, besides what transformers saves and the weights."""
     is_used_up = trainer._step % trainer._generate_every == 0
     progress = {
         "step": trainer._step,
@@ -76,15 +76,11 @@ def save_progress(trainer: Any, checkpoint: Path) -> None:
         "guard_rails": trainer.guard_rails and trainer.guard_rails.state_dict(),
         **trainer.rollouts.state_dict(),
     }
-    torch.save(progress, _progress_file(checkpoint, trainer.accelerator.process_index))
+    torch.save(progress, checkpoint / PROGRESS.format(trainer.accelerator.process_index))
 
 
 def load_progress(trainer: Any, checkpoint: Path) -> None:
     """Go on from what `save_progress` wrote; nothing in the file is executed.
-
-    Args:
-        trainer: The `TPGRPOTrainer`.
-        checkpoint: Folder of the checkpoint.
 
     Raises:
         FileNotFoundError: If a part is missing.
@@ -92,23 +88,18 @@ def load_progress(trainer: Any, checkpoint: Path) -> None:
     """
     for part in () if trainer.is_deepspeed_enabled else ("optimizer", "scheduler"):
         if not any(checkpoint.glob(f"*{part}*")):
-            raise FileNotFoundError(
-                f"{checkpoint} holds no {part} (saved with save_only_model?): it cannot be resumed."
-            )
-    path = _progress_file(checkpoint, trainer.accelerator.process_index)
+            hint = "(saved with save_only_model?): it cannot be resumed"
+            raise FileNotFoundError(f"{checkpoint} holds no {part} {hint}.")
+    path = checkpoint / PROGRESS.format(trainer.accelerator.process_index)
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: the rollout in use when the checkpoint was saved. (A run is resumed on the number of "
-            "processes that it was saved on.)"
-        )
+        hint = "A run is resumed on the number of processes that it was saved on."
+        raise FileNotFoundError(f"{path} is missing: the rollout in use when the checkpoint was saved. ({hint})")
     with torch.serialization.safe_globals([*SAVED_CLASSES, (_as_list, "collections.deque")]):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     for name, value in layout(trainer.args, trainer.accelerator.num_processes).items():
-        if saved["layout"][name] != value:
-            raise ValueError(
-                f"{checkpoint} was saved with {saved['layout'][name]} for {name}, and this run has {value}: a run is "
-                "resumed with the batches, processes and seed that it was begun with."
-            )
+        if (before := saved["layout"][name]) != value:
+            hint = "a run is resumed with the batches, processes and seed that it was begun with"
+            raise ValueError(f"{checkpoint} was saved with {before} for {name}, and this run has {value}: {hint}.")
     trainer._step = saved["step"]
     if trainer.averaged.average is not None:
         trainer.averaged.average.optimization_step = saved["num_moves_of_average"]
@@ -132,21 +123,12 @@ def _as_list(values: Iterable = (), maxlen: int | None = None) -> list:
     return list(values)
 
 
-def _progress_file(checkpoint: Path, process: int) -> Path:
-    return checkpoint / f"rollout_{process}.pt"
-
-
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM to any process, all finish their update, save a checkpoint and stop.
-
-    Args:
-        accelerator: Accelerator of the run.
-    """
+    """On SIGTERM to any process, all finish their update, save a checkpoint and stop."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.stopped = False
-        self._received = False
+        self.stopped = self._received = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:

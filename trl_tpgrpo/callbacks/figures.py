@@ -22,12 +22,8 @@ def trajectory_figure(
 ) -> Figure:
     """Draw one trajectory as the paper does: reward along the SDE steps, the images below, turning points marked.
 
-    Args:
-        prompt: Title.
-        images: C + 1 images, each made by some SDE steps and then the ODE.
-        rewards: Rewards of the images, (C + 1,).
-        turning: Whether a turning point leads from image j to image j + 1: bool, (C,).
-        states: Numbers of SDE steps before the ODE, C + 1.
+    There are C + 1 images, each made by as many SDE steps as `states` says and then the ODE, with rewards (C + 1,);
+    `turning` says whether a turning point leads from image j to image j + 1: bool, (C,).
     """
     number = len(images)
     figure = Figure(figsize=(1.15 * number + 1.2, 4.4))
@@ -52,10 +48,8 @@ def _mark_turning_point(axis: Any, step: int, rewards: np.ndarray) -> None:
     colour, below = (GREEN, -28) if gain > 0 else (RED, 12)
     axis.plot([step, step + 1], rewards[step : step + 2], "-", color=colour, linewidth=3, zorder=3)
     axis.plot(step, rewards[step], "o", color=colour, markersize=10, zorder=4)
-    axis.annotate(
-        f"turning point\n{gain:+.2f}", (step, rewards[step]), xytext=(0, below), textcoords="offset points",
-        ha="center", fontsize=8, color=colour,
-    )  # fmt: skip
+    style = {"xytext": (0, below), "textcoords": "offset points", "ha": "center", "fontsize": 8, "color": colour}
+    axis.annotate(f"turning point\n{gain:+.2f}", (step, rewards[step]), **style)
 
 
 def as_image(figure: Figure) -> Image.Image:
@@ -68,22 +62,14 @@ def as_image(figure: Figure) -> Image.Image:
 def before_after_figure(
     prompts: list[str], before: list[list[Image.Image]], after: list[list[Image.Image]], right: np.ndarray
 ) -> Figure:
-    """Draw the images of each prompt before and after, from the same noise, framed green where they are right.
-
-    Args:
-        prompts: P prompts.
-        before: P x N images.
-        after: P x N images.
-        right: Whether the images before and those after show the prompt: bool, (2, P, N).
-    """
+    """Draw P x N images of P prompts before and after, framed green where they are `right`: bool, (2, P, N)."""
     number = len(before[0])
     widths = {"width_ratios": [1] * number + [0.35] + [1] * number, "wspace": 0.08, "hspace": 0.12}
     figure = Figure(figsize=(2 * number + 4.2, 1.05 * len(prompts) + 0.6))
     axes = figure.subplots(len(prompts), 2 * number + 1, squeeze=False, gridspec_kw=widths)
     for row, prompt in enumerate(prompts):
         axes[row, number].axis("off")
-        shown = [*before[row], *after[row]]
-        columns = np.delete(axes[row], number)
+        columns, shown = np.delete(axes[row], number), [*before[row], *after[row]]
         for axis, image, is_right in zip(columns, shown, right[:, row].flatten(), strict=True):
             _show(axis, image, GREEN if is_right else RED)
         axes[row, 0].set_ylabel(prompt, rotation=0, ha="right", va="center", fontsize=9, labelpad=8)
@@ -106,36 +92,9 @@ def reward_figure(log_history: list[dict[str, Any]], evaluations: dict[int, floa
     return figure
 
 
-def step_reward_figure(log_history: list[dict[str, Any]]) -> Figure:
-    """Draw, along the trajectory, the spread of step rewards within a group and the share of turning points."""
-    spread = _mean_by_step(log_history, "step_reward_std/step_")
-    rate = _mean_by_step(log_history, "turning_points/step_")
-    figure, axis = _axis(xlabel="SDE step", ylabel="std of step rewards within a group")
-    axis.bar(range(len(spread)), spread, color=BLUE, width=0.6)
-    axis.set_xticks(range(len(spread)))
-    right = axis.twinx()
-    right.plot(range(len(rate)), rate, "o-", color=RED)
-    right.set_ylabel("share of turning points", color=RED)
-    right.set_ylim(bottom=0)
-    return figure
-
-
-def _mean_by_step(log_history: list[dict[str, Any]], prefix: str) -> list[float]:
-    logged = [entry for entry in log_history if f"{prefix}0" in entry]
-    steps = sum(name.startswith(prefix) for name in logged[0])
-    return [float(np.mean([entry[f"{prefix}{step}"] for entry in logged])) for step in range(steps)]
-
-
-def save_pareto(path: Path, names: list[str], evaluations: list[float], correlations: list[float], title: str) -> None:
-    """Draw model calls a trajectory against the correlation of step rewards with exact ones; the best are joined.
-
-    Args:
-        path: PNG file to write.
-        names: Names of N completion rules.
-        evaluations: Numbers of function evaluations, N.
-        correlations: Correlations, N.
-        title: Title.
-    """
+def save_pareto(path: Path, names: list[str], evaluations: list[float], correlations: list[float]) -> None:
+    """Draw function evaluations a trajectory against the correlation of N completion rules; the best are joined."""
+    title = "Completions: what they take and how faithful they are"
     figure, axis = _axis(xlabel="model evaluations a trajectory", ylabel="correlation of step rewards", title=title)
     order = sorted(range(len(names)), key=lambda i: (evaluations[i], -correlations[i]))
     best = [i for rank, i in enumerate(order) if all(correlations[i] > correlations[j] for j in order[:rank])]
@@ -152,8 +111,7 @@ def save_pareto(path: Path, names: list[str], evaluations: list[float], correlat
 
 def _axis(**labels: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=(6.4, 3.8))
-    axis = figure.subplots()
-    axis.set(**labels)
+    axis = figure.subplots(subplot_kw=labels)
     _plain(axis)
     return figure, axis
 

@@ -5,93 +5,68 @@ The limits were set between healthy runs of the testbed and runs with planted co
 
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 
 
 logger = logging.getLogger(__name__)
 
 ACTIONS = ("warn", "skip", "stop")
-FEWEST_PROMPTS = (
-    8  # in a rollout whose mean reward, and share of groups without spread, say something about the policy
-)
+FEWEST_PROMPTS = 8  # in a rollout whose mean reward and groups without spread say something about the policy
 FEWEST_TRANSITIONS = 32  # in an update in which the share of ratios above 1 says something
-FEWEST_NORMS = 3  # of updates before one whose gradient can stand out
+FEWEST_NORMS, MOST_NORMS = 3, 50  # of earlier updates that a gradient is compared with
 FIRST_ROLLOUTS = 5  # whose images' variety later ones are compared with
 MEMORY = 0.9  # decay of the average of earlier rollouts' rewards
 MOST_SKIPPED = 10  # updates in a row; then the run, which gets nowhere, ends
 REPEAT_AFTER = 100  # updates until a warning that still holds is given again
 
 MESSAGES = {
-    "on_policy_ratio": (
-        "the probability ratio is off 1 by {deviation:.1e} in the first update on a rollout, for a clip range of "
-        "{clip_range:.1e}: sampling and training do not compute the same. Set recompute_old_log_probs=True, or leave "
-        "per_device_rollout_batch_size out, and use no dropout."
-    ),
-    "one_sided_ratio": (
-        "{share:.0%} of the probability ratios lie on one side of 1: the policy has moved so far within one rollout "
-        "that the clip acts on one sign of the advantages alone. Lower learning_rate, or make fewer updates a rollout "
-        "(gradient_accumulation_steps=steps_per_generation)."
-    ),
-    "reference_drift": (
-        "the predicted velocity differs from the reference's by {drift:.2g} of its square (healthy runs stay far "
-        "below {limit}): the images are probably falling apart. Lower learning_rate, raise beta, or go back to an "
-        "earlier checkpoint."
-    ),
-    "grad_norm": (
-        "the gradient's norm is {norm:.2g}, and has been {usual:.2g} in the median before: set max_grad_norm to about "
-        "{limit:.1g}, or lower learning_rate."
-    ),
-    "zero_spread": (
-        "{share:.0%} of the groups have the same reward for all their images: they teach little or nothing. Either "
-        "the prompts are solved (take harder ones), or the images all fail (lower learning_rate, take easier "
-        "prompts), or the reward is too coarse (take a graded one)."
-    ),
-    "reward_drop": (
-        "the reward has fallen to {reward:.3g}, from {usual:.3g} on average before (standard deviation of an image's "
-        "{spread:.2g}): the policy has probably collapsed. Lower learning_rate, and go back to an earlier checkpoint."
-    ),
-    "image_variety": (
-        "the images of a prompt differ by {variety:.2g} in a pixel's value, and differed by {first:.2g} at first: "
-        "they become all alike. Raise beta or noise_level, lower learning_rate, or look whether the reward favours "
-        "one kind of image."
-    ),
-    "reward_hacking": (
-        "since the first evaluation the reward that is trained on has risen by {rise:.3g}, and {name}, which is not, "
-        "has fallen by {fall:.3g}: the former is probably being hacked. Add {name} to reward_funcs, raise beta, or "
-        "stop earlier."
-    ),
+    "on_policy_ratio": "the probability ratio is off 1 by {deviation:.1e} in the first update on a rollout, for a "
+    "clip range of {clip_range:.1e}: sampling and training do not compute the same. Set recompute_old_log_probs=True, "
+    "or leave per_device_rollout_batch_size out, and use no dropout.",
+    "one_sided_ratio": "{share:.0%} of the probability ratios lie on one side of 1: the policy has moved so far "
+    "within one rollout that the clip acts on one sign of the advantages alone. Lower learning_rate, or make fewer "
+    "updates a rollout (gradient_accumulation_steps=steps_per_generation).",
+    "reference_drift": "the predicted velocity differs from the reference's by {drift:.2g} of its square (healthy "
+    "runs stay far below {limit}): the images are probably falling apart. Lower learning_rate, raise beta, or go back "
+    "to an earlier checkpoint.",
+    "grad_norm": "the gradient's norm is {norm:.2g}, and has been {usual:.2g} in the median before: set max_grad_norm "
+    "to about {limit:.1g}, or lower learning_rate.",
+    "zero_spread": "{share:.0%} of the groups have the same reward for all their images: they teach little or "
+    "nothing. Either the prompts are solved (take harder ones), or the images all fail (lower learning_rate, take "
+    "easier prompts), or the reward is too coarse (take a graded one).",
+    "reward_drop": "the reward has fallen to {reward:.3g}, from {usual:.3g} on average before (standard deviation of "
+    "an image's {spread:.2g}): the policy has probably collapsed. Lower learning_rate, and go back to an earlier "
+    "checkpoint.",
+    "image_variety": "the images of a prompt differ by {variety:.2g} in a pixel's value, and differed by {first:.2g} "
+    "at first: they become all alike. Raise beta or noise_level, lower learning_rate, or look whether the reward "
+    "favours one kind of image.",
+    "reward_hacking": "since the first evaluation the reward that is trained on has risen by {rise:.3g}, and {name}, "
+    "which is not, has fallen by {fall:.3g}: the former is probably being hacked. Add {name} to reward_funcs, raise "
+    "beta, or stop earlier.",
 }
 """What was seen, its likely cause, and what to do, by check."""
+
+REMEMBERED = ("grad_norms", "varieties", "rewards", "first_evaluations", "num_skipped", "warned")  # in checkpoints
 
 
 class GuardRailError(RuntimeError):
     """A run was stopped by its guard rails."""
 
 
-@dataclass(frozen=True)
 class Problem:
-    """Something that a healthy run does not show.
+    """Something that a healthy run does not show."""
 
-    Attributes:
-        name: Name of the check, in `MESSAGES` and in metrics.
-        message: Text with what was seen.
-    """
-
-    name: str
-    message: str
+    def __init__(self, check: str, **seen: Any):
+        self.name, self.message = check, MESSAGES[check].format(**seen)
 
 
-def _problem(check: str, **seen: Any) -> Problem:
-    return Problem(check, MESSAGES[check].format(**seen))
-
-
+@dataclass(eq=False)  # transformers compares callbacks and looks them up
 class GuardRails(TrainerCallback):
     """
     Looks at each update before it is made, and at each evaluation, and warns, skips the update or stops the run.
@@ -105,8 +80,7 @@ class GuardRails(TrainerCallback):
         max_one_sided: Share of the ratios of a later update on one side of 1.
         max_frac_reward_zero_std: Share of the groups without spread in their final rewards.
         max_grad_norm_factor: Norm of the gradient, in medians of earlier norms.
-        max_reference_drift: Distance of the predicted velocity from the reference's, `|v - v_ref|^2 / |v_ref|^2`. (The
-            KL divergence counts in units of the SDE's noise, so that what is healthy depends on sampler and window.)
+        max_reference_drift: Distance of the predicted velocity from the reference's, `|v - v_ref|^2 / |v_ref|^2`.
         min_image_variety: Share of the variety of the first rollouts' images that must be left.
         max_reward_drop: Fall of a rollout's mean reward below that of earlier ones, in a reward's standard deviations.
         max_evaluation_errors: Fall of a held-out reward while the trained one rises, in standard errors.
@@ -115,49 +89,27 @@ class GuardRails(TrainerCallback):
         ValueError: If `action` is none of these.
     """
 
-    def __init__(
-        self,
-        action: str = "warn",
-        max_on_policy_deviation: float = 0.1,
-        max_one_sided: float = 0.9,
-        max_frac_reward_zero_std: float = 0.8,
-        max_grad_norm_factor: float = 10.0,
-        max_reference_drift: float = 0.25,
-        min_image_variety: float = 0.25,
-        max_reward_drop: float = 1.0,
-        max_evaluation_errors: float = 3.0,
-    ):
-        if action not in ACTIONS:
-            raise ValueError(f"action must be one of {ACTIONS}, got {action!r}.")
-        self.action = action
-        self.max_on_policy_deviation, self.max_one_sided = max_on_policy_deviation, max_one_sided
-        self.max_frac_reward_zero_std, self.max_grad_norm_factor = max_frac_reward_zero_std, max_grad_norm_factor
-        self.max_reference_drift, self.min_image_variety = max_reference_drift, min_image_variety
-        self.max_reward_drop, self.max_evaluation_errors = max_reward_drop, max_evaluation_errors
+    action: str = "warn"
+    max_on_policy_deviation: float = 0.1
+    max_one_sided: float = 0.9
+    max_frac_reward_zero_std: float = 0.8
+    max_grad_norm_factor: float = 10.0
+    max_reference_drift: float = 0.25
+    min_image_variety: float = 0.25
+    max_reward_drop: float = 1.0
+    max_evaluation_errors: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise ValueError(f"action must be one of {ACTIONS}, got {self.action!r}.")
         self.metrics_of_update: Callable[[], dict[str, float]] = dict
         self.record: Callable[[str, float], None] = lambda name, value: None
         self.held_out: list[str] = []
         self.forget()
 
-    def watch(
-        self,
-        metrics_of_update: Callable[[], dict[str, float]],
-        record: Callable[[str, float], None],
-        held_out: list[str],
-    ) -> None:
-        """Connect to a trainer.
-
-        Args:
-            metrics_of_update: Function that returns what the update under way has recorded, the same on all processes:
-                metrics, `grad_norm`, and `is_on_policy`, 1 in the first update on a rollout.
-            record: Function that adds a metric to the log.
-            held_out: Names of reward functions that are not trained on.
-        """
-        self.metrics_of_update, self.record, self.held_out = metrics_of_update, record, held_out
-
     def forget(self) -> None:
         """Forget earlier updates, as for another run."""
-        self.grad_norms: deque[float] = deque(maxlen=50)
+        self.grad_norms: list[float] = []
         self.varieties: list[float] = []
         self.rewards: tuple[float, float] | None = None  # mean and standard deviation, averaged over earlier rollouts
         self.first_evaluations: dict[str, dict[str, float]] = {}
@@ -166,13 +118,12 @@ class GuardRails(TrainerCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered of earlier updates, for a checkpoint."""
-        names = ("grad_norms", "varieties", "rewards", "first_evaluations", "num_skipped", "warned")
-        return {name: getattr(self, name) for name in names} | {"grad_norms": list(self.grad_norms)}
+        return {name: getattr(self, name) for name in REMEMBERED}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Remember what `state_dict` returned."""
         for name, value in state.items():
-            setattr(self, name, deque(value, maxlen=50) if name == "grad_norms" else value)
+            setattr(self, name, value)
 
     # The events
 
@@ -182,19 +133,15 @@ class GuardRails(TrainerCallback):
         metrics = self.metrics_of_update()
         problems = [*self.problems_of_update(metrics, args), *self.problems_of_rollout(metrics, args)]
         self._report(problems, state)
-        if not problems or self.action != "skip":
-            self.num_skipped = 0
+        self.num_skipped = self.num_skipped + 1 if problems and self.action == "skip" else 0
+        if not self.num_skipped:
             return
-        self.num_skipped += 1
         if self.num_skipped > MOST_SKIPPED:
-            raise GuardRailError(
-                f"{MOST_SKIPPED} updates in a row were skipped; the last problem: {problems[0].message}"
-            )
+            seen = problems[0].message
+            raise GuardRailError(f"{MOST_SKIPPED} updates in a row were skipped; the last problem: {seen}")
         model.zero_grad()  # the optimizer passes over parameters without gradient
 
-    def on_evaluate(
-        self, args: Any, state: TrainerState, control: Any, *, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         self._report(list(self.problems_of_evaluation(metrics)), state)
 
     def _report(self, problems: list[Problem], state: TrainerState) -> None:
@@ -202,105 +149,91 @@ class GuardRails(TrainerCallback):
             self.record(f"guard_rails/{problem.name}", 1.0)
             if self.action == "stop":
                 raise GuardRailError(f"After update {state.global_step}: {problem.message}")
-            due = problem.name not in self.warned or state.global_step - self.warned[problem.name] >= REPEAT_AFTER
-            if due and state.is_world_process_zero:
+            if state.global_step - self.warned.get(problem.name, -REPEAT_AFTER) < REPEAT_AFTER:
+                continue
+            self.warned[problem.name] = state.global_step
+            if state.is_world_process_zero:
                 message = problem.message + (" This update is skipped." if self.action == "skip" else "")
                 logger.warning("Guard rail %r after update %d: %s", problem.name, state.global_step, message)
-            if due:
-                self.warned[problem.name] = state.global_step
 
     # The checks
 
     def problems_of_update(self, metrics: dict[str, float], args: Any) -> Iterator[Problem]:
-        """Check ratio, distance from the reference and gradient of the update under way; see `watch` for `metrics`."""
+        """Check ratio, distance from the reference and gradient of an update; see `watch_over` for `metrics`."""
         clip_range, is_on_policy = min(args.epsilon, args.epsilon_high), metrics.get("is_on_policy")
         deviation, above = metrics.get("ratio/max_deviation", 0.0), metrics.get("ratio/frac_above_one", 0.5)
         share = max(above, 1 - above)
         enough = args.train_batch_size * args.world_size * args.gradient_accumulation_steps >= FEWEST_TRANSITIONS
         drift = metrics.get("reference_drift", 0.0)
         if is_on_policy and deviation > self.max_on_policy_deviation * clip_range:
-            yield _problem("on_policy_ratio", deviation=deviation, clip_range=clip_range)
+            yield Problem("on_policy_ratio", deviation=deviation, clip_range=clip_range)
         if enough and not is_on_policy and share > self.max_one_sided:
-            yield _problem("one_sided_ratio", share=share)
+            yield Problem("one_sided_ratio", share=share)
         if drift > self.max_reference_drift:
-            yield _problem("reference_drift", drift=drift, limit=self.max_reference_drift)
+            yield Problem("reference_drift", drift=drift, limit=self.max_reference_drift)
         yield from self._grad_norm(metrics.get("grad_norm", math.nan))
 
     def _grad_norm(self, norm: float) -> Iterator[Problem]:
         if not math.isfinite(norm):  # float16 overflows now and then, and its scaler leaves the update out
             return
         usual = median(self.grad_norms) if len(self.grad_norms) >= FEWEST_NORMS else math.inf
-        self.grad_norms.append(norm)
+        self.grad_norms = [*self.grad_norms, norm][-MOST_NORMS:]
         if norm > self.max_grad_norm_factor * usual:
-            yield _problem("grad_norm", norm=norm, usual=usual, limit=2 * usual)
+            yield Problem("grad_norm", norm=norm, usual=usual, limit=2 * usual)
 
     def problems_of_rollout(self, metrics: dict[str, float], args: Any) -> Iterator[Problem]:
-        """Check rewards and images, if the update under way is the first on a rollout; see `watch` for `metrics`."""
+        """Check rewards and images of an update that is the first on a rollout; see `watch_over` for `metrics`."""
         if "reward" not in metrics:
             return
         if args.prompts_per_generation >= FEWEST_PROMPTS:
-            share = metrics["frac_reward_zero_std"]
-            if share > self.max_frac_reward_zero_std:
-                yield _problem("zero_spread", share=share)
+            if (share := metrics["frac_reward_zero_std"]) > self.max_frac_reward_zero_std:
+                yield Problem("zero_spread", share=share)
             yield from self._reward_drop(metrics["reward"], metrics["reward_std"])
-        yield from self._variety(metrics.get("image_variety", math.nan))
+        variety = metrics.get("image_variety", math.nan)
+        self.varieties += [variety] if len(self.varieties) < FIRST_ROLLOUTS and not math.isnan(variety) else []
+        if self.varieties and variety < self.min_image_variety * max(self.varieties):
+            yield Problem("image_variety", variety=variety, first=max(self.varieties))
 
     def _reward_drop(self, reward: float, spread: float) -> Iterator[Problem]:
-        if self.rewards is None:
-            self.rewards = reward, spread
-            return
-        usual, usual_spread = self.rewards
+        usual, usual_spread = self.rewards or (reward, spread)
         self.rewards = MEMORY * usual + (1 - MEMORY) * reward, MEMORY * usual_spread + (1 - MEMORY) * spread
         if reward < usual - self.max_reward_drop * usual_spread:
-            yield _problem("reward_drop", reward=reward, usual=usual, spread=usual_spread)
-
-    def _variety(self, variety: float) -> Iterator[Problem]:
-        if math.isnan(variety):
-            return
-        if len(self.varieties) < FIRST_ROLLOUTS:
-            self.varieties.append(variety)
-        first = max(self.varieties)
-        if variety < self.min_image_variety * first:
-            yield _problem("image_variety", variety=variety, first=first)
+            yield Problem("reward_drop", reward=reward, usual=usual, spread=usual_spread)
 
     def problems_of_evaluation(self, metrics: dict[str, float]) -> Iterator[Problem]:
         """Check for held-out rewards that fell since a dataset's first evaluation, while the trained one has risen."""
         for prefix in (name.removesuffix("_reward") for name in metrics if name.endswith("_reward")):
-            if math.isnan(metrics[f"{prefix}_reward"]):  # reward functions have failed on all of it
+            reward, images = metrics[f"{prefix}_reward"], metrics.get(f"{prefix}_num_scored_images", 0.0)
+            if math.isnan(reward) or not images:  # reward functions have failed on all of it
                 continue
             first = self.first_evaluations.setdefault(prefix, dict(metrics))
-            images = metrics.get(f"{prefix}_num_scored_images", 0.0)
-            rise = metrics[f"{prefix}_reward"] - first[f"{prefix}_reward"]
-            if not images or rise <= self._tolerance(metrics, f"{prefix}_reward_std", images):
-                continue
-            for name in self.held_out:
+            rise, errors = reward - first[f"{prefix}_reward"], self.max_evaluation_errors / math.sqrt(images)
+            for name in self.held_out if rise > errors * metrics[f"{prefix}_reward_std"] else []:
                 mean, spread = f"{prefix}_rewards/{name}/mean", f"{prefix}_rewards/{name}/std"
                 fall = first[mean] - metrics[mean]
-                if fall > self._tolerance(metrics, spread, images):
-                    yield _problem("reward_hacking", rise=rise, name=name, fall=fall)
-
-    def _tolerance(self, metrics: dict[str, float], spread: str, images: float) -> float:
-        return self.max_evaluation_errors * metrics[spread] / math.sqrt(images)
+                if fall > errors * metrics[spread]:
+                    yield Problem("reward_hacking", rise=rise, name=name, fall=fall)
 
 
 def watch_over(
-    trainer: Trainer,
-    metrics_of_update: Callable[[], dict[str, float]],
-    record: Callable[[str, float], None],
-    held_out: list[str],
+    trainer: Any, metrics_of_update: Callable[[], dict[str, float]], record: Callable[[str, float], None]
 ) -> GuardRails | None:
-    """Connect the guard rails among a trainer's callbacks, or those that `args.guard_rails` asks for; see `watch`.
+    """Connect the guard rails among a `TPGRPOTrainer`'s callbacks, or those that `args.guard_rails` asks for.
+
+    `metrics_of_update` returns what the update under way has recorded, the same on all processes: metrics,
+    `grad_norm`, and `is_on_policy`, 1 in the first update on a rollout. `record` adds a metric to the log.
 
     Raises:
         ValueError: If they are to hold back updates of DeepSpeed.
     """
-    given = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, GuardRails)]
-    if not given and trainer.args.guard_rails != "off":
-        given = [GuardRails(trainer.args.guard_rails)]
-        trainer.add_callback(given[0])
-    if not given:
+    guard = next((one for one in trainer.callback_handler.callbacks if isinstance(one, GuardRails)), None)
+    if guard is None and trainer.args.guard_rails != "off":
+        guard = GuardRails(trainer.args.guard_rails)
+        trainer.add_callback(guard)
+    if guard is None:
         return None
-    if given[0].action == "skip" and trainer.is_deepspeed_enabled:
+    if guard.action == "skip" and trainer.is_deepspeed_enabled:
         raise ValueError("guard_rails='skip' cannot hold back an update of DeepSpeed: use 'warn' or 'stop'.")
-    given[0].watch(metrics_of_update, record, held_out)
-    return given[0]
+    guard.metrics_of_update, guard.record = metrics_of_update, record
+    guard.held_out = trainer.eval_reward_func_names
+    return guard

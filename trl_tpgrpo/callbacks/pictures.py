@@ -1,98 +1,88 @@
-"""Images, trajectory figures and histograms for TensorBoard, W&B and trackio, and grids of evaluations on disk."""
+"""Images, trajectory figures and histograms for TensorBoard, W&B and trackio, and grids of evaluations on disk.
 
-import importlib.util
+Grids are drawn by diffusers and Pillow, since Matplotlib is an extra.
+"""
+
+import importlib
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import CallbackHandler
 
-from .grids import grid
 from .samples import EvaluationSample, RolloutSample, SampleCallback
 
 
 logger = logging.getLogger(__name__)
 
+LIBRARIES = {WandbCallback: "wandb", TrackioCallback: "trackio"}
+SMALLEST, LARGEST = 112, 256  # pixels of an image's longer side in a grid, to which others are scaled
+GAP, CAPTION, TITLE, TITLE_WIDTH = 6, 18, 24, 360
+INK, GREY, PAPER = "#22262b", "#6b7280", "#ffffff"
+
 
 @dataclass
 class Pictures:
-    """What is sent to trackers, by name.
-
-    Attributes:
-        images: One image each.
-        captioned: Images with captions, and the grid that has both for a tracker without captions.
-        histograms: Values.
-    """
+    """What is sent to trackers, by name."""
 
     images: dict[str, Image.Image] = field(default_factory=dict)
+    # Images with captions, and the grid that has both for a tracker without captions
     captioned: dict[str, tuple[list[tuple[Image.Image, str]], Image.Image]] = field(default_factory=dict)
     histograms: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class PictureCallback(SampleCallback):
-    """Sends pictures of rollouts and evaluations to the trackers among the trainer's callbacks.
-
-    Args:
-        handler: Owner of the trainer's callbacks, which may be added and removed at any time.
-    """
+    """Sends pictures to the trackers among `handler.callbacks`, which may be added and removed at any time."""
 
     def __init__(self, handler: CallbackHandler) -> None:
-        self._handler = handler
-        self._last_shown = -1
-        self._warned = False
+        self._handler, self._last_shown, self._warned = handler, -1, False
 
     def wants_rollout(self, args: Any, state: TrainerState) -> bool:
         """Return whether it is the first rollout, or the first after every `log_images_steps` updates."""
-        if args.log_images_steps is None or not self._trackers():
-            return False
-        return state.global_step // args.log_images_steps > self._last_shown
+        is_on = args.log_images_steps is not None and len(self._trackers()) > 0
+        return is_on and state.global_step // args.log_images_steps > self._last_shown
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._last_shown = -1
 
-    def on_rollout_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, sample: RolloutSample, **kwargs: Any
-    ) -> None:
+    def on_rollout_end(self, args: Any, state: Any, control: Any, sample: RolloutSample, **kwargs: Any) -> None:
         self._last_shown = state.global_step // args.log_images_steps
         pictures = rollout_pictures(sample)
-        if sample.rewards.shape[1] > 1 and self._can_draw():
-            pictures.images["rollout/trajectory"] = trajectory_image(sample)
-        self._send(pictures, state)
+        if sample.rewards.shape[1] > 1:
+            try:
+                pictures.images["rollout/trajectory"] = trajectory_image(sample)
+            except ImportError as error:  # Matplotlib is an extra
+                if not self._warned:
+                    logger.warning("%s. Images go without trajectory figures.", error)
+                self._warned = True
+        self._send(pictures, state.global_step)
 
-    def on_evaluation_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, sample: EvaluationSample, **kwargs: Any
-    ) -> None:
+    def on_evaluation_end(self, args: Any, state: Any, control: Any, sample: EvaluationSample, **kwargs: Any) -> None:
         if args.log_images_steps is None:
             return
         folder = Path(args.output_dir) / "images" / sample.prefix
         folder.mkdir(parents=True, exist_ok=True)
-        images = (list(zip(*pair, strict=True)) for pair in zip(sample.images, sample.rewards, strict=True))
-        shown = grid(dict(zip(sample.prompts, images, strict=True)))
+        scored = (list(zip(*pair, strict=True)) for pair in zip(sample.images, sample.rewards, strict=True))
+        shown = grid(dict(zip(sample.prompts, scored, strict=True)))
         shown.save(folder / f"step_{state.global_step:06d}.png")
         name = sample.prefix.replace("_", "/", 1)  # as transformers names the metrics of evaluations
-        self._send(Pictures({f"{name}{'_' if '/' in name else '/'}images": shown}), state)
+        self._send(Pictures({f"{name}{'_' if '/' in name else '/'}images": shown}), state.global_step)
 
     def _trackers(self) -> list[TrainerCallback]:
-        return [one for one in self._handler.callbacks if isinstance(one, tuple(SENDERS))]
+        return [one for one in self._handler.callbacks if isinstance(one, (TensorBoardCallback, *LIBRARIES))]
 
-    def _send(self, pictures: Pictures, state: TrainerState) -> None:
+    def _send(self, pictures: Pictures, step: int) -> None:
         for tracker in self._trackers():
-            send = next(send for kind, send in SENDERS.items() if isinstance(tracker, kind))
-            send(tracker, pictures, state.global_step)
-
-    def _can_draw(self) -> bool:
-        """Return whether Matplotlib is there; say so once if it is not."""
-        found = importlib.util.find_spec("matplotlib") is not None
-        if not found and not self._warned:
-            self._warned = True
-            logger.warning("Trajectory figures need Matplotlib: pip install 'trl-tpgrpo[testbed]'. Images go without.")
-        return found
+            if isinstance(tracker, TensorBoardCallback):
+                to_tensorboard(tracker.tb_writer, pictures, step)
+            else:
+                to_library(next(name for kind, name in LIBRARIES.items() if isinstance(tracker, kind)), pictures, step)
 
 
 def rollout_pictures(sample: RolloutSample) -> Pictures:
@@ -113,7 +103,7 @@ def rollout_pictures(sample: RolloutSample) -> Pictures:
 
 def trajectory_image(sample: RolloutSample) -> Image.Image:
     """Draw the trajectory whose turning points gain or lose most, or, where none turns, whose rewards spread most."""
-    from .figures import as_image, trajectory_figure  # needs Matplotlib
+    from .figures import as_image, trajectory_figure  # raises ImportError without Matplotlib
 
     rewards, turning = sample.rewards, sample.turning_points
     gained = ((rewards[:, -1:] - rewards[:, :-1]).abs() * turning).sum(1)
@@ -123,47 +113,56 @@ def trajectory_image(sample: RolloutSample) -> Image.Image:
     return as_image(trajectory_figure(sample.prompts[chosen], sample.images[chosen], values, turns, sample.states))
 
 
-def to_tensorboard(tracker: TensorBoardCallback, pictures: Pictures, step: int) -> None:
-    """Send pictures through the callback's own writer; captions are in the grids."""
+def to_tensorboard(writer: Any, pictures: Pictures, step: int) -> None:
+    """Send pictures through TensorBoard's writer; captions are in the grids."""
     grids = {name: whole for name, (_, whole) in pictures.captioned.items()}
     for name, image in (pictures.images | grids).items():
-        tracker.tb_writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
     for name, values in pictures.histograms.items():
-        tracker.tb_writer.add_histogram(name, values, step)
-    tracker.tb_writer.flush()
+        writer.add_histogram(name, values, step)
+    writer.flush()
 
 
-def to_wandb(tracker: WandbCallback, pictures: Pictures, step: int) -> None:
-    """Send pictures to the run that the callback has begun."""
-    import wandb
-
-    captioned = {
-        name: [wandb.Image(image, caption=caption) for image, caption in images]
-        for name, (images, _) in pictures.captioned.items()
-    }
-    wandb.log(_media(wandb, pictures) | captioned | {"train/global_step": step})
-
-
-def to_trackio(tracker: TrackioCallback, pictures: Pictures, step: int) -> None:
-    """Send pictures to the run that the callback has begun; trackio has no lists of images, each has a name."""
-    import trackio
-
-    captioned = {
-        f"{name}_{number:02d}": trackio.Image(image, caption=caption)
-        for name, (images, _) in pictures.captioned.items()
-        for number, (image, caption) in enumerate(images)
-    }
-    trackio.log(_media(trackio, pictures) | captioned | {"train/global_step": step})
+def to_library(library: str, pictures: Pictures, step: int) -> None:
+    """Send pictures to the run that a callback has begun, by the classes that W&B and trackio both have."""
+    module = importlib.import_module(library)
+    media = {name: module.Image(image) for name, image in pictures.images.items()}
+    media |= {name: module.Histogram(values) for name, values in pictures.histograms.items()}
+    for name, (images, _) in pictures.captioned.items():
+        captioned = [module.Image(image, caption=caption) for image, caption in images]
+        # trackio has no lists of images, so that each has a name.
+        named = {f"{name}_{number:02d}": image for number, image in enumerate(captioned)}
+        media |= {name: captioned} if library == "wandb" else named
+    module.log(media | {"train/global_step": step})
 
 
-def _media(module: Any, pictures: Pictures) -> dict[str, Any]:
-    """Return pictures as objects of W&B's classes, whose names trackio has too."""
-    images = {name: module.Image(image) for name, image in pictures.images.items()}
-    return images | {name: module.Histogram(values) for name, values in pictures.histograms.items()}
+def grid(shown: dict[str, list[tuple[Image.Image, float]]]) -> Image.Image:
+    """Draw each prompt above its images, with rewards below these, in rows of 4 (more if images are narrow)."""
+    rows = [[_cell(image, f"{reward:.3f}") for image, reward in images] for images in shown.values()]
+    columns = max(min(4, max(map(len, rows))), -(-TITLE_WIDTH // rows[0][0].width))
+    cells: list[Image.Image] = []
+    titles: list[str] = []
+    for prompt, row in zip(shown, rows, strict=True):
+        cells += row + [Image.new("RGB", row[0].size, PAPER)] * (-len(row) % columns)
+        titles += [prompt] + [""] * ((len(row) - 1) // columns)
+    picture = make_image_grid(cells, len(titles), columns)
+    longest = picture.width // 8  # characters
+    for index, title in enumerate(titles):
+        text = title if len(title) <= longest else f"{title[: longest - 3]}..."
+        corner = (GAP, index * cells[0].height + 2)
+        ImageDraw.Draw(picture).text(corner, text, INK, ImageFont.load_default(15))
+    return picture
 
 
-SENDERS: dict[type[TrainerCallback], Callable[[Any, Pictures, int], None]] = {
-    TensorBoardCallback: to_tensorboard,
-    WandbCallback: to_wandb,
-    TrackioCallback: to_trackio,
-}
+def resized(image: Image.Image) -> Image.Image:
+    """Return an image of a size that can be seen: small ones keep their pixels, large ones are averaged."""
+    if max(image.size) > LARGEST:
+        return ImageOps.contain(image, (LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    return ImageOps.scale(image, -(-SMALLEST // max(image.size)), Image.Resampling.NEAREST)
+
+
+def _cell(image: Image.Image, caption: str) -> Image.Image:
+    cell = ImageOps.expand(resized(image.convert("RGB")), (GAP, TITLE, GAP, CAPTION), PAPER)
+    top = (cell.width / 2, cell.height - CAPTION + 2)
+    ImageDraw.Draw(cell).text(top, caption, GREY, ImageFont.load_default(12), anchor="ma")
+    return cell

@@ -4,19 +4,18 @@ The setting's name is TRL's, where a completion is what a language model writes.
 images; everywhere else in this package a completion is the image that the ODE makes of a state.
 """
 
-import importlib.util
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 from transformers import TrainerControl, TrainerState
 
 from .samples import RolloutSample, SampleCallback
-
-
-HAS_RICH = importlib.util.find_spec("rich") is not None
 
 
 class SamplePrinter(SampleCallback):
@@ -28,9 +27,7 @@ class SamplePrinter(SampleCallback):
     def wants_rollout(self, args: Any, state: TrainerState) -> bool:
         return args.log_completions
 
-    def on_rollout_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, sample: RolloutSample, **kwargs: Any
-    ) -> None:
+    def on_rollout_end(self, args: Any, state: Any, control: Any, sample: RolloutSample, **kwargs: Any) -> None:
         self._sample = sample
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -40,20 +37,21 @@ class SamplePrinter(SampleCallback):
         folder.mkdir(parents=True, exist_ok=True)
         for index, images in enumerate(self._sample.images):
             images[-1].save(folder / f"{index:02d}.png")
-        tqdm.write(f"Samples of update {state.global_step}: {folder}\n{rendered(*table(self._sample))}")
+        tqdm.write(f"Samples of update {state.global_step}: {folder}\n{rendered(table(self._sample))}")
         self._sample = None
 
 
-def table(sample: RolloutSample) -> tuple[list[str], list[list[str]]]:
-    """Return titles, and for each sample: image file, prompt, rewards, mean advantage over the steps, trajectory."""
+def table(sample: RolloutSample) -> Table:
+    """Return for each sample: image file, prompt, rewards, mean advantage over the steps, trajectory."""
     titles = ["image", "prompt", *sample.reward_names, *sample.extra, "advantage"]
-    rows = []
+    shown = Table(*titles, "rewards along the trajectory (* turns)")
     for index, prompt in enumerate(sample.prompts):
         rewards = ["-" if reward != reward else f"{reward:.3f}" for reward in sample.rewards_per_func[index].tolist()]
         extra = [str(values[index]) for values in sample.extra.values()]
         advantage = f"{sample.advantages[index].mean():+.2f}"
-        rows.append([f"{index:02d}.png", prompt, *rewards, *extra, advantage, trajectory(sample, index)])
-    return [*titles, "rewards along the trajectory (* turns)"], rows
+        row = [f"{index:02d}.png", prompt, *rewards, *extra, advantage, trajectory(sample, index)]
+        shown.add_row(*map(Text, row))  # a prompt may hold what looks like markup
+    return shown
 
 
 def trajectory(sample: RolloutSample, index: int) -> str:
@@ -63,23 +61,8 @@ def trajectory(sample: RolloutSample, index: int) -> str:
     return " ".join(f"{reward:.2f}{'*' if turning else ''}" for reward, turning in zip(rewards, turns, strict=True))
 
 
-def rendered(titles: list[str], rows: list[list[str]]) -> str:
-    """Return the rows as text, by rich if it is installed."""
-    if HAS_RICH:
-        return _by_rich(titles, rows)
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    lines = (map(str.ljust, row, widths) for row in (titles, *rows))
-    return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
-def _by_rich(titles: list[str], rows: list[list[str]]) -> str:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(*titles)
-    for row in rows:
-        shown.add_row(*map(Text, row))  # a prompt may hold what looks like markup
+def rendered(shown: Table) -> str:
+    """Return a table as text, at least 80 characters wide."""
     width = max(80, shutil.get_terminal_size((120, 24)).columns)
     console = Console(width=width, force_terminal=sys.stdout.isatty())
     with console.capture() as written:

@@ -66,15 +66,11 @@ class LogLines(PrinterCallback):
 
 
 class ProgressDisplay(ProgressCallback):
-    """A live bar on a terminal with the phase under way, and `LogLines`, in place of transformers' ProgressCallback.
-
-    Args:
-        shows_bar: Whether there is a bar. `None`: if standard error is a terminal.
-    """
+    """A live bar with the phase under way, and `LogLines`, in place of transformers' ProgressCallback."""
 
     def __init__(self, shows_bar: bool | None = None) -> None:
         super().__init__()
-        shows_bar = sys.stderr.isatty() if shows_bar is None else shows_bar
+        shows_bar = sys.stderr.isatty() if shows_bar is None else shows_bar  # on terminals, unless said otherwise
         self._lines = LogLines(shows_time_left=not shows_bar)
         # Without smoothing, which would take each redraw for an update.
         self._new_bar = partial(tqdm, disable=not shows_bar, leave=False, dynamic_ncols=True, miniters=0, smoothing=0)
@@ -127,14 +123,12 @@ class ProgressDisplay(ProgressCallback):
             self._bar = self._new_bar(total=state.max_steps, initial=state.global_step, unit="update", bar_format=BAR)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._start_micro_batch(0, args)
+        self._index = 0
+        self.on_substep_end(args, state, control)
 
     def on_substep_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._start_micro_batch(self._index + 1, args)
-
-    def _start_micro_batch(self, index: int, args: Any) -> None:
-        self._index, number = index, args.gradient_accumulation_steps
-        self._part = f"micro-batch {index + 1}/{number}, " if number > 1 else ""
+        self._index, number = self._index + 1, args.gradient_accumulation_steps  # from 1
+        self._part = f"micro-batch {self._index}/{number}, " if number > 1 else ""
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._bar.update(state.global_step - self._bar.n)

@@ -12,8 +12,7 @@ from ..algorithm.credit import RewardTable
 from ..batches import Sampled
 
 
-NUM_EVALUATION_PROMPTS, NUM_EVALUATION_IMAGES = 8, 4
-"""What is kept of an evaluation: the first images of each of its first prompts."""
+NUM_EVALUATION_PROMPTS, NUM_EVALUATION_IMAGES = 8, 4  # what is kept: first prompts, and first images of each
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,7 @@ class RolloutSample:
         images: Images, n x (C + 1).
         table: Rewards of all N trajectories of all processes; the first n rows are those of the sample.
         reward_names: Names of the F functions.
-        extra: Columns that reward functions have logged beside their rewards, by name: n values, of the trajectories'
-            own images.
+        extra: Columns that reward functions have logged, by name: n values, of the trajectories' own images.
     """
 
     prompts: list[str]
@@ -101,26 +99,17 @@ class SampleCallback(TrainerCallback):
 
 
 class Samples:
-    """What the callbacks want to see, kept until they get it.
-
-    Args:
-        handler: Owner of the trainer's callbacks, which may be added and removed at any time.
-        args: Settings, a `TPGRPOConfig`.
-        reward_names: Names of the functions that are trained on.
-        is_main_process: Whether this process is the main one; elsewhere nothing is kept.
-    """
+    """What the main process's callbacks, which may come and go at any time, want to see: kept until they get it."""
 
     def __init__(self, handler: CallbackHandler, args: Any, reward_names: list[str], is_main_process: bool):
-        self._handler, self._args, self._reward_names = handler, args, reward_names
-        self._is_main_process = is_main_process
+        self._handler, self._args, self._reward_names, self._is_main = handler, args, reward_names, is_main_process
         self._waiting: list[SampleCallback] = []
         self._images: list[list[Image.Image]] = []
         self._extra: list[dict[str, Any]] = []
         self._evaluated: dict[str, list[tuple[Image.Image, float]]] = {}
 
     def _callbacks(self) -> list[SampleCallback]:
-        found = [one for one in self._handler.callbacks if isinstance(one, SampleCallback)]
-        return found if self._is_main_process else []
+        return [one for one in self._handler.callbacks if self._is_main and isinstance(one, SampleCallback)]
 
     def rollout_begins(self, state: TrainerState) -> None:
         """Ask which callbacks want to see the rollout."""
@@ -138,8 +127,7 @@ class Samples:
         self, prompts: list[str], table: RewardTable, state: TrainerState, control: TrainerControl
     ) -> None:
         """Hand the sample out: `prompts` of this process's trajectories, and the `table` of all processes' rewards."""
-        names = dict.fromkeys(name for logged in self._extra for name in logged)
-        columns = {name: [logged.get(name) for logged in self._extra] for name in names}
+        columns = {name: [one.get(name) for one in self._extra] for logged in self._extra for name in logged}
         sample = RolloutSample(prompts[: len(self._images)], self._images, table, self._reward_names, columns)
         for callback in self._waiting:
             callback.on_rollout_end(self._args, state, control, sample=sample)

@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 from ..algorithm.credit import aggregated_rewards, turning_points
 from ..algorithm.rollout import EXACT
-from ..callbacks.figures import Figure, before_after_figure, reward_figure, step_reward_figure, trajectory_figure
+from ..callbacks.figures import Figure, before_after_figure, reward_figure, trajectory_figure
 from ..config import TPGRPOConfig
-from ..policies.loading import load_pipeline
 from ..testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
 from ..testbed.checker import Score, score_images, shapes_reward
 from ..testbed.world import KINDS
@@ -24,9 +23,8 @@ from ..trainer import TPGRPOTrainer
 from .sample import build_pipeline
 
 
-NUM_INFERENCE_STEPS = 8
-IMAGES_PER_PROMPT = 4
-PICTURED_PROMPTS = 6
+Images = list[Image.Image]
+NUM_INFERENCE_STEPS, IMAGES_PER_PROMPT, PICTURED_PROMPTS = 8, 4, 6
 SETTINGS: dict[str, Any] = {
     **PIPELINE_KWARGS,
     "use_cpu": True, "guidance_scale": 1.0, "num_inference_steps": NUM_INFERENCE_STEPS, "num_generations": 8,
@@ -45,14 +43,14 @@ def main(argv: list[str]) -> int:
     heldout = prompt_dataset("heldout", args.num_eval_prompts)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    before = sample_heldout(load_pipeline(TESTBED), heldout, "Held-out images before")
+    before = sample_heldout(build_pipeline("testbed", None, "float32", "cpu"), heldout, "Held-out images before")
     trainer = build_trainer(args.output_dir, args.max_steps, args.seed)
     trainer.train()
     trainer.save_model()
     after = sample_heldout(trainer.policy.pipeline, heldout, "Held-out images after")
 
     scores = [score_images(images, repeated(heldout)) for images in (before, after)]
-    draw_figures(args.output_dir, trainer, heldout, (before, after), scores)
+    draw_figures(trainer, heldout, [before, after], scores)
     print(report(heldout, scores))  # noqa: T201
     difference = compare_with_plain_pipeline(args.output_dir, heldout, after)
     print(  # noqa: T201
@@ -66,17 +64,15 @@ def main(argv: list[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = argparse.ArgumentParser(
-        prog="trl-tpgrpo demo", description="Train the embedded tiny model and show what it learned, on the CPU."
-    )
+    description = "Train the embedded tiny model and show what it learned, on the CPU."
+    parser = argparse.ArgumentParser(prog="trl-tpgrpo demo", description=description)
     add, shown = parser.add_argument, "(default: %(default)s)"
     add("--output_dir", type=Path, default=Path("demo"), help=f"folder for the weights and the pictures {shown}")
     add("--max_steps", type=int, default=150, help="updates (default: %(default)s, some minutes of one core)")
     add("--num_eval_prompts", type=int, default=160, help=f"held-out prompts, 4 images each {shown}")
     add("--seed", type=int, default=0, help=f"seed of the training {shown}")
-    add(
-        "--num_threads", type=int, default=1, help=f"PyTorch's threads; more are faster, but round differently {shown}"
-    )
+    threads = "PyTorch's threads; more are faster, but round differently"
+    add("--num_threads", type=int, default=1, help=f"{threads} {shown}")
     return parser
 
 
@@ -85,17 +81,10 @@ def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
 
     Settings were chosen on the tuning prompts. All weights are trained: so small a model learns less from an adapter.
     """
-    config = TPGRPOConfig(
-        output_dir=str(output_dir),
-        **SETTINGS,
-        sde_window_size=3,
-        learning_rate=1e-4,
-        lr_scheduler_type="linear",  # to 0, which does what an average of the weights would
-        max_steps=max_steps,
-        disable_tqdm=False,
-        logging_strategy="steps",
-        seed=seed,
-    )
+    # The rate falls to 0, which does what an average of the weights would.
+    run: dict[str, Any] = {"learning_rate": 1e-4, "lr_scheduler_type": "linear", "max_steps": max_steps, "seed": seed}
+    shown: dict[str, Any] = {"disable_tqdm": False, "logging_strategy": "steps"}
+    config = TPGRPOConfig(str(output_dir), **SETTINGS, sde_window_size=3, **run, **shown)
     return TPGRPOTrainer(TESTBED, shapes_reward, config, prompt_dataset("train"))
 
 
@@ -104,7 +93,7 @@ def repeated(dataset: Dataset) -> list[str]:
     return [prompt for prompt in dataset["prompt"] for _ in range(IMAGES_PER_PROMPT)]
 
 
-def sample_heldout(pipeline: DiffusionPipeline, dataset: Dataset, description: str) -> list[Image.Image]:
+def sample_heldout(pipeline: DiffusionPipeline, dataset: Dataset, description: str) -> Images:
     """Sample the dataset's prompts by the pipeline's own `__call__`, from noise that depends on their index only."""
     pipeline.set_progress_bar_config(disable=True)
     prompts, images = repeated(dataset), []
@@ -120,37 +109,29 @@ def report(dataset: Dataset, scores: list[list[Score]]) -> str:
     """Return a table of the held-out reward before and after, graded and strict, by kind of prompt."""
     kinds = np.repeat(dataset["kind"], IMAGES_PER_PROMPT)
     values = [[getattr(score, name) for score in side] for name in ("graded", "strict") for side in scores]
-    lines = ["", f"Held-out reward, {len(kinds)} images     graded            strict"]
-    lines.append(f"{'':<28}before   after    before   after")
+    lines = ["", f"Held-out reward, {len(kinds)} images     graded            strict",
+             f"{'':<28}before   after    before   after"]  # fmt: skip
     for kind in (*KINDS, "all"):
         means = np.array(values)[:, (kinds == kind) | (kind == "all")].mean(1)
         lines.append(f"  {kind:<26}" + "    ".join(f"{mean:.3f}" for mean in means))
     return "\n".join(lines) + "\n"
 
 
-def draw_figures(
-    output_dir: Path,
-    trainer: TPGRPOTrainer,
-    dataset: Dataset,
-    images: tuple[list[Image.Image], list[Image.Image]],
-    scores: list[list[Score]],
-) -> None:
-    """Write the four pictures; images and scores are those before and after training."""
+def draw_figures(trainer: TPGRPOTrainer, dataset: Dataset, images: list[Images], scores: list[list[Score]]) -> None:
+    """Write the three pictures; images and scores are those before and after training."""
     prompts = dataset["prompt"][:PICTURED_PROMPTS]
     starts = range(0, len(prompts) * IMAGES_PER_PROMPT, IMAGES_PER_PROMPT)
     before, after = ([side[start : start + IMAGES_PER_PROMPT] for start in starts] for side in images)
     strict = np.array([[score.strict for score in side] for side in scores], bool)
     right = strict.reshape(2, -1, IMAGES_PER_PROMPT)[:, : len(prompts)]
     rewards = [float(np.mean([(score.graded + score.strict) / 2 for score in side])) for side in scores]
-    history = trainer.state.log_history
     figures = {
         "before_after": before_after_figure(prompts, before, after, right),
-        "reward": reward_figure(history, {0: rewards[0], trainer.state.global_step: rewards[1]}),
-        "step_reward_spread": step_reward_figure(history),
-        "trajectory": draw_trajectory(trainer, list(dataset.select(range(min(16, len(dataset)))))),
+        "reward": reward_figure(trainer.state.log_history, {0: rewards[0], trainer.state.global_step: rewards[1]}),
+        "trajectory": draw_trajectory(trainer, list(dataset.take(min(16, len(dataset))))),
     }
     for name, figure in figures.items():
-        figure.savefig(output_dir / f"{name}.png", dpi=150, bbox_inches="tight")
+        figure.savefig(Path(trainer.args.output_dir) / f"{name}.png", dpi=150, bbox_inches="tight")
 
 
 def draw_trajectory(trainer: TPGRPOTrainer, rows: list[dict[str, Any]]) -> Figure:
@@ -166,12 +147,9 @@ def draw_trajectory(trainer: TPGRPOTrainer, rows: list[dict[str, Any]]) -> Figur
     return trajectory_figure(rows[chosen]["prompt"], images, values, turns, states)
 
 
-def compare_with_plain_pipeline(weights: Path, dataset: Dataset, images: list[Image.Image]) -> int:
+def compare_with_plain_pipeline(weights: Path, dataset: Dataset, images: Images) -> int:
     """Load the saved weights as any user of diffusers would; return the largest difference of a pixel."""
     pipeline = build_pipeline("testbed", str(weights), "float32", "cpu")
-    first = dataset.select(range(min(8, len(dataset))))
-    again = sample_heldout(pipeline, first, "The saved model's images")
-    return max(
-        int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
-        for one, other in zip(images[: len(again)], again, strict=True)
-    )
+    again = sample_heldout(pipeline, dataset.take(min(8, len(dataset))), "The saved model's images")
+    trained, loaded = (np.stack([np.asarray(image, int) for image in side]) for side in (images[: len(again)], again))
+    return int(np.abs(trained - loaded).max())

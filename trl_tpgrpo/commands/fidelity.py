@@ -11,7 +11,6 @@ import torch
 from tqdm import tqdm
 
 from ..algorithm.completion import CompletionRule
-from ..algorithm.credit import CreditRule
 from ..algorithm.fidelity import Fidelity, compare
 from ..config import described
 from ..rollouts import NOISE
@@ -40,33 +39,24 @@ class FidelityArguments:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a rule takes and what it gives.
-
-    Attributes:
-        name: Name of the rule.
-        evaluations: Function evaluations (NFE) per trajectory.
-        images: Images that are decoded and scored per trajectory.
-        fidelity: Agreement with exact completions.
-    """
+    """What a rule takes and what it gives."""
 
     name: str
-    evaluations: float
-    images: float
-    fidelity: Fidelity
+    evaluations: float  # of the model (NFE), per trajectory
+    images: float  # that are decoded and scored, per trajectory
+    fidelity: Fidelity  # agreement with exact completions
 
 
 def main(argv: list[str]) -> int:
     """Sample the same trajectories with every rule, compare their rewards, print a table and save it."""
-    parser = make_parser(
-        "trl-tpgrpo fidelity", "Measure how faithful cheap completions are.", own_types=(FidelityArguments,)
-    )
+    description = "Measure how faithful cheap completions are."
+    parser = make_parser("trl-tpgrpo fidelity", description, own_types=(FidelityArguments,))
     own, *training = parser.parse_args_and_config(argv, fail_with_unknown_args=True)[:5]
     names = own.completions or selection(training[-1].num_inference_steps)
     for name in names:
         CompletionRule.parse(name)
     trainer = build_trainer(*training)
-    dataset = trainer.train_dataset
-    chosen = dataset.select(range(min(own.num_prompts, len(dataset))))
+    chosen = trainer.train_dataset.take(min(own.num_prompts, len(trainer.train_dataset)))
     measured = measure(trainer, [dict(row) for row in chosen], names)
     print(table(measured))  # noqa: T201
     save(measured, Path(trainer.args.output_dir))
@@ -87,10 +77,7 @@ def selection(num_inference_steps: int) -> list[str]:
 
 @torch.no_grad()
 def measure(trainer: TPGRPOTrainer, prompts: list[dict[str, Any]], names: list[str]) -> list[Measured]:
-    """Compare each rule with `exact` on `num_generations` trajectories of each prompt.
-
-    The trajectories are the same for all rules, since the noise is.
-    """
+    """Compare each rule with `exact` on `num_generations` trajectories of each prompt, from the same noise."""
     number = trainer.args.num_generations
     trainer.model.eval()
     rewards: dict[str, list[torch.Tensor]] = {name: [] for name in ["exact", *names]}
@@ -104,32 +91,22 @@ def measure(trainer: TPGRPOTrainer, prompts: list[dict[str, Any]], names: list[s
         rewards[name].append(weighted.masked_fill(sampled.failed[:, None], torch.nan))
         evaluations[name] += sampled.rollout.num_evaluations
         images[name] += len(sampled.images)
-    total, rule = len(prompts) * number, trainer.args.credit_rule
-    exact = torch.cat(rewards["exact"])
-    return [
-        Measured(name, evaluations[name] / total, images[name] / total, _compare(exact, rewards[name], name, rule))
-        for name in rewards
-    ]
-
-
-def _compare(exact: torch.Tensor, rewards: list[torch.Tensor], name: str, rule: CreditRule) -> Fidelity:
-    cheap = torch.cat(rewards)
-    both = ~(exact.isnan().any(1) | cheap.isnan().any(1))  # a reward function may have failed, if that is skipped
-    return compare(exact[both], cheap[both], CompletionRule.parse(name).every, rule)
+    total, measured, exact = len(prompts) * number, [], torch.cat(rewards["exact"])
+    for name, cheap in ((name, torch.cat(parts)) for name, parts in rewards.items()):
+        both = ~(exact.isnan().any(1) | cheap.isnan().any(1))  # a reward function may have failed, if that is skipped
+        fidelity = compare(exact[both], cheap[both], CompletionRule.parse(name).every, trainer.args.credit_rule)
+        measured.append(Measured(name, evaluations[name] / total, images[name] / total, fidelity))
+    return measured
 
 
 def table(measured: list[Measured]) -> str:
     """Return the rules, sorted by what they take, as a table in Markdown."""
-    lines = [
-        "| completion | evaluations | images | correlation | sign agreement | turning points, F1 |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| completion | evaluations | images | correlation | sign agreement | turning points, F1 |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
     for one in sorted(measured, key=lambda one: one.evaluations):
         values = one.fidelity.overall()
-        lines.append(
-            f"| `{one.name}` | {one.evaluations:.1f} | {one.images:.1f} | {values['correlation']:.3f} | "
-            f"{values['sign_agreement']:.3f} | {values['f1']:.3f} |"
-        )
+        agreement = " | ".join(f"{values[name]:.3f}" for name in ("correlation", "sign_agreement", "f1"))
+        lines.append(f"| `{one.name}` | {one.evaluations:.1f} | {one.images:.1f} | {agreement} |")
     return "\n".join(lines)
 
 
@@ -139,21 +116,16 @@ def save(measured: list[Measured], output_dir: Path) -> None:
 
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "fidelity.json").write_text(json.dumps([_row(one) for one in measured], indent=1))
-    save_pareto(
-        output_dir / "fidelity.png",
-        [one.name for one in measured],
-        [one.evaluations for one in measured],
-        [one.fidelity.overall()["correlation"] for one in measured],
-        "Completions: what they take and how faithful they are",
-    )
+    correlations = [one.fidelity.overall()["correlation"] for one in measured]
+    evaluations = [one.evaluations for one in measured]
+    save_pareto(output_dir / "fidelity.png", [one.name for one in measured], evaluations, correlations)
 
 
 def _row(one: Measured) -> dict[str, Any]:
     row: dict[str, Any] = {"completion": one.name, "evaluations": one.evaluations, "images": one.images}
     row |= {name: _number(value) for name, value in one.fidelity.overall().items()}
-    for name, values in vars(one.fidelity).items():
-        row[f"{name}_by_step"] = [_number(value) for value in values[:-1].tolist()]
-    return row
+    by_step = {name: values[:-1].tolist() for name, values in vars(one.fidelity).items()}
+    return row | {f"{name}_by_step": list(map(_number, values)) for name, values in by_step.items()}
 
 
 def _number(value: float) -> float | None:

@@ -24,9 +24,8 @@ from ..config import TPGRPOConfig
 from ..policies.base import Guidance
 from ..policies.loading import build_policy, prepare_transformer, run_dtype
 from ..rollouts import PROBED_GROUPS, sweeps
-from ..testbed import TESTBED
 from .architectures import architecture_folder, load_architecture, load_part
-from .train import load_prompts, make_parser, split_options
+from .train import load_prompts, make_parser, model_path, split_options
 
 
 GIB = CONTEXT = 2**30  # the latter is assumed for CUDA itself and what its allocator cannot use
@@ -267,7 +266,7 @@ def main(argv: list[str]) -> int:
     counts = count(args, len(load_prompts(script, data, evaluate=False)[0]) if is_here else None)
     peft_config, given = get_peft_config(chosen), (args.model_init_kwargs or {}).get("dtype", chosen.dtype)
     dtype = getattr(torch, str(given).removeprefix("torch.")) if given else None
-    folder = architecture_folder(TESTBED if name == "testbed" else name, chosen.model_revision)
+    folder = architecture_folder(model_path(name), chosen.model_revision)
     model = PlannedModel(folder, args, peft_config, dtype or (run_dtype(args) if peft_config else torch.float32))
     memory, sharded = estimate(args, model), launch.use_fsdp or launch.use_deepspeed or args.fsdp or args.deepspeed
     kind = args.quantization or str(model.dtype).removeprefix("torch.")

@@ -13,15 +13,16 @@ from ..policies.loading import load_pipeline
 from ..testbed import PIPELINE_KWARGS, TESTBED
 
 
-SAMPLING_OPTIONS = (
-    "num_inference_steps",
-    "guidance_scale",
-    "true_cfg_scale",
-    "negative_prompt",
-    "height",
-    "width",
-    "max_sequence_length",
-)
+SAMPLING_OPTIONS = {
+    "num_inference_steps": (int, "denoising steps"),
+    "guidance_scale": (float, "guidance"),
+    "true_cfg_scale": (float, "FLUX only, with --negative_prompt"),
+    "negative_prompt": (str, "what images are guided away from"),
+    "height": (int, "height in pixels"),
+    "width": (int, "width in pixels"),
+    "max_sequence_length": (int, "tokens of the T5 encoder"),
+}
+"""Type and help of what goes to the pipeline if it is given."""
 
 
 def main(argv: list[str]) -> int:
@@ -32,23 +33,21 @@ def main(argv: list[str]) -> int:
     if not prompts:
         raise SystemExit("trl-tpgrpo sample: error: no prompt: use --prompt or --prompts_file")
     pipeline = build_pipeline(args.model_name_or_path, args.adapter, args.dtype, args.device)
-    given = {name: getattr(args, name) for name in SAMPLING_OPTIONS}
-    options = {name: value for name, value in given.items() if value is not None}
-    if args.model_name_or_path == "testbed":
-        options = {**PIPELINE_KWARGS, **options}
+    options = {**PIPELINE_KWARGS} if args.model_name_or_path == "testbed" else {}
+    options |= {name: value for name, value in vars(args).items() if name in SAMPLING_OPTIONS and value is not None}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for number, prompt in enumerate(tqdm(prompts, desc="Prompts")):
+        name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
         for index, image in enumerate(sample(pipeline, prompt, args.num_images_per_prompt, args.seed, options)):
-            image.save(args.output_dir / f"{number:03d}-{_slug(prompt)}-{index}.png")
+            image.save(args.output_dir / f"{number:03d}-{name}-{index}.png")
     tqdm.write(f"{len(prompts) * args.num_images_per_prompt} images in {args.output_dir}")
     return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser, in which an option that is not given is left to the pipeline."""
-    parser = argparse.ArgumentParser(
-        prog="trl-tpgrpo sample", description="Make images with a model, with or without a trained adapter."
-    )
+    description = "Make images with a model, with or without a trained adapter."
+    parser = argparse.ArgumentParser(prog="trl-tpgrpo sample", description=description)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="Hub id or folder of a pipeline, or 'testbed'")
     add("--adapter", help="Hub id or folder of a LoRA, or a folder with a trained transformer")
@@ -57,19 +56,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output_dir", type=Path, default=Path("samples"), help="folder of the PNG files (default: %(default)s)")
     add("--num_images_per_prompt", type=int, default=1, help="images of each prompt (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of each prompt's first image (default: %(default)s)")
-    add("--num_inference_steps", type=int, help="denoising steps (default: the pipeline's)")
-    add("--guidance_scale", type=float, help="guidance (default: the pipeline's)")
-    add("--true_cfg_scale", type=float, help="FLUX only, with --negative_prompt (default: the pipeline's)")
-    add("--negative_prompt", help="what images are guided away from (default: nothing)")
-    add("--height", type=int, help="height in pixels (default: the pipeline's)")
-    add("--width", type=int, help="width in pixels (default: the pipeline's)")
-    add("--max_sequence_length", type=int, help="tokens of the T5 encoder (default: the pipeline's)")
+    for name, (kind, text) in SAMPLING_OPTIONS.items():
+        add(f"--{name}", type=kind, help=f"{text} (default: the pipeline's)")
     add("--dtype", help="data type of the model (default: bfloat16 on a GPU, float32 on the CPU)")
-    add(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device of the model (default: %(default)s)",
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="device of the model (default: %(default)s)")
     return parser
 
 
@@ -78,10 +69,8 @@ def build_pipeline(model: str, adapter: str | None, dtype: str | None, device: s
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     pipeline = load_pipeline(TESTBED if model == "testbed" else model, dtype)
     if adapter is not None and (Path(adapter) / "transformer").is_dir():
-        trained = type(pipeline.transformer).from_pretrained(
-            adapter, subfolder="transformer", dtype=getattr(torch, dtype)
-        )
-        pipeline.register_modules(transformer=trained)
+        load = type(pipeline.transformer).from_pretrained
+        pipeline.register_modules(transformer=load(adapter, subfolder="transformer", dtype=getattr(torch, dtype)))
     elif adapter is not None:
         pipeline.load_lora_weights(adapter)
     pipeline.set_progress_bar_config(leave=False)
@@ -92,7 +81,3 @@ def sample(pipeline: DiffusionPipeline, prompt: str, number: int, seed: int, opt
     """Sample `number` images of a prompt, of which image i depends on `seed + i` alone, not on the number."""
     generators = [torch.Generator("cpu").manual_seed(seed + index) for index in range(number)]
     return [pipeline(prompt, generator=generator, **options).images[0] for generator in generators]
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]

@@ -7,11 +7,7 @@ from ..rewards.serving.functions import find_function
 
 
 def main(argv: list[str]) -> int:
-    """Serve built-in reward functions and those of one's own modules.
-
-    Raises:
-        ImportError: If Starlette or uvicorn is missing.
-    """
+    """Serve built-in reward functions and those of one's own modules; raise ImportError without the extra `serve`."""
     try:
         from ..rewards.serving.program import main as serve
     except ImportError as error:
@@ -20,11 +16,7 @@ def main(argv: list[str]) -> int:
 
 
 def find_reward(name: str) -> Callable[..., Any]:
-    """Find a reward function by its built-in name or dotted import path.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Find a reward function by its built-in name or dotted import path; raise ValueError if there is none."""
     if "." in name:
         return find_function(name)
     from .train import load_reward  # with torch, diffusers and TRL, which others need not wait for

@@ -40,8 +40,21 @@ BUILT_IN_REWARDS = {
     "strict_reward": "trl_tpgrpo.testbed.checker.strict_reward",
 }
 
+# Options of TRL's models that have another one here
+REFUSED = {
+    "load_in_4bit": "for language models: use --quantization nf4",
+    "load_in_8bit": "LLM.int8, whose layers compute otherwise in training than in evaluation: use --quantization int8 "
+    "(torchao, weights only) or nf4",
+    "attn_implementation": "for language models: use --attention_backend",
+}
+
 # The heading of a group of parameters in a docstring
 HEADING = re.compile(r" {4}> Parameters (?:that control (?:the )?(.+))?")
+
+
+REWARDS = f"""Reward functions: {", ".join(BUILT_IN_REWARDS)}, dotted import paths (my_rewards.mine; found in the
+current folder too, a class is created without arguments), or URLs (http://host:8000/pick_score)."""
+HELD_OUT = "Reward functions for evaluation only, which are logged and not trained on."
 
 
 @dataclass
@@ -50,16 +63,8 @@ class TPGRPOScriptArguments(ScriptArguments):
 
     _argument_group_name = "Script"
 
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": f"Reward functions: {', '.join(BUILT_IN_REWARDS)}, dotted import paths (my_rewards.mine; found "
-            "in the current folder too, a class is created without arguments), or URLs (http://host:8000/pick_score)."
-        },
-    )
-    eval_reward_funcs: list[str] | None = field(
-        default=None, metadata={"help": "Reward functions for evaluation only, which are logged and not trained on."}
-    )
+    reward_funcs: list[str] | None = field(default=None, metadata={"help": REWARDS})
+    eval_reward_funcs: list[str] | None = field(default=None, metadata={"help": HELD_OUT})
 
 
 @described
@@ -89,15 +94,9 @@ class TPGRPOModelConfig(ModelConfig):
         targets: Any = self.lora_target_modules  # type: ignore[has-type]
         super().__post_init__()
         self.lora_target_modules = targets  # TRL makes a string, a regular expression to PEFT, of a single name
-        if self.load_in_4bit:
-            raise ValueError("load_in_4bit is for language models: use --quantization nf4.")
-        if self.load_in_8bit:
-            raise ValueError(
-                "load_in_8bit is LLM.int8, whose layers compute otherwise in training than in evaluation: "
-                "use --quantization int8 (torchao, weights only) or nf4."
-            )
-        if self.attn_implementation is not None:
-            raise ValueError("attn_implementation is for language models: use --attention_backend.")
+        for name, hint in REFUSED.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} is {hint}.")
 
 
 def main(argv: list[str]) -> int:
@@ -108,8 +107,16 @@ def main(argv: list[str]) -> int:
         launch = launch_command_parser().parse_args([*launch_options, "--module", "trl_tpgrpo", "train", *own_options])
         launch_command(launch)
         return 0
-    configs = parser.parse_args_and_config(own_options, fail_with_unknown_args=False)
-    run(*configs[:4])  # what follows is the namespace with --config
+    options = parser.parse_args_and_config(own_options, fail_with_unknown_args=False)[:4]  # a namespace follows
+    script_args, model_args, dataset_args, training_args = options
+    settings = non_defaults(script_args) | non_defaults(model_args) | non_defaults(dataset_args) | training_args.given
+    try:
+        trainer = build_trainer(*options)
+        trainer.recipe_settings = settings
+        run(trainer, script_args.dataset_name)
+    except HubError as error:
+        raise SystemExit(f"trl-tpgrpo train: error: {error}") from error
+    trainer.end()
     return 0
 
 
@@ -152,11 +159,8 @@ def make_parser(
     """Return the parser of all options of a training, which `--help` shows in groups, after those of `own_types`."""
     types = (*own_types, TPGRPOScriptArguments, TPGRPOModelConfig, DatasetMixtureConfig, TPGRPOConfig)
     parser = TrlParser(types, prog=prog, description=description)
-    parser.add_argument(
-        "--config",
-        metavar="RECIPE.yaml ...",
-        help="Recipes with any of the options below; later ones override earlier ones, the command line all.",
-    )
+    text = "Recipes with any of the options below; later ones override earlier ones, the command line all."
+    parser.add_argument("--config", metavar="RECIPE.yaml ...", help=text)
     _group_own_options(parser)
     return parser
 
@@ -176,27 +180,8 @@ def _group_own_options(parser: TrlParser) -> None:
     parser._action_groups.append(others)
 
 
-def run(
-    script_args: TPGRPOScriptArguments,
-    model_args: TPGRPOModelConfig,
-    dataset_args: DatasetMixtureConfig,
-    training_args: TPGRPOConfig,
-) -> None:
-    """Load model, rewards and data; train, save and, if asked to, push."""
-    settings: dict[str, Any] = {}
-    for part in (script_args, model_args, dataset_args):
-        settings |= non_defaults(part)
-    settings |= training_args.given
-    try:
-        trainer = build_trainer(script_args, model_args, dataset_args, training_args)
-        trainer.recipe_settings = settings
-        _train(trainer, script_args.dataset_name)
-    except HubError as error:
-        raise SystemExit(f"trl-tpgrpo train: error: {error}") from error
-    trainer.end()
-
-
-def _train(trainer: TPGRPOTrainer, dataset_name: str | None) -> None:
+def run(trainer: TPGRPOTrainer, dataset_name: str | None) -> None:
+    """Train, save and, if asked to, push."""
     resume = trainer.args.resume_from_checkpoint  # the command line and YAML give a path, "true" or a boolean
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     if trainer.stop_on_signal.stopped:
@@ -207,6 +192,11 @@ def _train(trainer: TPGRPOTrainer, dataset_name: str | None) -> None:
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"Pushed to {trainer.hub.url}.")
+
+
+def model_path(name: str) -> str | Path:
+    """Return what a model is loaded from: for `testbed` the bundled toy model's folder."""
+    return TESTBED if name == "testbed" else name
 
 
 def build_trainer(
@@ -227,51 +217,36 @@ def build_trainer(
     if not script_args.reward_funcs:
         raise ValueError(f"--reward_funcs is missing: any of {list(BUILT_IN_REWARDS)}, dotted import paths, or URLs.")
     chosen = {"revision": model_args.model_revision, "dtype": model_args.dtype}
-    training_args.model_init_kwargs = {
-        **{name: value for name, value in chosen.items() if value is not None},
-        **(training_args.model_init_kwargs or {}),
-    }
-    reward_funcs = [load_reward(name) for name in script_args.reward_funcs]
-    eval_reward_funcs = [load_reward(name) for name in script_args.eval_reward_funcs or []]
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    training_args.model_init_kwargs = chosen | (training_args.model_init_kwargs or {})
     train_dataset, eval_dataset = load_prompts(script_args, dataset_args, training_args.eval_strategy != "no")
     return TPGRPOTrainer(
-        model=TESTBED if model_args.model_name_or_path == "testbed" else model_args.model_name_or_path,
-        reward_funcs=reward_funcs,
+        model=model_path(model_args.model_name_or_path),
+        reward_funcs=list(map(load_reward, script_args.reward_funcs)),
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         peft_config=get_peft_config(model_args),
-        eval_reward_funcs=eval_reward_funcs,
+        eval_reward_funcs=list(map(load_reward, script_args.eval_reward_funcs or [])),
     )
 
 
 def load_reward(name: str) -> RewardFunc:
-    """Find a reward function by built-in name, dotted import path or URL; a class is created without arguments.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Find the reward of a built-in name, dotted path or URL, or raise ValueError; a class is instantiated."""
     if name.startswith(("http://", "https://")):
         return remote_reward_from_url(name)
     path = BUILT_IN_REWARDS.get(name, name)
     if "." not in path:
-        raise ValueError(
-            f"No reward function {name!r}: use one of {list(BUILT_IN_REWARDS)}, a dotted import path such as "
-            "my_rewards.mine, or a URL."
-        )
+        known = f"one of {list(BUILT_IN_REWARDS)}, a dotted import path such as my_rewards.mine, or a URL"
+        raise ValueError(f"No reward function {name!r}: use {known}.")
     found: Any = find_function(path)
-    reward_func: Any = found() if inspect.isclass(found) else found
-    return reward_func
+    return found() if isinstance(found, type) else found
 
 
 def load_prompts(
     script_args: TPGRPOScriptArguments, dataset_args: DatasetMixtureConfig, evaluate: bool
 ) -> tuple[Dataset, Dataset | None]:
-    """Load the prompts of the training, and those of the evaluation if there is one.
-
-    Raises:
-        ValueError: If no dataset is named, or a split is missing.
-    """
+    """Load the prompts of training and, if asked to, of evaluation; raise ValueError if dataset or split lack."""
     if script_args.dataset_name == "testbed":
         return prompt_dataset("train"), prompt_dataset("heldout") if evaluate else None
     if dataset_args.datasets:

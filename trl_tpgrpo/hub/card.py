@@ -1,11 +1,16 @@
-"""The card that goes to the Hub with a trained adapter or transformer, and the recipe beside it."""
+"""The card that goes to the Hub with a trained adapter or transformer, and the recipe beside it.
 
+The recipe has the settings of a run for `trl-tpgrpo train --config`: what is not the default, and nothing private.
+"""
+
+import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
@@ -13,35 +18,31 @@ from peft import LoraConfig
 from PIL import Image
 from transformers import TrainerState
 
-from .recipe import LOCAL, import_paths, is_local, to_yaml
 
+CARD_FILE, RECIPE_FILE, SAMPLE_FILE = "README.md", "recipe.yaml", "images/sample_{}.png"
+CARD_FILES = CARD_FILE, RECIPE_FILE, SAMPLE_FILE.format("*")
+NUM_SAMPLES, FIRST_ROWS = 4, 64  # distinct prompts with an image on the card, and rows in which they are looked for
 
-TEMPLATE = Path(__file__).with_name("card.md")
-CARD_FILE, RECIPE_FILE, SAMPLE_FILES = CARD_FILES = "README.md", "recipe.yaml", "images/sample_*.png"
-NUM_SAMPLES = 4
-FIRST_ROWS = 64
-"""Rows of a dataset in which distinct prompts are looked for."""
+PERSONAL = {"push_to_hub", "report_to", "run_name", "project", "disable_tqdm", "resume_from_checkpoint",
+            "ddp_find_unused_parameters", "local_rank", "debug"}  # fmt: skip
+"""Settings not of the method but of who ran it, like all `hub_*` and `trackio_*`."""
+
+LOCAL = object()  # stands for a value that means something on one machine only
+HEADER = """# The settings of this run that differ from the defaults.
+# trl-tpgrpo train --config recipe.yaml --output_dir FOLDER
+"""
 
 
 @dataclass(kw_only=True)
 class RunCard:
-    """What is told of a run, without what only its machine knows.
+    """What is told of a run, without what only its machine knows."""
 
-    Attributes:
-        args: Settings of the run.
-        pipeline: Pipeline whose transformer is trained.
-        adapter: Adapter that is trained; `None`: all weights.
-        reward_funcs: Functions by option of the command line.
-        prompts: Prompts that images are sampled for.
-        images: Images of the trained model, one a prompt; none before the first push.
-    """
-
-    args: Any
-    pipeline: DiffusionPipeline
-    adapter: LoraConfig | None
-    reward_funcs: dict[str, list[Callable]]
-    prompts: list[str]
-    images: list[Image.Image] = field(default_factory=list)
+    args: Any  # settings of the run
+    pipeline: DiffusionPipeline  # whose transformer is trained
+    adapter: LoraConfig | None  # that is trained; None: all weights
+    reward_funcs: dict[str, list[Callable]]  # by option of the command line
+    prompts: list[str]  # that images are sampled for
+    images: list[Image.Image] = field(default_factory=list)  # of the trained model, none before the first push
 
     def write(
         self,
@@ -54,22 +55,18 @@ class RunCard:
     ) -> None:
         """Write `README.md`, its images, and `recipe.yaml` to `output_dir`, over those of a card before.
 
-        Args:
-            state: State of the trainer, with the log.
-            repo_id: Repository on the Hub; `None`: there is none.
-            model_name: Title; `None`: name of the repository or folder.
-            dataset_name: Name as on the command line; `None`: unknown.
-            tags: Tags besides those of the task.
-            options: Options of the command line for the recipe; `None`: those that follow from the attributes.
+        `None` for `model_name` is the name of the repository or folder, and for the command line's `options`, which
+        make the recipe, what follows from the attributes.
         """
         folder = Path(self.args.output_dir)
         dataset = None if dataset_name is None or is_local(dataset_name) else dataset_name
         name = (model_name or repo_id or folder.name).split("/")[-1]
-        for stale in folder.glob(SAMPLE_FILES):
+        for stale in folder.glob(SAMPLE_FILE.format("*")):
             stale.unlink()
         for number, image in enumerate(self.images):
-            (folder / _sample_file(number)).parent.mkdir(parents=True, exist_ok=True)
-            image.save(folder / _sample_file(number))
+            file = folder / SAMPLE_FILE.format(number)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file)
         self._card(state, name, repo_id or name, dataset, tags).save(folder / CARD_FILE)
         options = self._options(dataset) | self.args.given if options is None else options
         settings = self.args.to_dict()  # enums as their values
@@ -88,12 +85,12 @@ class RunCard:
             datasets=dataset if dataset and "/" in dataset else None,  # others, as "testbed", are not on the Hub
             model_name=name,
             tags=sorted({*tags, "text-to-image", "diffusers", *(["lora"] if is_lora else [])}),
-            widget=[{"text": prompt, "output": {"url": _sample_file(number)}} for number, prompt in shown] or None,
+            widget=[{"text": prompt, "output": {"url": SAMPLE_FILE.format(i)}} for i, prompt in shown] or None,
         )
         evaluated = rewards_by_update(state.log_history, r"eval_(.+_)?(reward|rewards/.+/mean)")
         return ModelCard.from_template(
             metadata,
-            template_path=str(TEMPLATE),
+            template_path=str(Path(__file__).with_name("card.md")),
             args=self.args,
             is_lora=is_lora,
             repo=repo,
@@ -126,9 +123,8 @@ def rewards_by_update(log_history: list[dict[str, Any]], pattern: str) -> dict[s
     """Return (update, value) of every log entry, in order, by metrics whose whole names match `pattern`."""
     found: dict[str, list[tuple[int, float]]] = {}
     for entry in log_history:
-        for name in entry:
-            if re.fullmatch(pattern, name):
-                found.setdefault(name, []).append((entry["step"], entry[name]))
+        for name in filter(re.compile(pattern).fullmatch, entry):
+            found.setdefault(name, []).append((entry["step"], entry[name]))
     return found
 
 
@@ -141,5 +137,41 @@ def sample_prompts(datasets: Iterable[Any]) -> list[str]:
     return []
 
 
-def _sample_file(number: int) -> str:
-    return SAMPLE_FILES.replace("*", str(number))
+def to_yaml(settings: dict[str, Any]) -> str:
+    """Return the recipe, which names what was left out because only the machine of the run has it."""
+    portable = _portable_items(settings)
+    local = sorted(name for name, value in portable.items() if value is LOCAL)
+    note = f"# To be given, as the run had folders or functions of its own: {', '.join(local)}\n" if local else ""
+    shared = {name: value for name, value in portable.items() if value is not LOCAL}
+    return HEADER + note + yaml.safe_dump(shared, sort_keys=False, allow_unicode=True, width=120)
+
+
+def is_local(name: str) -> bool:
+    """Return whether a name of a model or dataset means something on this machine only."""
+    return os.path.isabs(name) or name.startswith((".", "~")) or ("/" in name and Path(name).exists())
+
+
+def import_paths(functions: list[Callable]) -> Any:
+    """Return where functions are imported from, if all are at the top of a module that has a name, else `LOCAL`."""
+    paths = [f"{getattr(one, '__module__', None)}.{getattr(one, '__qualname__', '<')}" for one in functions]
+    return LOCAL if any("<" in path or path.startswith(("__main__.", "None.")) for path in paths) else paths
+
+
+def _portable_items(settings: dict[str, Any]) -> dict[str, Any]:
+    personal = {name for name in settings if name.startswith(("hub_", "trackio_")) or name.endswith(("_dir", "token"))}
+    return {name: _portable(name, value) for name, value in settings.items() if name not in PERSONAL | personal}
+
+
+def _portable(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return LOCAL if is_local(value) or name in ("deepspeed", "fsdp_config") else value
+    if isinstance(value, Path):
+        return LOCAL
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {key: item for key, item in _portable_items(value).items() if item is not LOCAL and item is not None}
+    if isinstance(value, list | tuple | set):
+        items = [_portable(name, item) for item in value]
+        return LOCAL if LOCAL in items else items
+    return value

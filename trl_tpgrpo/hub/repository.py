@@ -60,19 +60,11 @@ class Upload:
 
 
 class HubRepository:
-    """The repository of a run. Pushes to it run one after another in a thread of their own.
-
-    Args:
-        args: Settings of the run, of which `hub_*` and `output_dir` are read.
-        is_lora: Whether an adapter is trained, or all weights.
-
-    Attributes:
-        repo_id: Owner and name; `None` until the repository exists.
-    """
+    """The repository of a run. Pushes to it run one after another in a thread of their own."""
 
     def __init__(self, args: TrainingArguments, is_lora: bool):
-        self.args, self.is_lora = args, is_lora
-        self.repo_id: str | None = None
+        self.args, self.is_lora = args, is_lora  # an adapter is trained, or all weights
+        self.repo_id: str | None = None  # owner and name, once it exists
         self._private = args.hub_private_repo
         self._api = HfApi(library_name="trl-tpgrpo")
         self._last_push: Future | None = None
@@ -91,13 +83,8 @@ class HubRepository:
     def create(self, token: str | None = None, private: bool | None = None, is_trained: bool = False) -> str:
         """Create the repository, and the branch `hub_revision`, unless they exist; return the repository's id.
 
-        Args:
-            token: Token with write permission; `None`: `hub_token`, or that of the login.
-            private: Whether to create a private one; `None`: `hub_private_repo`.
-            is_trained: Whether `output_dir` holds weights, so that an error names the command that pushes them.
-
         Raises:
-            HubError: If that cannot be done.
+            HubError: If that cannot be done, with the command that pushes the weights if it `is_trained`.
         """
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         token, branch = token or self.args.hub_token, self.args.hub_revision
@@ -113,13 +100,10 @@ class HubRepository:
     def push(
         self, message: str, blocking: bool = True, token: str | None = None, revision: str | None = None
     ) -> CommitInfo | Future:
-        """Commit weights, card, images and recipe from `output_dir`, after all that is under way.
-
-        Returns:
-            What was committed, or without `blocking` its future.
+        """Commit weights, card, images and recipe from `output_dir`, after all that is under way; return what was.
 
         Raises:
-            HubError: If it fails. Without `blocking`, a warning says the same.
+            HubError: If it fails. Without `blocking`, which returns a future, a warning says the same.
         """
         upload = self._usable(Path(self.args.output_dir), revision)
         if not blocking:
