@@ -16,8 +16,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class ModelReward:
     """Reward function on a model, which takes images as tensors on the device.
 
-    Subclasses implement `score`: one number for each image of a batch. The model is set to evaluation and frozen. It is
-    on `device` until the trainer moves it, has weights and computes in `dtype`, and gets `batch_size` images at once.
+    Subclasses implement `score`: one number for each image of a batch. The model is frozen, and set to evaluation. It
+    is on `device` until the trainer moves it, computes in `dtype`, and gets `batch_size` images at once.
     """
 
     image_type = "pt"

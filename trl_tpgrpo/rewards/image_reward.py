@@ -33,8 +33,8 @@ class ImageReward(ModelReward):
     Known ways to hack it: close-up subjects, bright and over-saturated; details that the prompt does not mention are
     free.
 
-    `model`, a repository on the Hub or a folder, has `ImageReward.pt` and `med_config.json`; `tokenizer` is BERT's; the
-    others are those of `ModelReward`.
+    `model`, a repository on the Hub or a folder, has `ImageReward.pt` and `med_config.json`; `tokenizer` is BERT's;
+    the others are those of `ModelReward`.
     """
 
     __name__ = "image_reward"

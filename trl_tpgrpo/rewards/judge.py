@@ -163,7 +163,7 @@ class VLMJudge:
     async def __call__(
         self, images: list[Image.Image], prompts: list[str], log_metric: Callable | None = None, **columns: Any
     ) -> list[float | None]:
-        """Score N images, or raise a `VLMJudgeError`; a `ValueError` if a column is missing or `questions` are wrong."""
+        """Score N images, or raise a `VLMJudgeError`, or a `ValueError` if a column is missing or a question wrong."""
         columns = {"prompt": prompts} | {name: columns[name] for name in columns if name not in RESERVED_COLUMNS}
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         pairs = enumerate(zip(images, rows, strict=True))
@@ -256,9 +256,10 @@ class VLMJudge:
                 return VLMJudgeError(f"The judge at {self.url} answered for {name} with {what}")
         num_retries = int(error.request.headers[RETRY_COUNT])
         attempts = f" ({num_retries + 1} attempts)" if num_retries else ""
+        settings = f"concurrency={self.concurrency} and timeout={self.seconds_per_attempt:g}"
         return JudgeUnavailable(
             f"The judge at {self.url} has not answered for {name}: {what}{attempts}. "
-            f"Is it running, and fast enough for concurrency={self.concurrency} and timeout={self.seconds_per_attempt:g}?"
+            f"Is it running, and fast enough for {settings}?"
         )
 
     def _content(self, completion: Any, usage: Usage) -> Any:

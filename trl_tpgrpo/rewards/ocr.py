@@ -74,7 +74,7 @@ class OCRReward:
 
 
 def wanted_text(prompt: str, given: str | None = None) -> str | None:
-    """Return the text that an image should show: `given`, else the first in double quotes in the prompt, else `None`."""
+    """Return the text that an image should show: `given`, else the first in double quotes in the prompt, or `None`."""
     if given is None:
         quoted = QUOTED.search(prompt)
         return quoted[1] if quoted else None

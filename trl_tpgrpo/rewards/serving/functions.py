@@ -49,8 +49,9 @@ class ServedReward:
         if self.image_type not in ("pil", "pt"):
             wrong = f"image_type={self.image_type!r}, not 'pil' or 'pt'"
             raise ValueError(f"The reward function {self.name!r} has {wrong}.")
-        if device is not None and hasattr(innermost, "to"):
-            innermost.to(device)
+        move = getattr(innermost, "to", None)
+        if device is not None and move is not None:
+            move(device)
 
     def call(self, images: list[Image.Image], prompts: list[str], columns: dict[str, list]) -> Outcome:
         """Score N images; raise what the function raises, or a `Refusal` if it returns no list of N values."""
@@ -126,6 +127,7 @@ def find_function(path: str) -> Callable[..., Any]:
         raise ValueError(f"The module of the reward function {path!r} cannot be imported: {error}. {where}") from error
     finally:
         sys.path.remove(folder)
-    if not hasattr(module, name):
+    function: Any = getattr(module, name, None)
+    if function is None:
         raise ValueError(f"The module {module_path!r} has no reward function {name!r}.")
-    return getattr(module, name)
+    return function
