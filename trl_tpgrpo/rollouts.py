@@ -141,11 +141,7 @@ class Rollouts:
         )
 
     def _sample_in_sweeps(
-        self,
-        rows: Rows,
-        generators: Generators,
-        window: Window,
-        rule: CompletionRule | None,
+        self, rows: Rows, generators: Generators, window: Window, rule: CompletionRule | None
     ) -> tuple[Tensor, Tensor, RewardTable]:
         """Return states, log-probabilities and rewards of B rows; a sweep is scored while the next are sampled."""
         sampled: list[Sampled] = []
@@ -196,13 +192,7 @@ class Rollouts:
         start, stop = shortest_window(variances, share)
         return self.args.window(whole.start + start, whole.start + stop)
 
-    def _check_completions(
-        self,
-        rows: Rows,
-        window: Window,
-        generation: int,
-        table: RewardTable,
-    ) -> None:
+    def _check_completions(self, rows: Rows, window: Window, generation: int, table: RewardTable) -> None:
         """Log how faithful the completions of the first prompts are to exact ones of the same trajectories."""
         first_row = self.accelerator.process_index * len(rows)
         rows = rows[: self.args.num_generations]
