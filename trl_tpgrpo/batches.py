@@ -144,12 +144,7 @@ class Trajectories:
         )
 
 
+# What may be in the file of a rollout that is in use when a checkpoint is saved, also under the names of version 0.1.0
 SAVED_CLASSES: list[Any] = [Conditioning, CreditedSteps, CreditRule, RewardTable, Schedule, Trajectories, Window]
-"""Classes in the file of a rollout that is in use when a checkpoint is saved."""
-
-SAVED_CLASSES += [
-    (CreditRule, "trl_tpgrpo.credit.CreditRule"),
-    (RewardTable, "trl_tpgrpo.credit.RewardTable"),
-    (Trajectories, "trl_tpgrpo.trajectories.Trajectories"),
-    (Window, "trl_tpgrpo.rollout.Window"),
-]  # of version 0.1.0
+FORMER = {"credit": (CreditRule, RewardTable), "trajectories": (Trajectories,), "rollout": (Window,)}
+SAVED_CLASSES += [(one, f"trl_tpgrpo.{module}.{one.__name__}") for module, known in FORMER.items() for one in known]

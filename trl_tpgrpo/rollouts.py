@@ -41,17 +41,10 @@ Rows = list[dict[str, Any]]
 NOISE, WINDOW, EVALUATION, PROBE, CARD = range(5)
 """Purposes of a seed; the random numbers of one never depend on how many another took."""
 
-SWEEP = 64
-"""Trajectories sampled together, at least: batches are full, and memory and images do not grow with the rollout."""
-
-MAX_PENDING = 2
-"""Sweeps that may wait for their rewards while the next is sampled; their images are kept until then."""
-
-PROBED_GROUPS = 16
-"""Prompts of a process that the window is measured on."""
-
-LARGEST_BATCH = 256
-"""Largest batch that is tried where the batch size of rollouts is measured."""
+SWEEP = 64  # trajectories sampled together, at least: batches are full, and memory does not grow with the rollout
+MAX_PENDING = 2  # sweeps that may wait for their rewards while the next is sampled; their images are kept until then
+PROBED_GROUPS = 16  # prompts of a process that the window is measured on
+LARGEST_BATCH = 256  # that is tried where the batch size of rollouts is measured
 
 
 @dataclass(frozen=True)
@@ -92,6 +85,7 @@ class Rollouts:
         self.scorer = Scorer(args.reward_failures)
         functions = [*reward_funcs, *eval_reward_funcs]
         self._names = reward_names(functions)
+        self._trained_names = self._names[: len(reward_funcs)]
         self._scores_tensors = any(declared(function).image_type == "pt" for function in functions)
         self._offloaded = [one for one in functions if hasattr(one, "to") and not runs_beside(one)]
         for function in functions:
@@ -113,8 +107,6 @@ class Rollouts:
             self.measured_window = state["measured_window"]
         if self.args.rollout_batch_size is None:  # a fixed one may be another than before, say for lack of memory
             self.batch_sizes = state["batch_sizes"]
-
-    # A generation batch
 
     def generate(self, rows: Rows, generation: int) -> Trajectories:
         """Sample a trajectory with its completions for each of B rows of a rollout, and score every image."""
@@ -208,8 +200,6 @@ class Rollouts:
         for name, value in fidelity.overall().items():
             self.metrics["train"].record(f"completion_check/{name}", value, "nanmean")
 
-    # Evaluation and single samples
-
     def evaluate(self, rows: Rows, first: int) -> None:
         """Sample B rows, of which the first is row `first` of the dataset, by the ODE, and record their rewards."""
         generators = self.generators(EVALUATION, 0, len(rows), first)
@@ -279,8 +269,6 @@ class Rollouts:
                 log_probs.append(inputs.log_prob(inputs.transition(velocity)).detach())
         self.metrics["train"].record("num_train_evaluations", len(trajectories) * len(log_probs), "sum")
         return torch.stack(log_probs, 1)
-
-    # The phases
 
     def _sample(
         self,
@@ -394,15 +382,9 @@ class Rollouts:
         # Of the model itself: transformers leaves the mode of DeepSpeed's engine as it is.
         return "train" if self.accelerator.unwrap_model(self._model()).training else "eval"
 
-    @property
-    def _trained_names(self) -> list[str]:
-        return self._names[: len(self.reward_funcs)]
-
     def _weighted(self, rewards: Tensor) -> Tensor:
         """Sum rewards (N, F) that apply: (N,); NaN where none does."""
         return (rewards * self.reward_weights).nansum(1).where(~rewards.isnan().all(1), torch.nan)
-
-    # Randomness and failures
 
     def draw_window(self, generation: int) -> Window:
         """Draw the rollout's SDE window, the same on all processes."""
@@ -449,20 +431,18 @@ def sweeps(num_rows: int, args: TPGRPOConfig) -> list[slice]:
 def _measure_batch_size(run: Callable[[int], object], accelerator: Accelerator) -> int:
     """Find the batch size at which `run` takes the least time a sample, the same on all processes."""
 
+    def once(batch_size: int) -> float:
+        start = time.perf_counter()
+        run(batch_size)
+        if accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter() - start
+
     def seconds(batch_size: int) -> float:
         try:
-            # the first of them warms up
-            fastest = min(_seconds(run, batch_size, accelerator.device) for _ in range(6))
+            fastest = min(once(batch_size) for _ in range(6))  # the first of them warms up
         except torch.OutOfMemoryError:
             fastest = float("inf")
         return accelerator.reduce(torch.tensor(fastest, device=accelerator.device), "mean").item()
 
     return fastest_batch_size(seconds, LARGEST_BATCH)
-
-
-def _seconds(run: Callable[[int], object], batch_size: int, device: torch.device) -> float:
-    start = time.perf_counter()
-    run(batch_size)
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
