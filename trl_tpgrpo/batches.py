@@ -109,10 +109,9 @@ class Trajectories:
     def contributing(self, skip_zeros: bool, keep_steps: bool) -> dict[int, Tensor]:
         """Choose by SDE step the trajectories that add to the loss, as indices on the CPU.
 
-        Args:
-            skip_zeros: Whether those whose advantage is 0 are left out, as where there is no KL term.
-            keep_steps: Whether a step that has none left takes one all the same, as where other processes wait for
-                it. The last step does in any case, so that there is a gradient and an update.
+        With `skip_zeros`, where there is no KL term, those whose advantage is 0 are left out. A step that has none
+        left takes one all the same with `keep_steps`, where other processes wait for it, and the last step always
+        does, so that there is a gradient and an update.
         """
         num_steps = len(self.window)
         if not skip_zeros:

@@ -122,10 +122,7 @@ def _credit_metrics(table: RewardTable) -> dict[str, Tensor]:
 
 
 def image_variety(images: list[Image.Image], prompts: list[str]) -> Tensor:
-    """Return how much the images of each of P prompts differ: (P,), standard deviations of a pixel in [0, 0.5].
-
-    Images are of one size, and those of a prompt are neighbours; NaN where there is only one of a prompt.
-    """
+    """Return a pixel's deviation among the images of each of P prompts, neighbours of one size: (P,); NaN for one."""
     pixels = torch.stack([_thumbnail(image) for image in images])
     sizes = [len(list(group)) for _, group in groupby(prompts)]
     spreads = [group.std(0, correction=0).mean() for group in pixels.split(sizes)]

@@ -234,8 +234,7 @@ class Rollouts:
 
         Args:
             rows: Rows of a dataset: a prompt and the columns that the reward functions read.
-            generators: B generators, each the only source of its trajectory's randomness (but that under
-                `share_initial_noise` the first of a group gives the group its first noise).
+            generators: B generators, each the only source of its trajectory's randomness (see `roll_out`).
             window: SDE steps of `num_inference_steps`; `None` takes `num_inference_steps_eval` ODE steps.
             completion: Rule by which states in the window are completed; `None`: none is.
             reward_funcs: F functions to score with; `None`: those that are trained on.

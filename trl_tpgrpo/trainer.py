@@ -52,13 +52,9 @@ class TPGRPOTrainer(_BaseTrainer):
     ```python
     from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
 
-    trainer = TPGRPOTrainer(
-        model="stabilityai/stable-diffusion-3.5-medium",
-        reward_funcs=my_reward,
-        args=TPGRPOConfig(output_dir="sd35-tpgrpo"),
-        train_dataset=dataset,
-        peft_config=LoraConfig(r=32, lora_alpha=64),
-    )
+    args, adapter = TPGRPOConfig("sd35-tpgrpo"), LoraConfig(r=32, lora_alpha=64)
+    model = "stabilityai/stable-diffusion-3.5-medium"
+    trainer = TPGRPOTrainer(model, my_reward, args, train_dataset=dataset, peft_config=adapter)
     trainer.train()
     ```
 
@@ -86,8 +82,6 @@ class TPGRPOTrainer(_BaseTrainer):
             Config of the LoRA adapter to train; without `target_modules` the paper's for the model's family. `None`:
             train all weights of the transformer.
 
-    Raises:
-        ValueError, TypeError: For arguments that cannot work, with what would be right.
     """
 
     _tag_names = ["trl", "tp-grpo"]
@@ -180,8 +174,6 @@ class TPGRPOTrainer(_BaseTrainer):
     def _send_telemetry(self) -> None:
         """Send nothing: TRL's reads `model.config.model_type`, which diffusers models do not have."""
 
-    # ----------------------------------------------------------------------------------------------------- the data
-
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise ValueError("train_dataset is missing: TPGRPOTrainer needs one to train.")
@@ -209,8 +201,6 @@ class TPGRPOTrainer(_BaseTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt"]
-
-    # -------------------------------------------------------------------------------------------------- the rollout
 
     @property
     def _generate_every(self) -> int:
@@ -253,8 +243,6 @@ class TPGRPOTrainer(_BaseTrainer):
     def sample_and_score(self, *args: Any, **kwargs: Any) -> Sampled:
         """Sample and score rows of a dataset, see [`~trl_tpgrpo.rollouts.Rollouts.sample_and_score`]."""
         return self.rollouts.sample_and_score(*args, **kwargs)
-
-    # ------------------------------------------------------------------------------------------------- the training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as [`~transformers.Trainer.train`] does; after SIGTERM until the end of the update, with a checkpoint.
@@ -372,8 +360,6 @@ class TPGRPOTrainer(_BaseTrainer):
             metrics["grad_norm"] = self._grad_norm
         return {**metrics, "is_on_policy": float(first % self._generate_every == 0)}
 
-    # ----------------------------------------------------------------------------------------------- the evaluation
-
     def evaluate(
         self,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -408,8 +394,6 @@ class TPGRPOTrainer(_BaseTrainer):
         prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
         logs.update({f"{prefix}{name}": value for name, value in self._metrics[mode].flush().items()})
         super().log(logs, start_time)
-
-    # ----------------------------------------------------------------------------------------- saving and resuming
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained weights, or their average, in diffusers' format: the adapter, or `transformer`."""
@@ -461,8 +445,6 @@ class TPGRPOTrainer(_BaseTrainer):
             self._load_from_checkpoint(checkpoint)
         checkpoints.load_progress(self, Path(checkpoint))
 
-    # ------------------------------------------------------------------------------------------------------ the Hub
-
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository of the run, unless it exists."""
         if self.is_world_process_zero():
@@ -487,11 +469,8 @@ class TPGRPOTrainer(_BaseTrainer):
     ) -> CommitInfo | Future | None:
         """Save the trained weights with a card, sample images and the recipe, and push them: call it on all processes.
 
-        The arguments are those of [`~transformers.Trainer.push_to_hub`], which says what is returned; `kwargs` go to
-        `create_model_card`.
-
-        Raises:
-            HubError: On the main process, with the command that pushes what is on disk later.
+        Arguments and result are those of [`~transformers.Trainer.push_to_hub`]; `kwargs` go to `create_model_card`. A
+        HubError, on the main process, has the command that pushes what is on disk later.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)

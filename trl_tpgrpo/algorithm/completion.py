@@ -32,11 +32,7 @@ class CompletionRule:
 
     @classmethod
     def parse(cls, name: str) -> "CompletionRule":
-        """Return the rule of a name such as `exact`, `at_1_2_4`, `ab2_4`, `euler_4`, `one_step` or `exact_every_2`.
-
-        Raises:
-            ValueError: If the name is not of these forms.
-        """
+        """Return the rule of a name such as `exact`, `at_1_2_4`, `ab2_4`, `euler_4`, `one_step` or `exact_every_2`."""
         match = FORM.fullmatch(name)
         if match is None:
             raise ValueError(

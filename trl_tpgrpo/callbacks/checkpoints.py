@@ -80,12 +80,7 @@ def save_progress(trainer: Any, checkpoint: Path) -> None:
 
 
 def load_progress(trainer: Any, checkpoint: Path) -> None:
-    """Go on from what `save_progress` wrote; nothing in the file is executed.
-
-    Raises:
-        FileNotFoundError: If a part is missing.
-        ValueError: If the run that wrote it had another layout.
-    """
+    """Go on from what `save_progress` wrote, if all parts are there and the layout is the same; execute nothing."""
     for part in () if trainer.is_deepspeed_enabled else ("optimizer", "scheduler"):
         if not any(checkpoint.glob(f"*{part}*")):
             hint = "(saved with save_only_model?): it cannot be resumed"

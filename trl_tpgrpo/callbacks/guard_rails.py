@@ -222,9 +222,6 @@ def watch_over(
 
     `metrics_of_update` returns what the update under way has recorded, the same on all processes: metrics,
     `grad_norm`, and `is_on_policy`, 1 in the first update on a rollout. `record` adds a metric to the log.
-
-    Raises:
-        ValueError: If they are to hold back updates of DeepSpeed.
     """
     guard = next((one for one in trainer.callback_handler.callbacks if isinstance(one, GuardRails)), None)
     if guard is None and trainer.args.guard_rails != "off":

@@ -123,10 +123,8 @@ def main(argv: list[str]) -> int:
 def split_options(parser: TrlParser, argv: list[str]) -> tuple[list[str], list[str]]:
     """Return the options of `accelerate launch` in the recipe and the command line, and the command line without them.
 
-    No config is built, since it may be valid for the launched number of processes only.
-
-    Raises:
-        ValueError: If an option is neither of the trainer nor of accelerate.
+    No config is built, since it may be valid for the launched number of processes only. An option that is neither the
+    trainer's nor accelerate's raises a ValueError.
     """
     arguments, unknown = parser.parse_known_args(argv)
     recipe = yaml.safe_load(Path(arguments.config).read_text()) if arguments.config else {}
@@ -205,11 +203,7 @@ def build_trainer(
     dataset_args: DatasetMixtureConfig,
     training_args: TPGRPOConfig,
 ) -> TPGRPOTrainer:
-    """Return a trainer with the model, rewards and data of the options.
-
-    Raises:
-        ValueError: If a necessary option is missing or cannot work.
-    """
+    """Return a trainer with the model, rewards and data of the options; raise ValueError if one is missing."""
     if script_args.dataset_streaming:
         raise ValueError("--dataset_streaming is not supported: a rollout draws its prompts by number.")
     if model_args.model_name_or_path is None:
