@@ -84,9 +84,6 @@ class GuardRails(TrainerCallback):
         min_image_variety: Share of the variety of the first rollouts' images that must be left.
         max_reward_drop: Fall of a rollout's mean reward below that of earlier ones, in a reward's standard deviations.
         max_evaluation_errors: Fall of a held-out reward while the trained one rises, in standard errors.
-
-    Raises:
-        ValueError: If `action` is none of these.
     """
 
     action: str = "warn"
