@@ -59,8 +59,10 @@ def lines(paths: list[Path]) -> int:
 
 
 def heart() -> int:
+    """Lines that are not blank of what a change of the method touches; all of `policies/`, with loading and sharding."""
     named = [ROOT / name for name in HEART]
-    return lines([file for path in named for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])])
+    files = [file for path in named for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    return sum(bool(line.strip()) for file in files for line in file.read_text().splitlines())
 
 
 def lengths() -> dict[str, int]:
@@ -141,7 +143,7 @@ def test_docstrings_begin_with_a_verb() -> None:
 if __name__ == "__main__":
     for name, value in {
         "entries": len(entries()),
-        "lines of the heart": heart(),
+        "lines of the heart that are not blank": heart(),
         "lines of the package": lines(FILES),
         "lines of the longest files": sorted(((lines([path]), path.name) for path in FILES), reverse=True)[:4],
         "lines of a function, p90 and most": (percentile_90(), max(lengths().values())),
