@@ -2,17 +2,21 @@
 
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
 import sys
 import threading
+import types
+from collections import deque
 from pathlib import Path
 
 import pytest
 import torch
 from test_trainer import assert_same, build, lora, trained
 
+from trl_tpgrpo.batches import SAVED_CLASSES
 from trl_tpgrpo.callbacks import checkpoints
 from trl_tpgrpo.callbacks.checkpoints import INCOMPLETE, is_complete, last_complete
 from trl_tpgrpo.policies import weights
@@ -208,6 +212,63 @@ def test_an_incomplete_checkpoint_is_an_error_if_it_is_named(tmp_path: Path) -> 
     assert last_complete(tmp_path).name == "checkpoint-1"
     with pytest.raises(FileNotFoundError, match="no complete checkpoint to resume from"):
         build(tmp_path / "none").train(resume_from_checkpoint=True)
+
+
+INSIDE_A_ROLLOUT = {
+    "num_iterations": 2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "max_steps": 2,
+    "ema_update_every": 1,
+}
+
+
+def as_version_0_1_0_saved(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewrite the file of a rollout with the classes where they were, and two attributes for the encoded prompts."""
+    with torch.serialization.safe_globals(SAVED_CLASSES):
+        saved = torch.load(path, weights_only=True)
+    encoded = saved["buffered_inputs"][0].conditioning
+    assert saved["step"] == 1 and set(encoded.tensors) == {"prompt_embeds", "pooled_prompt_embeds"}
+    for conditioning in (encoded, encoded.negative):
+        vars(conditioning).update(vars(conditioning).pop("tensors"))
+    saved["guard_rails"]["grad_norms"] = deque(saved["guard_rails"]["grad_norms"], maxlen=50)
+    with monkeypatch.context() as patch:
+        for known, former in (one for one in SAVED_CLASSES if isinstance(one, tuple)):
+            name = former.rpartition(".")[0]
+            module = sys.modules.get(name) or types.ModuleType(name)
+            setattr(module, known.__name__, known)
+            patch.setitem(sys.modules, name, module)
+            patch.setattr(known, "__module__", name)
+        torch.save(saved, path)
+
+
+def test_a_checkpoint_of_version_0_1_0_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside a rollout, whose file had the classes of modules that are elsewhere now."""
+    whole = build(tmp_path, **INSIDE_A_ROLLOUT)
+    whole.train()
+    as_version_0_1_0_saved(tmp_path / "checkpoint-1/rollout_0.pt", monkeypatch)
+    assert b"trl_tpgrpo.trajectories" in (tmp_path / "checkpoint-1/rollout_0.pt").read_bytes()
+    resumed = build(tmp_path / "resumed", **INSIDE_A_ROLLOUT)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_same(trained(whole), trained(resumed))
+
+
+class Planted:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
+    build(tmp_path, **INSIDE_A_ROLLOUT).train()
+    torch.save({"step": Planted(tmp_path / "executed")}, tmp_path / "checkpoint-1/rollout_0.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        build(tmp_path / "other", **INSIDE_A_ROLLOUT).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize(
