@@ -118,7 +118,7 @@ def test_ls_tells_the_story() -> None:
 
 def test_the_heart_and_the_whole_stay_small() -> None:
     assert heart() <= 3300
-    assert lines(FILES) <= 9000
+    assert lines(FILES) <= 9400  # 9,000 after the redesign; a model family takes about 100
 
 
 def test_files_and_functions_fit_a_screen() -> None:

@@ -307,7 +307,8 @@ class TPGRPOTrainer(_BaseTrainer):
         """Compute the clipped surrogate of one SDE step of a micro-batch, with the KL divergence from the reference.
 
         Credit and advantages are computed here, from the reward table of the whole generation batch that the inputs
-        carry; the table keeps them for other steps and micro-batches, for metrics and for pictures.
+        carry; the table keeps them for other steps and micro-batches, for metrics and for pictures. (With `beta=0` they
+        have been asked for before, to leave out steps without advantage.)
         """
         if return_outputs:
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
@@ -335,7 +336,7 @@ class TPGRPOTrainer(_BaseTrainer):
         return loss
 
     def _report_rollout(self, rows: list[dict[str, Any]], trajectories: Trajectories) -> None:
-        """Log a rollout and hand its sample to callbacks, once its credit has been computed in the loss."""
+        """Log a rollout and hand its sample to callbacks, once its credit has been computed."""
         self._is_new_rollout, table = False, trajectories.table
         for name, value in rollout_metrics(table, self.reward_func_names).items():
             self._metrics["train"].record(name, value, "nanmean" if "reward" in name else "mean")

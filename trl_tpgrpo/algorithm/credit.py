@@ -137,7 +137,7 @@ class RewardTable:
 
     Rewards are NaN where a function does not apply. A trajectory that is NaN throughout is left out of means and has
     advantages of 0. With a stride `every` of n only the states before every n-th SDE step have a reward, C in all:
-    each step gets the credit of the block of n steps that it is in, and K + 1 reads C + 1.
+    each step gets the credit of the block of n steps that it is in, and shapes with K + 1 have C + 1.
     """
 
     rewards_per_func: Tensor  # float32, (B, F, K + 1), or (B, F, 1) of the trajectories' own images alone

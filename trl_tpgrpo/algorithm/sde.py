@@ -58,7 +58,7 @@ def transition(
             2509.05952) or `"dance_sde"` (DanceGRPO, arXiv 2505.07818).
         latents: (B, ...).
         velocity: (B, ...), the model's prediction at `latents` and `sigma`.
-        sigma: Noise level at `latents`. At 1, `flow_sde` divides by `1 - sigma_next` instead of 0.
+        sigma: Sigma at `latents`. At 1, `flow_sde` divides by `1 - sigma_next` instead of 0.
         noise_level: Strength of the noise; 0 gives the ODE step.
 
     Raises:

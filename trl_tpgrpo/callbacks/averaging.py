@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerState
 
 
 class AveragedWeights(TrainerCallback):
-    """diffusers' `EMAModel` of trained weights, from the first update that counts; until then these themselves.
+    """diffusers' `EMAModel` of trained weights, begun at update `every`; before it the weights themselves are used.
 
     The average moves after every `every`-th update, by a decay that rises as (1 + n) / (10 + n) with the number n of
     earlier moves, up to `decay` in [0, 1). With `None` for `decay` there is never an average.

@@ -85,7 +85,7 @@ class SampleCallback(TrainerCallback):
 
 
 class Samples:
-    """What the main process's callbacks, which may come and go at any time, want to see: kept until they get it."""
+    """Keeper of images on the main process, until the callbacks that have asked for them get them."""
 
     def __init__(self, handler: CallbackHandler, args: Any, reward_names: list[str], is_main_process: bool):
         self._handler, self._args, self._reward_names, self._is_main = handler, args, reward_names, is_main_process

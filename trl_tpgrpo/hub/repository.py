@@ -100,7 +100,7 @@ class HubRepository:
     def push(
         self, message: str, blocking: bool = True, token: str | None = None, revision: str | None = None
     ) -> CommitInfo | Future:
-        """Commit weights, card, images and recipe from `output_dir`, after all that is under way; return what was.
+        """Commit weights, card, images and recipe from `output_dir`, after earlier pushes; return the commit.
 
         Raises:
             HubError: If it fails. Without `blocking`, which returns a future, a warning says the same.

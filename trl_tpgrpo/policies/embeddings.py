@@ -35,7 +35,7 @@ class PromptEmbeddings:
         self._negative = [policy.guidance.negative_prompt or ""] if policy.uses_negative_prompt else []
 
     def __call__(self, prompts: list[str], on_prompt: Callable[[int], object] | None = None) -> Conditioning:
-        """Return encoded prompts, one row each, on the policy's device; `on_prompt` is told how many more are done."""
+        """Return encoded prompts, one row each, on the policy's device; call `on_prompt` with how many are new."""
         self._encode_missing(prompts, on_prompt or (lambda number: None))
         negative = Conditioning(self._rows(self._negative * len(prompts))) if self._negative else None
         conditioning = Conditioning(self._rows(prompts), negative)

@@ -52,7 +52,7 @@ class Scorer:
     def start(
         self, reward_funcs: list[RewardFunc], batch: ImageBatch, extra: dict, on_function: Callable = lambda: None
     ) -> "Scoring":
-        """Begin to score images; functions that do not run beside the model are done on return.
+        """Begin to score images; those with `runs_in="main"` have been called on return.
 
         `extra` are further arguments of each function, such as `trainer_state`; `on_function` is called after each.
         """
