@@ -307,8 +307,8 @@ class TPGRPOTrainer(_BaseTrainer):
         """Compute the clipped surrogate of one SDE step of a micro-batch, with the KL divergence from the reference.
 
         Credit and advantages are computed here, from the reward table of the whole generation batch that the inputs
-        carry; the table keeps them for other steps and micro-batches, for metrics and for pictures. (With `beta=0` they
-        have been asked for before, to leave out steps without advantage.)
+        carry; the table keeps them for other steps and micro-batches, for metrics and for pictures. (With `beta=0` the
+        choice of steps has read them before.)
         """
         if return_outputs:
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
