@@ -8,11 +8,13 @@ import torch
 import yaml
 from peft import LoraConfig
 from test_trainer import PROMPTS, build, config, logged, lora, prompts
+from test_trainer_cost import every_transition
 from tiny import tiny_flux, tiny_sd3
 from torch import nn
 
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
 from trl_tpgrpo.algorithm.rollout import EXACT, roll_out
+from trl_tpgrpo.batches import Trajectories
 from trl_tpgrpo.commands import plan as command
 from trl_tpgrpo.commands.architectures import FOLDERS, architecture_folder, load_architecture
 from trl_tpgrpo.commands.plan import (
@@ -67,11 +69,9 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("family", [tiny_sd3, tiny_flux])
-def test_counts_are_those_that_a_run_logs(name: str, family, tmp_path: Path) -> None:
+def test_counts_are_those_that_a_run_logs(name: str, family, tmp_path: Path, monkeypatch) -> None:
     trainer = build(tmp_path, family(), **{"guidance_scale": 1.0, **CASES[name]})
-    trainer._contributing = lambda trajectories: dict.fromkeys(  # type: ignore[method-assign]
-        range(len(trajectories.window)), torch.arange(len(trajectories))
-    )  # the most there may be, with beta = 0 too
+    monkeypatch.setattr(Trajectories, "contributing", every_transition)  # the most there may be, with beta = 0 too
     trainer.train()
     counts = count(trainer.args, len(trainer.train_dataset))
     rollouts = counts.num_rollouts

@@ -473,6 +473,16 @@ def test_saved_transformer_loads_by_from_pretrained(tmp_path: Path) -> None:
     assert_same(dict(transformer.state_dict()), dict(loaded.state_dict()))
 
 
+def test_a_transformer_of_which_a_part_is_frozen_is_saved_whole(tmp_path: Path) -> None:
+    trainer = build(tmp_path, full=True, learning_rate=1e-3, max_steps=1)
+    trainer.policy.pipeline.transformer.transformer_blocks[0].requires_grad_(False)
+    trainer.train()
+    trainer.save_model()
+    transformer = trainer.policy.pipeline.transformer
+    loaded = type(transformer).from_pretrained(tmp_path, subfolder="transformer")
+    assert_same(dict(transformer.state_dict()), dict(loaded.state_dict()))
+
+
 CASES = {
     "between rollouts": {"save_steps": 2},
     "inside a rollout": {

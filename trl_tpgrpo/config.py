@@ -21,6 +21,7 @@ from .algorithm.sde import LOG_PROB_TYPES, SDE_TYPES
 COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 UNSUPPORTED = {
     "auto_find_batch_size": "a smaller batch would tear prompt groups apart; lower per_device_train_batch_size",
+    "save_on_each_node": "whole weights are collected on the first process alone; let the nodes share output_dir",
     "use_liger_kernel": "Liger's kernels are for language models",
     "enable_jit_checkpoint": "it saves in the middle of an update; SIGTERM is answered after the update without it",
     "torch_compile": "it would compile the model for training alone; set compile_backend='inductor'",
@@ -324,8 +325,9 @@ class TPGRPOConfig(_BaseConfig):
         # On the command line, scale_rewards may also be true or false
         for name, limit in {**_limits(TPGRPOConfig), "scale_rewards": SCALES}.items():
             if not _is_within(getattr(self, name), limit):
-                allowed = f"one of {limit}" if isinstance(limit, tuple) else limit
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}.")
+                wrong, is_choice = getattr(self, name), isinstance(limit, tuple)
+                allowed, wrong = (f"one of {limit}", repr(wrong)) if is_choice else (limit, wrong)
+                raise ValueError(f"{name} must be {allowed}, got {wrong}.")
         for name, reason in UNSUPPORTED.items():
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported by TP-GRPO: {reason}.")

@@ -104,7 +104,7 @@ class TPGRPOTrainer(_BaseTrainer):
         eval_only = eval_reward_funcs if isinstance(eval_reward_funcs, list) else [eval_reward_funcs]
         self.eval_reward_funcs = [function for function in eval_only if function is not None]
         number, names = len(self.reward_funcs), reward_names([*self.reward_funcs, *self.eval_reward_funcs])
-        self.reward_func_names, self.eval_reward_func_names = names[:number], names[number:]
+        self.reward_func_names, self.eval_reward_func_names = names[:number], names
         if args.reward_weights is not None and len(args.reward_weights) != number:
             raise ValueError(f"reward_weights has {len(args.reward_weights)} entries for {number} reward functions.")
         check_datasets(train_dataset, eval_dataset, self.reward_funcs, self.eval_reward_funcs, args)
@@ -278,14 +278,14 @@ class TPGRPOTrainer(_BaseTrainer):
                 losses.append(self._backward_of_one_step(model, transitions, is_last=position == max(chosen)))
                 advance()
             total = torch.stack(losses).sum()
-            if self._is_new_rollout:
-                self._report_rollout(inputs, trajectories)
-            if not torch.isfinite(total):
-                what = f"The loss at update {self.state.global_step} is {total.item()}"
-                raise FloatingPointError(
-                    f"{what}: {first_wrong_term(self._loss_terms)}. The last update has probably been too large "
-                    "(learning_rate, max_grad_norm), or float16 has overflowed."
-                )
+        if self._is_new_rollout:
+            self._report_rollout(inputs, trajectories)
+        if not torch.isfinite(total):
+            what = f"The loss at update {self.state.global_step} is {total.item()}"
+            raise FloatingPointError(
+                f"{what}: {first_wrong_term(self._loss_terms)}. The last update has probably been too large "
+                "(learning_rate, max_grad_norm), or float16 has overflowed."
+            )
         self._step += 1
         return total
 

@@ -229,5 +229,5 @@ def watch_over(
     if guard.action == "skip" and trainer.is_deepspeed_enabled:
         raise ValueError("guard_rails='skip' cannot hold back an update of DeepSpeed: use 'warn' or 'stop'.")
     guard.metrics_of_update, guard.record = metrics_of_update, record
-    guard.held_out = trainer.eval_reward_func_names
+    guard.held_out = trainer.eval_reward_func_names[len(trainer.reward_funcs) :]
     return guard

@@ -329,20 +329,19 @@ def _notes(args: PlannedConfig, model: PlannedModel, counts: Counts, sharded: bo
     probed = min(rows, PROBED_GROUPS * group) if rows % group == 0 else rows
     probe, check = (count_sampling(args, number, EXACT) for number in (probed, min(rows, group)))
     adds, checks = ([f"{sum(values) / len(values):,.0f}" for values in counted[::2]] for counted in (probe, check))
-    every, guided, unknown = args.completion_check_every, model.policy.uses_negative_prompt, counts.num_updates is None
+    every, checked = args.completion_check_every, args.completion_check_every is not None
+    guided, unknown = model.policy.uses_negative_prompt, counts.num_updates is None
     return {
         "Classifier-free guidance: each evaluation is two rows of the model's batch, or two passes.": guided,
         "beta=0: transitions whose advantage is 0 are not run, so that training may take less.": args.beta == 0,
         "sde_window_share: numbers are those of the whole range, of which the window is a part. Measuring it adds "
         f"{adds[0]} evaluations and {adds[1]} images, once.": args.sde_window_share is not None,
-        f"completion_check_every: {checks[0]} evaluations, {checks[1]} images more every {every}. rollout.": bool(
-            every
-        ),
+        f"completion_check_every: {checks[0]} evaluations, {checks[1]} images more every {every}. rollout.": checked,
         "per_device_rollout_batch_size=auto is measured on the device: calls are not known, and memory is that of "
         f"batches of {args.per_device_train_batch_size}.": args.rollout_batch_size is None,
         "The length of the run is not known: set max_steps, or name a dataset that is on this machine.": unknown,
         "Evaluations of the model between updates (eval_strategy) are not counted.": args.eval_strategy != "no",
-        f"optim={args.optim}: not known here, taken for 8 bytes of states a weight.": args.optim not in OPTIMIZERS,
+        f"optim={args.optim.value}: unknown, taken for 8 bytes of states a weight.": args.optim not in OPTIMIZERS,
         "FSDP and DeepSpeed are not modelled: memory is that of a run without them.": sharded,
         "Activations are estimates by constants that were measured without compilation; workspaces of kernels and "
         "reward models are not in the sum. CUDA's own GiB is an assumption.": True,

@@ -64,9 +64,10 @@ def load_weights(model: Model, input_dir: str | Path) -> None:
 
 def trained_weights(model: Model) -> dict[str, Tensor]:
     """Collect whole tensors on the main process's CPU: an adapter's, or all with buffers, by their names on disk."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    is_lora = isinstance(model, PeftModel)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_lora)
     weights: dict[str, Any] = get_model_state_dict(model, options=options)
-    if isinstance(model, PeftModel) and weights:
+    if is_lora and weights:
         weights = get_peft_model_state_dict(model, state_dict=weights)
     return {name: value.contiguous() for name, value in weights.items()}
 

@@ -27,9 +27,8 @@ class ModelReward:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        self.model: Any = model.eval().requires_grad_(False).to(dtype=dtype)
-        self.dtype, self.batch_size = dtype, batch_size
-        self.to(device)
+        self.model: Any = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        self.device, self.dtype, self.batch_size = torch.device(device), dtype, batch_size
 
     def to(self, device: str | torch.device) -> Self:
         """Move the model."""

@@ -170,9 +170,8 @@ class Scoring:
         try:
             values = call.future.result()
         except Exception as error:  # whatever a user's function raises is reported with its row
-            if call.future.cancelled():
-                what = f"has not returned within its timeout of {declared(function).timeout} seconds"
-                raise RewardError(name, what) from None
+            if call.future.cancelled() and (timeout := declared(function).timeout) is not None:
+                raise RewardError(name, f"has not returned within its timeout of {timeout} seconds") from None
             raise RewardError(name, f"raised {type(error).__name__}: {error}") from error
         rewards = checked(function, values, self.batch.prompts[rows], images[rows], rows.start)
         for column, values in call.extra.items():

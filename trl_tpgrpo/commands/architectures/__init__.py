@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
 
 
 FOLDERS = {
@@ -32,7 +33,7 @@ def architecture_folder(name: str | Path, revision: str | None = None) -> Path:
     if not Path(name).is_dir():
         try:
             name = snapshot_download(str(name), revision=revision, allow_patterns=["*.json"])
-        except (OSError, ValueError) as error:  # of the network or the Hub; of the name's form
+        except (HTTPError, OSError, ValueError) as error:  # of the network or the Hub; of the name's form
             raise ValueError(f"{name!r} is no folder, and its config files cannot be fetched: {error}") from error
     if not (Path(name) / "model_index.json").exists():
         raise ValueError(f"{name} holds no model_index.json: it is no diffusers pipeline.")

@@ -104,7 +104,7 @@ class Worker:
         try:
             return [(items, self.reward.call([i.image for i in items], [i.prompt for i in items], columns))]
         except Refusal as refusal:
-            return [(items, refusal)]
+            return [(items, refusal.at(items[0].row) if len(items) == 1 else refusal)]
         except (Exception, SystemExit) as error:  # whatever a function raises is reported to those who asked
             if len(items) == 1:
                 return [(items, self.reward.raised(error).at(items[0].row))]
