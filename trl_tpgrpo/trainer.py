@@ -30,8 +30,8 @@ from .batches import Sampled, Trajectories, Transitions
 from .callbacks import checkpoints, guard_rails
 from .callbacks.averaging import AveragedWeights
 from .callbacks.pictures import PictureCallback
-from .callbacks.printing import SamplePrinter
 from .callbacks.progress import LogLines, ProgressDisplay
+from .callbacks.sample_table import SamplePrinter
 from .callbacks.samples import Samples
 from .config import TPGRPOConfig
 from .data import EpochSampler, SetEpoch, all_prompts, check_datasets

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .calls import EventLoop, Worker, call_here
 from .contract import RewardError, RewardFunc, RewardUnavailable, checked, declared, is_async, reward_name
+from .threads import EventLoop, Worker, call_here
 
 
 @dataclass(frozen=True)

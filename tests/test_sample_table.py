@@ -11,7 +11,7 @@ from PIL import Image
 from test_samples import sample
 from test_trainer import brightness, build
 
-from trl_tpgrpo.callbacks.printing import rendered, table, trajectory
+from trl_tpgrpo.callbacks.sample_table import rendered, table, trajectory
 
 
 def blueness(images: list[Image.Image], **columns: object) -> list[float]:
