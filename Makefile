@@ -10,7 +10,7 @@ demo: $(READY)          ## train the embedded model for a few minutes and show w
 	$(VENV)/bin/trl-tpgrpo demo
 
 test: $(READY)          ## run the tests
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 
 check: $(READY)         ## lint and types
 	$(VENV)/bin/ruff check .

@@ -24,7 +24,6 @@ from trl_tpgrpo.commands.train import make_parser, split_options
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "examples" / "accelerate"
 KINDS = ("multi_gpu", "fsdp2", "zero2")
-pytestmark = pytest.mark.xdist_group("sharded")  # whose runs, made once a worker, take most of the time
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
 
 
