@@ -32,18 +32,19 @@ from test_trainer import brightness, build, lora, trained
 out, calls, number, options = Path(sys.argv[1]), [], int(sys.argv[2]), json.loads(sys.argv[3])
 resume, rank = sys.argv[4] == "resume", int(os.environ.get("RANK", 0))
 
-def reward(images, **columns):
+def counted(images, **columns):
     calls.append(len(images))
     if len(calls) == number and rank == 0:
         os.kill(os.getpid(), getattr(signal, options["signal"]))
     return brightness(images)
 
+counted.__name__ = "brightness"  # a resumed run has the same rewards
 settings = {name: value for name, value in options.items() if name not in ("signal", "rank")}
 trainer = build(
-    out, reward_funcs=reward, peft_config=lora(r=options["rank"]), save_strategy="steps", save_steps=1, **settings
+    out, reward_funcs=counted, peft_config=lora(r=options["rank"]), save_strategy="steps", save_steps=1, **settings
 )
 trainer.train(resume_from_checkpoint=resume or None)
-torch.save((trained(trainer), trainer.stop_on_signal.stopped, trainer.state.global_step), out / f"end-{rank}.pt")
+torch.save((trained(trainer), bool(trainer.stop_on_signal.stopped), trainer.state.global_step), out / f"end-{rank}.pt")
 """
 SETTINGS = {"max_steps": 5, "rank": 4, "signal": "SIGKILL"}
 SMALL_BATCHES = {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 2}
@@ -84,7 +85,7 @@ def finished(output_dir: Path, number: int, options: dict, resume: bool = False)
         adapter = lora(r=options.get("rank", SETTINGS["rank"]))
         trainer = build(output_dir, peft_config=adapter, save_strategy="steps", save_steps=1, **settings)
         trainer.train(resume_from_checkpoint=resume or None)
-        return trained(trainer), trainer.stop_on_signal.stopped, trainer.state.global_step
+        return trained(trainer), bool(trainer.stop_on_signal.stopped), trainer.state.global_step
     process = run(output_dir, number, options, resume)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
@@ -290,4 +291,4 @@ def test_old_checkpoints_are_deleted_and_only_weights_kept(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     assert not list(tmp_path.glob("checkpoint-*/rollout_0.pt"))
     with pytest.raises(FileNotFoundError, match="holds no optimizer"):
-        build(tmp_path).train(resume_from_checkpoint=True)
+        build(tmp_path, max_steps=6).train(resume_from_checkpoint=True)

@@ -169,6 +169,8 @@ class TPGRPOConfig(_BaseConfig):
             first, after as many updates, the weights themselves are evaluated and saved.
         guard_rails (`str`, *optional*, defaults to `"warn"`): Answer before an update to signs of a run that goes
             wrong: `"warn"`, `"skip"`, `"stop"` or `"off"`. Other limits: [`~trl_tpgrpo.GuardRails`] in `callbacks`.
+        resume_with_changes (`list[str]`, *optional*): Names of settings, or `train_dataset`, `reward_funcs` and
+            `model.transformer` (`.vae`, ...), that a resumed run may have otherwise than its checkpoint.
         recompute_old_log_probs (`bool`, *optional*, defaults to `False`): Whether to recompute a rollout's
             log-probabilities as training does, before the first update. Where kernels differ with gradients (NF4,
             compiled blocks, `"auto"` batch sizes) the ratio is 1 again, for a model call per transition trained later.
@@ -262,6 +264,7 @@ class TPGRPOConfig(_BaseConfig):
     ema_decay: Annotated[float | None, "at least 0 and below 1, or None"] = 0.9
     ema_update_every: Annotated[int, "at least 1"] = 8
     guard_rails: Annotated[str, ("off", "warn", "skip", "stop")] = "warn"
+    resume_with_changes: list[str] | None = None
     recompute_old_log_probs: bool = False
     quantization: Annotated[str | None, (None, "nf4", "int8", "fp8")] = None
     attention_backend: str | None = None

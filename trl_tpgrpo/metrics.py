@@ -57,9 +57,13 @@ class Metrics:
     def flush(self) -> dict[str, float]:
         """Return what has been recorded since the last flush, reduced over all processes."""
         values = dict(self._values)
+        self.clear()
+        return _reduced(values)
+
+    def clear(self) -> None:
+        """Forget what has been recorded, such as by a call that has failed."""
         self._values.clear()
         self._num_seen.clear()
-        return _reduced(values)
 
     def latest(self) -> dict[str, float]:
         """Return what has been recorded since the last call or flush, reduced likewise; the next flush has it too."""
@@ -94,6 +98,7 @@ def rollout_metrics(table: RewardTable, names: list[str]) -> dict[str, Tensor]:
     metrics = {
         "reward": final.nanmean(),
         "reward_std": _spread(final),
+        "reward_group_std": (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1).sqrt().nanmean(),
         "frac_reward_zero_std": (highest == lowest).float().mean(),
         "advantages/std": table.advantages[kept].std(correction=0),
         "advantages/frac_zero": (table.advantages[kept] == 0).float().mean(),

@@ -20,14 +20,14 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
 from .algorithm.losses import clipped_surrogate, first_wrong_term, relative_difference
 from .algorithm.sde import kl_divergence
 from .batches import Sampled, Trajectories, Transitions
-from .callbacks import checkpoints, guard_rails
+from .callbacks import checkpoints, guard_rails, resuming
 from .callbacks.averaging import AveragedWeights
 from .callbacks.pictures import PictureCallback
 from .callbacks.progress import LogLines, ProgressDisplay
@@ -112,6 +112,9 @@ class TPGRPOTrainer(_BaseTrainer):
         set_seed(args.seed)  # before the adapter's random weights
         self.policy = loading.load_policy(model, args, use_lora=peft_config is not None)
         transformer, frozen_copy = loading.prepare_transformer(self.policy, peft_config, args)
+        self._parts_of_run = resuming.describe_parts(
+            transformer, self.policy.pipeline, self.reward_func_names, train_dataset
+        )
         embeddings = PromptEmbeddings(self.policy, args.prompt_embeds_dir)
         self.policy.to(args.device)
         if args.precompute_prompt_embeds:
@@ -245,22 +248,56 @@ class TPGRPOTrainer(_BaseTrainer):
         return self.rollouts.sample_and_score(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as [`~transformers.Trainer.train`] does; after SIGTERM until the end of the update, with a checkpoint.
+        """Train as [`~transformers.Trainer.train`] does; SIGTERM and Ctrl-C end it after an update, with a checkpoint.
 
         Raises:
             FileNotFoundError: If there is no complete checkpoint to resume from.
-            ValueError: If the checkpoint belongs to a run with other batches or another number of processes.
+            ValueError: If the checkpoint belongs to another run: other settings than `args.resume_with_changes`
+                accepts, another adapter, other batches, another number of processes. If the run begins anew in a
+                folder that holds checkpoints.
         """
         self._step, self._buffered_inputs, self.averaged.average = 0, None, None
+        self._metrics["train"].clear()  # an aborted call may have left some
         if self.guard_rails is not None:
             self.guard_rails.forget()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(checkpoints.last_complete(self.args.output_dir))
-        elif resume_from_checkpoint and not checkpoints.is_complete(resume_from_checkpoint):
-            raise FileNotFoundError(f"{resume_from_checkpoint} is no checkpoint, or was not written to its end.")
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        if checkpoint is not None and resuming.is_finished(resuming.saved_state(checkpoint), self.args):
+            return self._restore_finished(checkpoint)
         sharding.prepare_to_train(self)
         with self.stop_on_signal.listening():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(checkpoint and str(checkpoint), *args, **kwargs)
+
+    def _checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> Path | None:
+        """Return the checkpoint that a run goes on from, once its settings have been compared; `None`: it begins."""
+        folder, accepted = self.args.output_dir, self.args.resume_with_changes
+        if not resume_from_checkpoint:
+            checkpoints.refuse_used_folder(folder)
+            if accepted:
+                raise ValueError("resume_with_changes is for a run that is resumed: set resume_from_checkpoint too.")
+            return None
+        checkpoint = checkpoints.last_complete(folder) if resume_from_checkpoint is True else resume_from_checkpoint
+        if not checkpoints.is_complete(checkpoint):
+            raise FileNotFoundError(f"{checkpoint} is no checkpoint, or was not written to its end.")
+        resuming.check_settings(Path(checkpoint), self.describe_run(), accepted)
+        step = resuming.saved_state(Path(checkpoint)).global_step
+        self.accelerator.print(f"Resuming from {checkpoint}, after update {step}.")
+        return Path(checkpoint)
+
+    def describe_run(self) -> dict[str, Any]:
+        """Return what makes this run what it is, for a checkpoint and for a comparison with one."""
+        described = resuming.describe_settings(self.args)
+        return described | self._parts_of_run
+
+    def _restore_finished(self, checkpoint: Path) -> TrainOutput:
+        """Take up the weights and the log of a run that has made all its updates; there is nothing to train."""
+        self.accelerator.print(f"{checkpoint} has made all updates: nothing is left to train.")
+        self.state = resuming.saved_state(checkpoint)
+        self.state.is_local_process_zero = self.is_local_process_zero()
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        self._load_from_checkpoint(str(checkpoint))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(self.state.global_step, 0.0, {})
 
     def training_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
@@ -371,6 +408,7 @@ class TPGRPOTrainer(_BaseTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
             check_datasets(None, eval_dataset, self.reward_funcs, self.eval_reward_funcs, self.args)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
+        self._metrics["eval"].clear()
         sharding.prepare_to_evaluate(self)
         self.samples.evaluation_begins()
         is_shown = self.progress in self.callback_handler.callbacks  # the user may have taken the display out

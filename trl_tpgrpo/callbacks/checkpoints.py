@@ -1,9 +1,11 @@
 """Checkpoints that are whole or not taken for one, what a run goes on from, and runs that save before they stop."""
 
+import json
 import logging
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,18 +18,29 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..batches import SAVED_CLASSES
+from .resuming import LAYOUT, SETTINGS
 
 
 logger = logging.getLogger(__name__)
 
 INCOMPLETE = "checkpoint-is-incomplete.txt"  # in a checkpoint while it is written, as transformers has it too
 PROGRESS = "rollout_{}.pt"  # what the process of that number goes on from
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LAUNCHER_REPEATS = 2.0  # seconds in which a launcher hands on what a terminal has sent to its processes already
 LAST = "last"  # folder of the weights that training goes on from, where those beside it are averaged
 
 
 def is_complete(checkpoint: str | Path) -> bool:
     """Say whether all of a checkpoint has been written."""
     return not (Path(checkpoint) / INCOMPLETE).exists() and (Path(checkpoint) / TRAINER_STATE_NAME).exists()
+
+
+def refuse_used_folder(output_dir: str | Path) -> None:
+    """Raise a `ValueError` if a folder holds checkpoints, which a run that begins anew would mix with its own."""
+    used = [path.name for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(path)]
+    if used:
+        what = f"output_dir={str(output_dir)!r} holds checkpoints of another run ({', '.join(sorted(used)[:3])})"
+        raise ValueError(f"{what}: go on with it by resume_from_checkpoint=True, or choose another folder.")
 
 
 def last_complete(output_dir: str | Path) -> Path:
@@ -77,6 +90,8 @@ def save_progress(trainer: Any, checkpoint: Path) -> None:
         **trainer.rollouts.state_dict(),
     }
     torch.save(progress, checkpoint / PROGRESS.format(trainer.accelerator.process_index))
+    if trainer.accelerator.is_main_process:
+        (checkpoint / SETTINGS).write_text(json.dumps(trainer.describe_run(), indent=1, default=str))
 
 
 def load_progress(trainer: Any, checkpoint: Path) -> None:
@@ -108,9 +123,7 @@ def load_progress(trainer: Any, checkpoint: Path) -> None:
 
 def layout(args: Any, num_processes: int) -> dict[str, int]:
     """Return what a resumed run must have in common with the one before."""
-    names = ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps", "num_iterations",
-             "num_generations", "num_inference_steps", "seed")  # fmt: skip
-    return {"processes": num_processes} | {name: getattr(args, name) for name in names}
+    return {"processes": num_processes} | {name: getattr(args, name) for name in LAYOUT}
 
 
 def _as_list(values: Iterable = (), maxlen: int | None = None) -> list:
@@ -119,30 +132,37 @@ def _as_list(values: Iterable = (), maxlen: int | None = None) -> list:
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM to any process, all finish their update, save a checkpoint and stop."""
+    """On SIGTERM or Ctrl-C to any process, all finish their update, save a checkpoint and stop; twice ends at once."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.stopped = self._received = False
+        self.stopped: signal.Signals | None = None  # the signal that has stopped the run
+        self._received, self._received_at = 0, 0.0
+        self._former: dict[signal.Signals, Any] = {}
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Wait for SIGTERM inside. Python can do so in the main thread alone; in another, nothing happens."""
-        self.stopped = self._received = False
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        former = signal.signal(signal.SIGTERM, self._receive)
+        """Wait for signals inside. Python can do so in the main thread alone; in another, nothing happens."""
+        self.stopped, self._received, self._former = None, 0, {}
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, former)
+            for number, handler in self._former.items():
+                signal.signal(number, handler)
 
-    def _receive(self, *_: Any) -> None:
-        logger.warning("SIGTERM: the run will stop after this update, with a checkpoint.")
-        self._received = True
+    def _receive(self, number: int, frame: Any) -> None:
+        if not self._received:
+            self._received, self._received_at = number, time.monotonic()
+            name = signal.Signals(number).name
+            logger.warning("%s: the run stops after this update, with a checkpoint; once more ends it at once.", name)
+        elif time.monotonic() - self._received_at > LAUNCHER_REPEATS:
+            signal.signal(number, self._former[signal.Signals(number)])
+            signal.raise_signal(number)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        received = torch.tensor(int(self._received), device=self.accelerator.device)
-        if self.accelerator.reduce(received, "sum").item():
-            self.stopped = control.should_save = control.should_training_stop = True
+        received = torch.tensor(self._received, device=self.accelerator.device)
+        if number := int(self.accelerator.gather(received.view(1)).max()):
+            self.stopped = signal.Signals(number)
+            control.should_save = control.should_training_stop = True

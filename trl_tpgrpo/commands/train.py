@@ -113,11 +113,11 @@ def main(argv: list[str]) -> int:
     try:
         trainer = build_trainer(*options)
         trainer.recipe_settings = settings
-        run(trainer, script_args.dataset_name)
+        exit_code = run(trainer, script_args.dataset_name)
     except HubError as error:
         raise SystemExit(f"trl-tpgrpo train: error: {error}") from error
     trainer.end()
-    return 0
+    return exit_code
 
 
 def split_options(parser: TrlParser, argv: list[str]) -> tuple[list[str], list[str]]:
@@ -178,18 +178,20 @@ def _group_own_options(parser: TrlParser) -> None:
     parser._action_groups.append(others)
 
 
-def run(trainer: TPGRPOTrainer, dataset_name: str | None) -> None:
-    """Train, save and, if asked to, push."""
+def run(trainer: TPGRPOTrainer, dataset_name: str | None) -> int:
+    """Train, save and, if asked to, push; return the exit code: 128 + the number of a signal that stopped the run."""
     resume = trainer.args.resume_from_checkpoint  # the command line and YAML give a path, "true" or a boolean
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
-    if trainer.stop_on_signal.stopped:
-        trainer.accelerator.print("Stopped by SIGTERM with a checkpoint. Go on with --resume_from_checkpoint true.")
-        return
     trainer.save_model(_internal_call=True)
+    if signal := trainer.stop_on_signal.stopped:
+        how = "go on with --resume_from_checkpoint true"
+        trainer.accelerator.print(f"Stopped by {signal.name} with a checkpoint; the weights so far are saved: {how}.")
+        return 128 + signal
     trainer.accelerator.print(f"Trained weights saved to {trainer.args.output_dir}.")
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"Pushed to {trainer.hub.url}.")
+    return 0
 
 
 def model_path(name: str) -> str | Path:

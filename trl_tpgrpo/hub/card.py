@@ -24,7 +24,7 @@ CARD_FILES = CARD_FILE, RECIPE_FILE, SAMPLE_FILE.format("*")
 NUM_SAMPLES, FIRST_ROWS = 4, 64  # distinct prompts with an image on the card, and rows in which they are looked for
 
 PERSONAL = {"push_to_hub", "report_to", "run_name", "project", "disable_tqdm", "resume_from_checkpoint",
-            "ddp_find_unused_parameters", "local_rank", "debug"}  # fmt: skip
+            "resume_with_changes", "ddp_find_unused_parameters", "local_rank", "debug"}  # fmt: skip
 """Settings not of the method but of who ran it, like all `hub_*` and `trackio_*`."""
 
 LOCAL = object()  # stands for a value that means something on one machine only

@@ -1,0 +1,139 @@
+"""What a checkpoint and the run that goes on from it must have in common: settings, adapter, model, data, rewards."""
+
+import json
+import logging
+from fnmatch import fnmatch
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "settings.json"  # in a checkpoint: what its run was given
+SAMPLED = 4096  # numbers of each weight by which a model is recognised
+# What says how a run is carried out, watched and stored, or how long it is: it may change without being accepted.
+FREE = (
+    "*_dir", "max_steps", "num_train_epochs", "disable_tqdm", "report_to", "run_name", "project", "trackio_*",
+    "log_*", "logging_*", "eval_*", "*_eval", "*_eval_*", "save_*", "push_to_hub", "hub_*", "load_best_model_at_end",
+    "metric_for_best_model", "greater_is_better", "prediction_loss_only", "include_*", "dataloader_*", "ddp_*", "do_*",
+    "local_rank", "debug", "skip_memory_metrics", "torch_empty_cache_steps", "precompute_prompt_embeds", "offload_*",
+    "vae_slicing", "guard_rails", "reward_failures", "completion_check_every", "num_completions_to_print", "use_cpu",
+    "resume_*", "activation_checkpointing*", "gradient_checkpointing*", "per_device_rollout_batch_size",
+)  # fmt: skip
+# What an optimizer takes from its saved state, whatever it is created with.
+NOT_APPLIED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+# What must be the same, see `checkpoints.load_progress`: the batches of a rollout under way are cut by it.
+LAYOUT = ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps", "num_iterations",
+          "num_generations", "num_inference_steps", "seed")  # fmt: skip
+ADAPTER = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora",
+           "use_dora", "layers_to_transform", "layers_pattern")  # fmt: skip
+
+
+def describe_settings(args: Any) -> dict[str, Any]:
+    """Return a run's settings but tokens, and the names of those that were given: others follow from these."""
+    settings = {name: value for name, value in args.to_dict().items() if not name.endswith("_token")}
+    return {"settings": settings, "given": sorted({*args.given, "bf16"} - {*LAYOUT, "generation_batch_size"})}
+
+
+def describe_parts(model: nn.Module, pipeline: DiffusionPipeline, rewards: list[str], train: Any) -> dict[str, Any]:
+    """Return what a run consists of besides its settings: adapter, models, prompts of `train`, names of rewards."""
+    adapter = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else {}
+    models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    prompts = json.dumps([] if train is None else list(train["prompt"])).encode()
+    return {
+        "peft_config": {name: _plain(adapter.get(name)) for name in ADAPTER} if adapter else None,
+        "model": {name: fingerprint(part) for name, part in models.items()},
+        "train_dataset": f"{0 if train is None else len(train)} prompts, {sha256(prompts).hexdigest()[:8]}",
+        "reward_funcs": rewards,
+    }
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Hash a sample of each weight that is not an adapter's, by which two models of one architecture differ."""
+    digest = sha256()
+    for name, value in module.named_parameters():
+        if "lora_" not in name:
+            for inner in _plain_tensors(value.data):
+                sample = inner.flatten()[:SAMPLED].contiguous().view(torch.uint8).cpu()
+                digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _plain_tensors(value: Tensor) -> list[Tensor]:
+    """Return the tensors that a quantised one consists of."""
+    if not is_traceable_wrapper_subclass(value):
+        return [value]
+    return [tensor for name in value.__tensor_flatten__()[0] for tensor in _plain_tensors(getattr(value, name))]
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
+
+
+def check_settings(checkpoint: Path, now: dict[str, Any], accepted: list[str] | None) -> None:
+    """Compare a checkpoint's run with this one, as `describe_*` return them, and warn of what differs.
+
+    Raises:
+        ValueError: If something differs that changes the meaning of the run and is not `accepted` by its name.
+    """
+    path = checkpoint / SETTINGS
+    if not path.exists():
+        logger.warning("%s has no %s (of an earlier version?): settings are not compared.", checkpoint, SETTINGS)
+        return
+    before, now = json.loads(path.read_text()), json.loads(json.dumps(now, default=str))
+    differing = _differences(before, now)
+    if "peft_config" in differing:
+        raise ValueError(f"{checkpoint} has another adapter ({differing['peft_config']}): resume with the former.")
+    unknown = set(accepted or ()) - set(differing)
+    if unknown:
+        raise ValueError(f"resume_with_changes: {sorted(unknown)} are the same in {checkpoint}: leave them out.")
+    refused = []
+    for name, values in differing.items():
+        is_free = any(fnmatch(name, pattern) for pattern in FREE)
+        if name in NOT_APPLIED:
+            logger.warning("%s: %s. It is not applied: the optimizer goes on with its saved state.", name, values)
+        elif is_free or name in (accepted or ()):
+            logger.warning("%s: %s. The run goes on with the latter.", name, values)
+        else:
+            refused.append(f"{name} ({values})")
+    if refused:
+        names = " ".join(name.partition(" ")[0] for name in refused)
+        what = f"{checkpoint} belongs to a run with other settings: {', '.join(refused)}"
+        raise ValueError(f"{what}. Give their former values, or accept the new by resume_with_changes: {names}")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Return `former, now other` by the name of what differs; of an adapter and a model by the parts that do."""
+    given = sorted({*before["given"], *now["given"]})
+    pairs = {name: (before["settings"].get(name), now["settings"].get(name)) for name in given}
+    pairs |= {name: (before[name], now[name]) for name in ("peft_config", "train_dataset", "reward_funcs")}
+    pairs |= {f"model.{name}": (value, now["model"].get(name)) for name, value in before["model"].items()}
+    return {name: _told(*values) for name, values in pairs.items() if values[0] != values[1]}
+
+
+def _told(before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [name for name in before if before[name] != now.get(name)]
+        before, now = ({name: one.get(name) for name in names} for one in (before, now))
+    return f"{before} before, {now} now"
+
+
+def is_finished(state: TrainerState, args: Any) -> bool:
+    """Say whether a run in this state has made all updates that the settings ask for."""
+    if args.max_steps > 0:
+        return state.global_step >= args.max_steps
+    return (state.epoch or 0) >= args.num_train_epochs
+
+
+def saved_state(checkpoint: Path) -> TrainerState:
+    """Read transformers' state of a run from its checkpoint."""
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
