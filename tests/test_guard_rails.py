@@ -4,6 +4,7 @@ import logging
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -14,11 +15,20 @@ from tiny import tiny_sd3
 from trl_tpgrpo import GuardRails, TPGRPOConfig, TPGRPOTrainer
 from trl_tpgrpo.callbacks import guard_rails as module
 from trl_tpgrpo.callbacks.guard_rails import MOST_SKIPPED, GuardRailError
+from trl_tpgrpo.rewards import RewardFunc
 from trl_tpgrpo.testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
 from trl_tpgrpo.testbed.checker import shapes_reward
 
 
-def on_testbed(output_dir: Path, adapter: bool, **changes: object) -> TPGRPOTrainer:
+def redness(images: list, **columns: object) -> list[float]:
+    """The quick start's reward, which is hacked within some updates."""
+    pixels = [np.asarray(image, float) for image in images]
+    return [float(pixel[..., 0].sum() / (pixel.sum() + 1)) for pixel in pixels]
+
+
+def on_testbed(
+    output_dir: Path, adapter: bool, reward: RewardFunc = shapes_reward, **changes: object
+) -> TPGRPOTrainer:
     """The demo's run, on half as many images."""
     settings = {
         "use_cpu": True, **PIPELINE_KWARGS, "guidance_scale": 1.0, "num_inference_steps": 8, "sde_window_size": 3,
@@ -28,7 +38,7 @@ def on_testbed(output_dir: Path, adapter: bool, **changes: object) -> TPGRPOTrai
     }  # fmt: skip
     return TPGRPOTrainer(
         model=TESTBED,
-        reward_funcs=shapes_reward,
+        reward_funcs=reward,
         args=TPGRPOConfig(str(output_dir), **settings),
         train_dataset=prompt_dataset("train"),
         peft_config=LoraConfig(r=32, lora_alpha=64) if adapter else None,
@@ -62,6 +72,18 @@ def test_a_planted_collapse_is_caught_within_three_updates(case: str, tmp_path: 
     assert all("ower learning_rate" in warning for warning in warnings)
     raised = {name for entry in trainer.state.log_history for name in entry if name.startswith("guard_rails/")}
     assert raised and len(raised) == len(warnings)
+
+
+def test_a_reward_that_all_images_satisfy_is_noticed(tmp_path: Path, caplog) -> None:
+    """The quick start's, at a higher learning rate: pictures turn red whatever the prompt."""
+    trainer = on_testbed(tmp_path, True, redness, learning_rate=1e-2, max_steps=12)
+    with caplog.at_level(logging.WARNING, module.__name__):
+        trainer.train()
+    spreads, rewards = logged(trainer, "reward_group_std"), logged(trainer, "reward")
+    assert spreads[-1] < 0.005 < spreads[0]
+    assert rewards[-1] > rewards[0] + 0.1
+    assert "all images please the reward alike. Look at them" in caplog.text
+    assert logged(trainer, "guard_rails/solved_or_hacked")
 
 
 @pytest.mark.parametrize("case", HEALTHY)
@@ -161,7 +183,13 @@ HEALTHY_UPDATE = {
     "grad_norm": 0.02,
     "is_on_policy": 0.0,
 }
-HEALTHY_ROLLOUT = {"reward": 0.5, "reward_std": 0.3, "frac_reward_zero_std": 0.2, "image_variety": 0.07}
+HEALTHY_ROLLOUT = {
+    "reward": 0.5,
+    "reward_std": 0.3,
+    "reward_group_std": 0.25,
+    "frac_reward_zero_std": 0.2,
+    "image_variety": 0.07,
+}
 
 
 @pytest.mark.parametrize(
@@ -190,6 +218,9 @@ def test_problems_of_an_update(changes: dict[str, float], names: list[str], tmp_
         ({"reward": 0.21}, []),
         ({"reward": 0.19}, ["reward_drop"]),
         ({"frac_reward_zero_std": 0.85}, ["zero_spread"]),
+        ({"reward_group_std": 0.02, "reward": 0.6}, ["solved_or_hacked"]),
+        ({"reward_group_std": 0.02, "reward": 0.4}, []),
+        ({"reward_group_std": 0.03, "reward": 0.6}, []),
         ({"image_variety": 0.017}, ["image_variety"]),
         ({"image_variety": math.nan}, []),
     ],

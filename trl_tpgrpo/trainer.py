@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -260,44 +260,16 @@ class TPGRPOTrainer(_BaseTrainer):
         self._metrics["train"].clear()  # an aborted call may have left some
         if self.guard_rails is not None:
             self.guard_rails.forget()
-        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-        if checkpoint is not None and resuming.is_finished(resuming.saved_state(checkpoint), self.args):
-            return self._restore_finished(checkpoint)
+        checkpoint = checkpoints.to_resume(self, resume_from_checkpoint)
+        if checkpoint is not None and checkpoints.is_finished(checkpoint, self.args):
+            return checkpoints.restore_finished(self, checkpoint)
         sharding.prepare_to_train(self)
         with self.stop_on_signal.listening():
             return super().train(checkpoint and str(checkpoint), *args, **kwargs)
 
-    def _checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> Path | None:
-        """Return the checkpoint that a run goes on from, once its settings have been compared; `None`: it begins."""
-        folder, accepted = self.args.output_dir, self.args.resume_with_changes
-        if not resume_from_checkpoint:
-            checkpoints.refuse_used_folder(folder)
-            if accepted:
-                raise ValueError("resume_with_changes is for a run that is resumed: set resume_from_checkpoint too.")
-            return None
-        checkpoint = checkpoints.last_complete(folder) if resume_from_checkpoint is True else resume_from_checkpoint
-        if not checkpoints.is_complete(checkpoint):
-            raise FileNotFoundError(f"{checkpoint} is no checkpoint, or was not written to its end.")
-        resuming.check_settings(Path(checkpoint), self.describe_run(), accepted)
-        step = resuming.saved_state(Path(checkpoint)).global_step
-        self.accelerator.print(f"Resuming from {checkpoint}, after update {step}.")
-        return Path(checkpoint)
-
     def describe_run(self) -> dict[str, Any]:
         """Return what makes this run what it is, for a checkpoint and for a comparison with one."""
-        described = resuming.describe_settings(self.args)
-        return described | self._parts_of_run
-
-    def _restore_finished(self, checkpoint: Path) -> TrainOutput:
-        """Take up the weights and the log of a run that has made all its updates; there is nothing to train."""
-        self.accelerator.print(f"{checkpoint} has made all updates: nothing is left to train.")
-        self.state = resuming.saved_state(checkpoint)
-        self.state.is_local_process_zero = self.is_local_process_zero()
-        self.state.is_world_process_zero = self.is_world_process_zero()
-        self._load_from_checkpoint(str(checkpoint))
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            self._load_best_model()
-        return TrainOutput(self.state.global_step, 0.0, {})
+        return resuming.describe_settings(self.args) | self._parts_of_run
 
     def training_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None

@@ -15,10 +15,10 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from ..batches import SAVED_CLASSES
-from .resuming import LAYOUT, SETTINGS
+from .resuming import LAYOUT, SETTINGS, check_settings
 
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,47 @@ def last_complete(output_dir: str | Path) -> Path:
             return path
         logger.warning("%s was not written to its end and is passed over.", path)
     raise FileNotFoundError(f"{output_dir} holds no complete checkpoint to resume from.")
+
+
+def to_resume(trainer: Any, resume_from_checkpoint: str | bool | None) -> Path | None:
+    """Return the checkpoint that a run goes on from, once its settings have been compared; `None`: it begins anew."""
+    folder, accepted = trainer.args.output_dir, trainer.args.resume_with_changes
+    if not resume_from_checkpoint:
+        refuse_used_folder(folder)
+        if accepted:
+            raise ValueError("resume_with_changes is for a run that is resumed: set resume_from_checkpoint too.")
+        return None
+    checkpoint = last_complete(folder) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+    if not is_complete(checkpoint):
+        raise FileNotFoundError(f"{checkpoint} is no checkpoint, or was not written to its end.")
+    check_settings(checkpoint, trainer.describe_run(), accepted)
+    trainer.accelerator.print(f"Resuming from {checkpoint}, after update {saved_state(checkpoint).global_step}.")
+    return checkpoint
+
+
+def saved_state(checkpoint: Path) -> TrainerState:
+    """Read transformers' state of a run from its checkpoint."""
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
+def is_finished(checkpoint: Path, args: Any) -> bool:
+    """Say whether the run of a checkpoint has made all updates that the settings ask for."""
+    state = saved_state(checkpoint)
+    if args.max_steps > 0:
+        return state.global_step >= args.max_steps
+    return (state.epoch or 0) >= args.num_train_epochs
+
+
+def restore_finished(trainer: Any, checkpoint: Path) -> TrainOutput:
+    """Take up the weights and the log of a run that has made all its updates; there is nothing to train."""
+    trainer.accelerator.print(f"{checkpoint} has made all updates: nothing is left to train.")
+    trainer.state = saved_state(checkpoint)
+    trainer.state.is_local_process_zero = trainer.is_local_process_zero()
+    trainer.state.is_world_process_zero = trainer.is_world_process_zero()
+    trainer._load_from_checkpoint(str(checkpoint))
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        trainer._load_best_model()
+    return TrainOutput(trainer.state.global_step, 0.0, {})
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ MESSAGES = {
     "reward_drop": "the reward has fallen to {reward:.3g}, from {usual:.3g} on average before (standard deviation of "
     "an image's {spread:.2g}): the policy has probably collapsed. Lower learning_rate, and go back to an earlier "
     "checkpoint.",
+    "solved_or_hacked": "the rewards of a prompt's images differ by {spread:.2g} (standard deviation) and differed by "
+    "{first:.2g} at first, while the mean has risen from {before:.3g} to {reward:.3g}: all images please the reward "
+    "alike. Look at them: either the prompts are solved, or the reward is satisfied by something that was not meant. "
+    "Go back to an earlier checkpoint, and add a reward that such images do not get.",
     "image_variety": "the images of a prompt differ by {variety:.2g} in a pixel's value, and differed by {first:.2g} "
     "at first: they become all alike. Raise beta or noise_level, lower learning_rate, or look whether the reward "
     "favours one kind of image.",
@@ -52,7 +56,15 @@ MESSAGES = {
 }
 """What was seen, its likely cause, and what to do, by check."""
 
-REMEMBERED = ("grad_norms", "varieties", "rewards", "first_evaluations", "num_skipped", "warned")  # in checkpoints
+REMEMBERED = (
+    "grad_norms",
+    "varieties",
+    "rewards",
+    "spreads",
+    "first_evaluations",
+    "num_skipped",
+    "warned",
+)  # in checkpoints
 
 
 class GuardRailError(RuntimeError):
@@ -82,6 +94,8 @@ class GuardRails(TrainerCallback):
         max_grad_norm_factor: Norm of the gradient, in medians of earlier norms.
         max_reference_drift: Distance of the predicted velocity from the reference's, `|v - v_ref|^2 / |v_ref|^2`.
         min_image_variety: Share of the variety of the first rollouts' images that must be left.
+        min_reward_spread: Share of the first rollouts' spread of rewards within groups that must be left, unless the
+            mean reward has not risen.
         max_reward_drop: Fall of a rollout's mean reward below that of earlier ones, in a reward's standard deviations.
         max_evaluation_errors: Fall of a held-out reward while the trained one rises, in standard errors.
     """
@@ -93,6 +107,7 @@ class GuardRails(TrainerCallback):
     max_grad_norm_factor: float = 10.0
     max_reference_drift: float = 0.25
     min_image_variety: float = 0.25
+    min_reward_spread: float = 0.1
     max_reward_drop: float = 1.0
     max_evaluation_errors: float = 3.0
 
@@ -109,6 +124,7 @@ class GuardRails(TrainerCallback):
         self.grad_norms: list[float] = []
         self.varieties: list[float] = []
         self.rewards: tuple[float, float] | None = None  # mean and standard deviation, averaged over earlier rollouts
+        self.spreads: list[tuple[float, float]] = []  # mean and spread within groups of the first rollouts' rewards
         self.first_evaluations: dict[str, dict[str, float]] = {}
         self.num_skipped = 0
         self.warned: dict[str, int] = {}
@@ -186,6 +202,7 @@ class GuardRails(TrainerCallback):
             if (share := metrics["frac_reward_zero_std"]) > self.max_frac_reward_zero_std:
                 yield Problem("zero_spread", share=share)
             yield from self._reward_drop(metrics["reward"], metrics["reward_std"])
+            yield from self._reward_spread(metrics["reward"], metrics["reward_group_std"])
         variety = metrics.get("image_variety", math.nan)
         self.varieties += [variety] if len(self.varieties) < FIRST_ROLLOUTS and not math.isnan(variety) else []
         if self.varieties and variety < self.min_image_variety * max(self.varieties):
@@ -196,6 +213,12 @@ class GuardRails(TrainerCallback):
         self.rewards = MEMORY * usual + (1 - MEMORY) * reward, MEMORY * usual_spread + (1 - MEMORY) * spread
         if reward < usual - self.max_reward_drop * usual_spread:
             yield Problem("reward_drop", reward=reward, usual=usual, spread=usual_spread)
+
+    def _reward_spread(self, reward: float, spread: float) -> Iterator[Problem]:
+        before, first = (fmean(values) for values in zip(*(self.spreads or [(reward, spread)]), strict=True))
+        self.spreads += [(reward, spread)] if len(self.spreads) < FIRST_ROLLOUTS else []
+        if spread < self.min_reward_spread * first and reward > before:
+            yield Problem("solved_or_hacked", spread=spread, first=first, before=before, reward=reward)
 
     def problems_of_evaluation(self, metrics: dict[str, float]) -> Iterator[Problem]:
         """Check for held-out rewards that fell since a dataset's first evaluation, while the trained one has risen."""

@@ -12,8 +12,6 @@ from diffusers import DiffusionPipeline
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 
 
 logger = logging.getLogger(__name__)
@@ -125,15 +123,3 @@ def _told(before: Any, now: Any) -> str:
         names = [name for name in before if before[name] != now.get(name)]
         before, now = ({name: one.get(name) for name in names} for one in (before, now))
     return f"{before} before, {now} now"
-
-
-def is_finished(state: TrainerState, args: Any) -> bool:
-    """Say whether a run in this state has made all updates that the settings ask for."""
-    if args.max_steps > 0:
-        return state.global_step >= args.max_steps
-    return (state.epoch or 0) >= args.num_train_epochs
-
-
-def saved_state(checkpoint: Path) -> TrainerState:
-    """Read transformers' state of a run from its checkpoint."""
-    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
