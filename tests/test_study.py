@@ -19,11 +19,12 @@ def run(script: str, *options: str) -> str:
 def test_ablation_runs_goes_on_and_reports(tmp_path: Path) -> None:
     results, figure = tmp_path / "results", tmp_path / "figure.png"
     options = ["--studies", "window_3", "--learning_rates", "1e-4", "--num_prompts", "4", "--num_processes", "1"]
+    options += ["--methods", "outcome", "consistent"]
     budgets = ["--cpu_seconds", "0.1", "--evaluations", "1200", "--updates", "1"]
     where = ["--results", str(results), "--figure", str(figure)]
     run("ablation.py", *options, *budgets, *where, "--seeds", "0", "1")
     kept = sorted((results / "window_3").glob("*.json"))
-    assert len(kept) == 4 + 2 * 4
+    assert len(kept) == 2 + 2 * 2
     one = json.loads((results / "window_3/heldout_outcome_0.0001_0.json").read_text())
     spent = {budget: scores["spent"] for budget, scores in one["scores"].items()}
     assert spent["updates"]["updates"] == 1
