@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -242,3 +243,41 @@ def test_the_weights_of_an_interrupted_command_are_found(tmp_path: Path) -> None
     pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "model")
     pipeline.load_lora_weights(tmp_path / "out")
     assert (tmp_path / "out/checkpoint-1").is_dir()
+
+
+# Printing
+
+PRINTING = """
+import sys
+from pathlib import Path
+from datasets import Dataset
+from test_trainer import brightness, build
+
+prompts = Dataset.from_dict({"prompt": ["ein gr\\u00fcner Kreis \\U0001f7e2"] * 6, "topic": list(range(6))})
+trainer = build(Path(sys.argv[1]), train_dataset=prompts, log_completions=True, disable_tqdm=sys.argv[2] == "lines")
+if trainer.progress in trainer.callback_handler.callbacks:
+    trainer.progress.__init__(shows_bar=True)
+trainer.train()
+Path(sys.argv[1], "ended").touch()
+"""
+
+
+@pytest.mark.parametrize("shows", ["lines", "bar"])
+@pytest.mark.parametrize("terminal", ["ascii", "gone"])
+def test_printing_never_ends_a_run(terminal: str, shows: str, tmp_path: Path) -> None:
+    """On a terminal that lacks the prompt's letters, and through a pipe that nobody reads any more."""
+    command = [sys.executable, "-c", PRINTING, str(tmp_path), shows]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"}
+    folder = Path(__file__).parent
+    if terminal == "ascii":
+        ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        assert "Samples of update" in ended.stdout and "gr\\xfcner" in ended.stdout, ended.stderr[-2000:]
+    else:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert any(b"update 1" in line for line in process.stdout)
+        process.stdout.close()
+        process.stderr.close()
+        process.wait(timeout=300)
+    assert (tmp_path / "ended").exists()

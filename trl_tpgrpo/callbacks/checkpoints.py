@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 
 from ..batches import SAVED_CLASSES
 from .resuming import LAYOUT, SETTINGS, check_settings
+from .terminal import show
 
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ def to_resume(trainer: Any, resume_from_checkpoint: str | bool | None) -> Path |
     if not is_complete(checkpoint):
         raise FileNotFoundError(f"{checkpoint} is no checkpoint, or was not written to its end.")
     check_settings(checkpoint, trainer.describe_run(), accepted)
-    trainer.accelerator.print(f"Resuming from {checkpoint}, after update {saved_state(checkpoint).global_step}.")
+    if trainer.is_world_process_zero():
+        show(f"Resuming from {checkpoint}, after update {saved_state(checkpoint).global_step}.")
     return checkpoint
 
 
@@ -84,7 +86,8 @@ def is_finished(checkpoint: Path, args: Any) -> bool:
 
 def restore_finished(trainer: Any, checkpoint: Path) -> TrainOutput:
     """Take up the weights and the log of a run that has made all its updates; there is nothing to train."""
-    trainer.accelerator.print(f"{checkpoint} has made all updates: nothing is left to train.")
+    if trainer.is_world_process_zero():
+        show(f"{checkpoint} has made all updates: nothing is left to train.")
     trainer.state = saved_state(checkpoint)
     trainer.state.is_local_process_zero = trainer.is_local_process_zero()
     trainer.state.is_world_process_zero = trainer.is_world_process_zero()

@@ -11,6 +11,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerState
 
+from .terminal import Stream, show
+
 
 ITEMS = {
     "turning_points/rate": "turns {:.1%}", "clip_ratio": "clip {:.1%}", "kl": "kl {:.2g}", "grad_norm": "grad {:.2g}",
@@ -62,7 +64,7 @@ class LogLines(PrinterCallback):
         seconds = (time.perf_counter() - self._began) / max(1, done) * remaining
         left = f"{duration(seconds)} left" if self._shows_time_left and done > 0 and remaining > 0 else ""
         if state.is_world_process_zero:
-            tqdm.write(log_line(logs or {}, state, left))
+            show(log_line(logs or {}, state, left))
 
 
 class ProgressDisplay(ProgressCallback):
@@ -73,7 +75,10 @@ class ProgressDisplay(ProgressCallback):
         shows_bar = sys.stderr.isatty() if shows_bar is None else shows_bar  # on terminals, unless said otherwise
         self._lines = LogLines(shows_time_left=not shows_bar)
         # Without smoothing, which would take each redraw for an update.
-        self._new_bar = partial(tqdm, disable=not shows_bar, leave=False, dynamic_ncols=True, miniters=0, smoothing=0)
+        self._new_bar = partial(
+            tqdm, disable=not shows_bar, leave=False, dynamic_ncols=True, miniters=0, smoothing=0,
+            file=Stream(sys.stderr),
+        )  # fmt: skip
         self._bar = tqdm(disable=True)  # as a bar that has been closed
         self._part, self._index = "", 0  # the sweep, micro-batch or batch of an evaluation under way
 

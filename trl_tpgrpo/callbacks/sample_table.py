@@ -12,10 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 from transformers import TrainerControl, TrainerState
 
 from .samples import RolloutSample, SampleCallback
+from .terminal import show
 
 
 class SamplePrinter(SampleCallback):
@@ -37,7 +37,7 @@ class SamplePrinter(SampleCallback):
         folder.mkdir(parents=True, exist_ok=True)
         for index, images in enumerate(self._sample.images):
             images[-1].save(folder / f"{index:02d}.png")
-        tqdm.write(f"Samples of update {state.global_step}: {folder}\n{rendered(table(self._sample))}")
+        show(f"Samples of update {state.global_step}: {folder}\n{rendered(table(self._sample))}")
         self._sample = None
 
 
