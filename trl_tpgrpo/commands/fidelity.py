@@ -49,8 +49,7 @@ class Measured:
 
 def main(argv: list[str]) -> int:
     """Sample the same trajectories with every rule, compare their rewards, print a table and save it."""
-    description = "Measure how faithful cheap completions are."
-    parser = make_parser("trl-tpgrpo fidelity", description, own_types=(FidelityArguments,))
+    parser = make_parser("trl-tpgrpo fidelity", own_types=(FidelityArguments,))
     own, *training = parser.parse_args_and_config(argv, fail_with_unknown_args=True)[:5]
     names = own.completions or selection(training[-1].num_inference_steps)
     for name in names:

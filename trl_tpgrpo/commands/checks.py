@@ -1,0 +1,90 @@
+"""Mistakes in a call that arguments and files alone show: they are found before PyTorch is imported."""
+
+from pathlib import Path
+from typing import Any
+
+from .options import REFUSED, near, read_options, read_recipes
+from .rewards import BUILT_IN_REWARDS, find_reward
+
+
+NO = ("no", "off", "false")
+
+
+def check_training(command: str, argv: list[str]) -> None:
+    """Raise a `ValueError` or `FileNotFoundError` for the first mistake in the arguments of a training's command."""
+    call = given(argv)
+    recipe = read_recipes(call.get("config", []))
+    known = [*read_options(command), "config", "env"]
+    for name in [*recipe, *call]:
+        if name not in known and name.removeprefix("no_") not in known:
+            sign, what = ("--", "option") if name in call else ("", "key of a recipe")
+            hint = near(sign + name, [sign + other for other in known])
+            raise ValueError(f"Unknown {what} {sign}{name}{hint} See trl-tpgrpo {command} --help.")
+    listed = {name: value if isinstance(value, list) else [value] for name, value in recipe.items()}
+    values = {name: [str(value) for value in items if value is not None] for name, items in (listed | call).items()}
+    for name in REFUSED.keys() & values.keys():
+        if _first(values, name).lower() not in NO:
+            raise ValueError(f"{name} {REFUSED[name]}.")
+    if command != "plan":
+        _check_what_is_needed(values)
+    elif "dataset_name" in values:
+        _check_prompts(values)
+
+
+def given(argv: list[str]) -> dict[str, list[str]]:
+    """Return the options of a command line, by their names in Python, with their values as they are written."""
+    found: dict[str, list[str]] = {}
+    values: list[str] = []
+    for item in argv:
+        if item.startswith("--"):
+            name, sign, value = item[2:].partition("=")
+            values = found[name.replace("-", "_")] = [value] if sign else []
+        else:
+            values.append(item)
+    return found
+
+
+def _first(values: dict[str, list[Any]], name: str) -> str:
+    return next(iter(values.get(name, [])), "")
+
+
+def _check_what_is_needed(values: dict[str, list[str]]) -> None:
+    model, output_dir = Path(_first(values, "model_name_or_path")), Path(_first(values, "output_dir"))
+    if not model.name:
+        raise ValueError("--model_name_or_path is missing: a Hub id, a folder, a file, or 'testbed'.")
+    if model.is_dir() and not (model / "model_index.json").exists():
+        raise ValueError(
+            f"--model_name_or_path: the folder {model} holds no diffusers pipeline (no model_index.json)."
+        )
+    if (
+        not model.exists()
+        and model.name != "testbed"
+        and (len(model.parts) != 2 or model.parts[0] in (".", "..", "~"))
+    ):
+        hint = near(model.name, ["testbed", *(other.name for other in model.parent.glob("*"))])
+        raise FileNotFoundError(f"--model_name_or_path: {model} is no folder, file or Hub id (owner/name){hint}")
+    if not values.get("reward_funcs"):
+        raise ValueError(f"--reward_funcs is missing: any of {list(BUILT_IN_REWARDS)}, import paths, or URLs.")
+    if "datasets" not in values:
+        _check_prompts(values)
+    for name in [*values["reward_funcs"], *values.get("eval_reward_funcs", [])]:
+        if name not in BUILT_IN_REWARDS and "://" not in name:
+            find_reward(name)
+    if resumed.lower() == "true" and not any(Path(_first(values, "output_dir")).glob("checkpoint-*")):
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint: no checkpoint in --output_dir {_first(values, 'output_dir')}."
+        )
+    if resumed.lower() not in ("", "true", *NO) and not Path(resumed).is_dir():
+        raise FileNotFoundError(f"--resume_from_checkpoint: there is no checkpoint {resumed}.")
+
+
+def _check_prompts(values: dict[str, list[str]]) -> None:
+    from .prompts import is_local, read_prompts  # with datasets
+
+    name, evaluates = _first(values, "dataset_name"), _first(values, "eval_strategy").lower() not in ("", *NO)
+    if not name:
+        raise ValueError("--dataset_name is missing: a Hub id, a folder, a file, or 'testbed' (or `datasets`).")
+    if name != "testbed" and is_local(name):
+        splits = [_first(values, "dataset_train_split") or "train"]
+        splits += [_first(values, "dataset_test_split") or "test"] if evaluates else []
+        read_prompts(name, _first(values, "dataset_config") or None, splits, _first(values, "prompt_column") or None)
