@@ -53,14 +53,9 @@ def _check_what_is_needed(values: dict[str, list[str]]) -> None:
     if not model.name:
         raise ValueError("--model_name_or_path is missing: a Hub id, a folder, a file, or 'testbed'.")
     if model.is_dir() and not (model / "model_index.json").exists():
-        raise ValueError(
-            f"--model_name_or_path: the folder {model} holds no diffusers pipeline (no model_index.json)."
-        )
-    if (
-        not model.exists()
-        and model.name != "testbed"
-        and (len(model.parts) != 2 or model.parts[0] in (".", "..", "~"))
-    ):
+        raise ValueError(f"--model_name_or_path: {model} holds no diffusers pipeline, as it has no model_index.json.")
+    is_hub_id = len(model.parts) == 2 and model.parts[0] not in ("..", "~", "/")
+    if not (is_hub_id or model.exists() or model.name == "testbed"):
         hint = near(model.name, ["testbed", *(other.name for other in model.parent.glob("*"))])
         raise FileNotFoundError(f"--model_name_or_path: {model} is no folder, file or Hub id (owner/name){hint}")
     if not values.get("reward_funcs"):
@@ -70,10 +65,9 @@ def _check_what_is_needed(values: dict[str, list[str]]) -> None:
     for name in [*values["reward_funcs"], *values.get("eval_reward_funcs", [])]:
         if name not in BUILT_IN_REWARDS and "://" not in name:
             find_reward(name)
-    if resumed.lower() == "true" and not any(Path(_first(values, "output_dir")).glob("checkpoint-*")):
-        raise FileNotFoundError(
-            f"--resume_from_checkpoint: no checkpoint in --output_dir {_first(values, 'output_dir')}."
-        )
+    resumed = _first(values, "resume_from_checkpoint")
+    if resumed.lower() == "true" and not any(output_dir.glob("checkpoint-*")):
+        raise FileNotFoundError(f"--resume_from_checkpoint: {output_dir} holds no checkpoint to resume from.")
     if resumed.lower() not in ("", "true", *NO) and not Path(resumed).is_dir():
         raise FileNotFoundError(f"--resume_from_checkpoint: there is no checkpoint {resumed}.")
 

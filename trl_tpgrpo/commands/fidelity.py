@@ -12,13 +12,11 @@ from tqdm import tqdm
 
 from ..algorithm.completion import CompletionRule
 from ..algorithm.fidelity import Fidelity, compare
-from ..config import described
 from ..rollouts import NOISE
 from ..trainer import TPGRPOTrainer
 from .train import build_trainer, make_parser
 
 
-@described
 @dataclass
 class FidelityArguments:
     """

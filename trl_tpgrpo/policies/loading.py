@@ -34,9 +34,9 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """Load a pipeline from a Hub id or folder, or the testbed's; parts that it was saved without are not asked for.
 
-    A `.safetensors` file gives the transformer; the other parts come from the pipeline `config`, a Hub id or folder, or
-    from the original on the Hub. An `OSError` says that there is no such model, an `ImportError` that the package that
-    quantises is not installed, a `ValueError` that a file holds no transformer that is known.
+    A `.safetensors` file gives the transformer; the other parts come from the pipeline `config`, a Hub id or folder,
+    or from the original on the Hub. An `OSError` says that there is no such model, an `ImportError` that the package
+    that quantises is not installed, a `ValueError` that a file holds no transformer that is known.
     """
     if "torch_dtype" in model_init_kwargs:
         raise ValueError("model_init_kwargs: write dtype instead of torch_dtype.")
@@ -60,16 +60,14 @@ def load_pipeline(
 def _load_transformer(file: Path, base: str | None, **options: Any) -> tuple[str, ModelMixin]:
     """Return the pipeline that the other parts come from, and the transformer in a file."""
     if file.suffix != ".safetensors":
-        remedy = "take the original weights as .safetensors or a folder, and --quantization nf4 for less memory"
-        raise ValueError(
-            f"{file}: a model is read from .safetensors files, not from {file.suffix or 'this'}: {remedy}."
-        )
+        remedy = "take the original weights (.safetensors or a folder), with quantization='nf4' to save memory"
+        raise ValueError(f"{file}: a single file must be .safetensors: {remedy}.")
     if base is None:
         checkpoint = single_file_utils.load_single_file_checkpoint(str(file))
         kind = single_file_utils.infer_diffusers_model_type(checkpoint)
         if kind not in SINGLE_FILES:
             remedy = "name its pipeline, a folder or Hub id, as 'config' in model_init_kwargs"
-            raise ValueError(f"{file} holds no transformer that is known to be one of {SINGLE_FILES}: {remedy}.")
+            raise ValueError(f"{file} holds no transformer that is known, of {SINGLE_FILES}: {remedy}.")
         base = single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
     kind = DiffusionPipeline.load_config(base)["transformer"][1]
     return base, getattr(diffusers, kind).from_single_file(str(file), config=base, subfolder="transformer", **options)
