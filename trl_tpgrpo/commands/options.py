@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -54,15 +54,6 @@ class Option(NamedTuple):
     group: str
     kind: str
     text: str
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose mistakes are exceptions, which the command line shows in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise a ValueError, with what an option that does not exist may have been meant to be."""
-        unknown = re.search(r"^unrecognized.*?(--\w+)", message)
-        raise ValueError(message + (near(unknown[1], self._option_string_actions) if unknown else ""))
 
 
 def near(name: str, names: Iterable[str]) -> str:

@@ -9,7 +9,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..testbed import PIPELINE_KWARGS
-from .options import OneLineParser
 
 
 SAMPLING_OPTIONS = {
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser, in which an option that is not given is left to the pipeline."""
     description = "Make images with a model, with or without a trained adapter."
-    parser = OneLineParser(prog="trl-tpgrpo sample", description=description)
+    parser = argparse.ArgumentParser(prog="trl-tpgrpo sample", description=description)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="Hub id or folder of a pipeline, or 'testbed'")
     add("--adapter", help="Hub id or folder of a LoRA, or a folder with a trained transformer")

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
@@ -13,7 +13,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..config import TPGRPOConfig, described, non_defaults
 from ..testbed import TESTBED, prompt_dataset
-from .options import OneLineParser, near, read_recipes
+from .options import near, read_recipes
 from .prompts import chosen, read_prompts
 from .rewards import load_reward
 
@@ -122,7 +122,9 @@ def _without(arguments: list[str], removed: list[str]) -> list[str]:
 class TrainingParser(TrlParser):
     """TRL's parser, which takes several recipes, their values as on the command line, and raises what is wrong."""
 
-    error = OneLineParser.error
+    def error(self, message: str) -> NoReturn:
+        """Raise a ValueError, of which the command line makes one line."""
+        raise ValueError(message)
 
     def parse_args_and_config(self, args: list[str], fail_with_unknown_args: bool = True) -> tuple[Any, ...]:
         """Return an instance of each dataclass, and a namespace; later recipes override earlier ones, `args` all."""
