@@ -1,7 +1,11 @@
 """Mistakes in a call that arguments and files alone show: they are found before PyTorch is imported."""
 
+import re
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from .options import REFUSED, near, read_options, read_recipes
 from .rewards import BUILT_IN_REWARDS, find_reward
@@ -49,27 +53,39 @@ def _first(values: dict[str, list[Any]], name: str) -> str:
 
 
 def _check_what_is_needed(values: dict[str, list[str]]) -> None:
-    model, output_dir = Path(_first(values, "model_name_or_path")), Path(_first(values, "output_dir"))
-    if not model.name:
+    name, output_dir = _first(values, "model_name_or_path"), Path(_first(values, "output_dir"))
+    if not name:
         raise ValueError("--model_name_or_path is missing: a Hub id, a folder, a file, or 'testbed'.")
+    model, is_hub_id = Path(name), re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.gguf)", name)
     if model.is_dir() and not (model / "model_index.json").exists():
-        raise ValueError(f"--model_name_or_path: {model} holds no diffusers pipeline, as it has no model_index.json.")
-    is_hub_id = len(model.parts) == 2 and model.parts[0] not in ("..", "~", "/")
-    if not (is_hub_id or model.exists() or model.name == "testbed"):
+        raise ValueError(f"--model_name_or_path: {name} holds no diffusers pipeline, as it has no model_index.json.")
+    if not (is_hub_id or model.exists() or name == "testbed"):
         hint = near(model.name, ["testbed", *(other.name for other in model.parent.glob("*"))])
-        raise FileNotFoundError(f"--model_name_or_path: {model} is no folder, file or Hub id (owner/name){hint}")
+        raise FileNotFoundError(f"--model_name_or_path: {name} is no folder, file or Hub id (owner/name){hint}")
     if not values.get("reward_funcs"):
         raise ValueError(f"--reward_funcs is missing: any of {list(BUILT_IN_REWARDS)}, import paths, or URLs.")
     if "datasets" not in values:
         _check_prompts(values)
     for name in [*values["reward_funcs"], *values.get("eval_reward_funcs", [])]:
-        if name not in BUILT_IN_REWARDS and "://" not in name:
+        if name.startswith(("http://", "https://")):
+            _check_server(name)
+        elif name not in BUILT_IN_REWARDS:
             find_reward(name)
     resumed = _first(values, "resume_from_checkpoint")
     if resumed.lower() == "true" and not any(output_dir.glob("checkpoint-*")):
         raise FileNotFoundError(f"--resume_from_checkpoint: {output_dir} holds no checkpoint to resume from.")
     if resumed.lower() not in ("", "true", *NO) and not Path(resumed).is_dir():
         raise FileNotFoundError(f"--resume_from_checkpoint: there is no checkpoint {resumed}.")
+
+
+def _check_server(url: str) -> None:
+    parts = urlsplit(url)
+    try:
+        if not getproxies():  # which may know servers that this machine does not
+            address = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+            socket.create_connection(address, timeout=3).close()
+    except OSError as error:
+        raise ConnectionError(f"The reward server {url} cannot be reached: {error}. Is it running?") from error
 
 
 def _check_prompts(values: dict[str, list[str]]) -> None:

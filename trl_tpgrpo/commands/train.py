@@ -157,14 +157,15 @@ def make_parser(prog: str = "trl-tpgrpo train", own_types: tuple[type, ...] = ()
     """Return the parser of all options of a training, after those of `own_types`; `help_text` is their help."""
     types = (*own_types, TPGRPOScriptArguments, TPGRPOModelConfig, DatasetMixtureConfig, TPGRPOConfig)
     parser = TrainingParser(types, prog=prog, add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", nargs="*", default=[])
+    parser.add_argument("--config", nargs="+", default=[])
     return parser
 
 
 def run(trainer: Any, dataset_name: str | None) -> None:
     """Train, save and, if asked to, push."""
-    resume = trainer.args.resume_from_checkpoint  # the command line and YAML give a path, "true" or a boolean
-    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
+    resume = trainer.args.resume_from_checkpoint  # a path, "true" or one of YAML's words for false
+    words = {"true": True, **dict.fromkeys(("false", "no", "off"))}
+    trainer.train(resume_from_checkpoint=words.get(str(resume).lower(), resume))
     if trainer.stop_on_signal.stopped:
         trainer.accelerator.print("Stopped by SIGTERM with a checkpoint. Go on with --resume_from_checkpoint true.")
         return
