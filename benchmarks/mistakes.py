@@ -1,10 +1,10 @@
-"""What the command line says of mistakes: a table of message, status and seconds, each in a process of its own."""
+"""What the command line says of mistakes: a table of message, status and CPU seconds, a process each."""
 
+import resource
 import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 
@@ -98,15 +98,17 @@ def write_files(folder: Path) -> None:
 
 
 def main() -> None:
-    print("| call | message | status | seconds |\n|---|---|---|---|")  # noqa: T201
+    print(f"`train ...` is `{RUN}`.\n\n| call | message | status | CPU seconds |\n|---|---|---|---|")  # noqa: T201
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder))
         for call in MISTAKES:
-            start = time.perf_counter()
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             command = [sys.executable, "-m", "trl_tpgrpo", *shlex.split(call)]
             run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-            seconds, message = time.perf_counter() - start, run.stderr.strip().splitlines()[-1]
-            print(f"| `{call}` | {message} | {run.returncode} | {seconds:.1f} |", flush=True)  # noqa: T201
+            after, message = resource.getrusage(resource.RUSAGE_CHILDREN), run.stderr.strip().splitlines()[-1]
+            seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            shown = call.replace(RUN, "train ...")
+            print(f"| `{shown}` | {message} | {run.returncode} | {seconds:.1f} |", flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ def read_options(command: str) -> dict[str, Option]:
         node = next(node for node in _tree(file).body if isinstance(node, ast.ClassDef) and node.name == name)
         found = {**found, **_fields(node, group), **found}
     calls = [ast.unparse(node) for node in ast.walk(_tree("accelerate/commands/launch.py")) if type(node) is ast.Call]
-    named = {match[1]: line for line in calls if (match := re.search(r"^\w+\.add_argument\('--(\w+)'", line))}
+    named = {
+        match[1]: line for line in calls if (match := re.search(r"^\w+\.add_argument\((?:'-\w', )?'--(\w+)'", line))
+    }
     launch = {name: Option("accelerate launch", "value", _help(line)) for name, line in named.items()}
     launch["accelerate_config"] = Option("accelerate launch", "value", "A config_file, or the name of one of TRL's.")
     return {**found, **launch, **found}
@@ -145,6 +147,6 @@ def read_recipes(paths: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"The recipe {path} is not written in YAML: {error}") from error
         if not isinstance(recipe, dict):
             raise ValueError(f"The recipe {path} must be a mapping of options to values, got {type(recipe).__name__}.")
-        words = {key.value: value.value for key, value in node.value if value.tag == "tag:yaml.org,2002:bool"}
+        words = {key.value: value.value.lower() for key, value in node.value if value.tag == "tag:yaml.org,2002:bool"}
         merged |= recipe | words
     return merged
