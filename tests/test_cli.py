@@ -85,7 +85,7 @@ def test_options_that_are_read_from_sources_are_those_of_the_parsers() -> None:
     """The sources of transformers, TRL and accelerate are read as they are laid out now."""
     trained = {action.dest for action in make_parser()._actions} - {"config"}
     strings = [string for action in launch_command_parser()._actions for string in action.option_strings]
-    launched = {string[2:].replace("-", "_") for string in strings if string.startswith("--")} - {"help"}
+    launched = {string[2:].replace("-", "_") for string in strings if string.startswith("--")}
     assert set(read_options("train")) == trained | launched | {"accelerate_config"}
 
 

@@ -38,13 +38,14 @@ REFUSED = {
 }
 # Others that are for language models, or of which the default alone works
 HIDDEN = ("bnb_4bit_quant_storage", "bnb_4bit_quant_type", "ignore_bias_buffers", "lora_dropout",
-          "lora_modules_to_save", "lora_task_type", "use_bnb_nested_quant", "debug", *REFUSED)  # fmt: skip
+          "lora_modules_to_save", "lora_task_type", "use_bnb_nested_quant", "debug", "help", *REFUSED)  # fmt: skip
 
 # A heading or a parameter in a docstring: its name, type and default, and its description
 DOCUMENTED = re.compile(
     r"^ {4}(?:> (?P<heading>.+)|(?P<name>\w+) ?\((?P<kind>.+?)\):(?P<text>.*(?:\n {8}.+)*))", re.MULTILINE
 )
 HEADING = re.compile(r"Parameters that control (?:the )?(.+)")
+LAUNCH = re.compile(r"\w+\.add_argument\((?:'-\w', )?'--(\w+)'")
 HELP = re.compile(r"""help'?[=:] ?('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")  # in the source of an option or a field
 
 
@@ -72,9 +73,7 @@ def read_options(command: str) -> dict[str, Option]:
         node = next(node for node in _tree(file).body if isinstance(node, ast.ClassDef) and node.name == name)
         found = {**found, **_fields(node, group), **found}
     calls = [ast.unparse(node) for node in ast.walk(_tree("accelerate/commands/launch.py")) if type(node) is ast.Call]
-    named = {
-        match[1]: line for line in calls if (match := re.search(r"^\w+\.add_argument\((?:'-\w', )?'--(\w+)'", line))
-    }
+    named = {match[1]: line for line in calls if (match := LAUNCH.match(line))}
     launch = {name: Option("accelerate launch", "value", _help(line)) for name, line in named.items()}
     launch["accelerate_config"] = Option("accelerate launch", "value", "A config_file, or the name of one of TRL's.")
     return {**found, **launch, **found}

@@ -45,22 +45,25 @@ def load_pipeline(
         raise ValueError(f"dtype must be the name of a torch dtype such as 'bfloat16', got {dtype!r}.")
     if quantization is not None and "quantization_config" in model_init_kwargs:
         raise ValueError("quantization and a quantization_config in model_init_kwargs exclude each other.")
-    config = None if quantization is None else _quantization_config(quantization, torch_dtype)
     model = TESTBED if str(model) == "testbed" else model
     if Path(model).is_file():
-        base, options = model_init_kwargs.pop("config", None), {"dtype": torch_dtype, "quantization_config": config}
-        model, model_init_kwargs["transformer"] = _load_transformer(Path(model), base, **options)
-    elif config is not None:
-        model_init_kwargs["quantization_config"] = PipelineQuantizationConfig(quant_mapping={"transformer": config})
+        if quantization is not None:  # which diffusers ignores for torchao
+            remedy = f"save a pipeline with it as a folder, by load_pipeline({str(model)!r}).save_pretrained"
+            raise ValueError(f"quantization={quantization!r} takes a folder or Hub id, not a file: {remedy}.")
+        base = model_init_kwargs.pop("config", None)
+        model, model_init_kwargs["transformer"] = _load_transformer(Path(model), torch_dtype, base)
+    if quantization is not None:
+        mapping = {"transformer": _quantization_config(quantization, torch_dtype)}
+        model_init_kwargs["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
     parts = DiffusionPipeline.load_config(str(model), **model_init_kwargs)
     absent = {name: None for name, part in parts.items() if part == [None, None]}
     return DiffusionPipeline.from_pretrained(str(model), dtype=torch_dtype, **{**absent, **model_init_kwargs})
 
 
-def _load_transformer(file: Path, base: str | None, **options: Any) -> tuple[str, ModelMixin]:
+def _load_transformer(file: Path, dtype: torch.dtype, base: str | None) -> tuple[str, ModelMixin]:
     """Return the pipeline that the other parts come from, and the transformer in a file."""
     if file.suffix != ".safetensors":
-        remedy = "take the original weights (.safetensors or a folder), with quantization='nf4' to save memory"
+        remedy = "take the original weights as .safetensors, or a folder, which quantization='nf4' makes small"
         raise ValueError(f"{file}: a single file must be .safetensors: {remedy}.")
     if base is None:
         checkpoint = single_file_utils.load_single_file_checkpoint(str(file))
@@ -70,7 +73,8 @@ def _load_transformer(file: Path, base: str | None, **options: Any) -> tuple[str
             raise ValueError(f"{file} holds no transformer that is known, of {SINGLE_FILES}: {remedy}.")
         base = single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
     kind = DiffusionPipeline.load_config(base)["transformer"][1]
-    return base, getattr(diffusers, kind).from_single_file(str(file), config=base, subfolder="transformer", **options)
+    load = getattr(diffusers, kind).from_single_file
+    return base, load(str(file), config=base, subfolder="transformer", dtype=dtype)
 
 
 def _quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig | TorchAoConfig:
