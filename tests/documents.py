@@ -7,7 +7,6 @@ from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
 
-from trl_tpgrpo.cli import one_recipe
 from trl_tpgrpo.commands.plan import PlannedConfig
 from trl_tpgrpo.commands.train import make_parser, split_options
 
@@ -96,11 +95,10 @@ def read_training(options: list[str], own_types: tuple[type, ...] = ()) -> tuple
     Raises:
         ValueError, SystemExit: If one does not exist, or its value is none that it may have.
     """
-    with one_recipe(options) as arguments:
-        parser = make_parser(own_types=own_types)
-        launch_options, own_options = split_options(parser, arguments)
-        launch = launch_command_parser().parse_args([*launch_options, "script"])
-        assert launch.config_file is None or Path(launch.config_file).exists()
-        parser.dataclass_types[-1] = PlannedConfig
-        parser.set_defaults(num_processes=1)
-        return parser.parse_args_and_config(own_options, fail_with_unknown_args=False)
+    parser = make_parser(own_types=own_types)
+    launch_options, own_options = split_options(parser, options)
+    launch = launch_command_parser().parse_args([*launch_options, "script"])
+    assert launch.config_file is None or Path(launch.config_file).exists()
+    parser.dataclass_types[-1] = PlannedConfig
+    parser.set_defaults(num_processes=1)
+    return parser.parse_args_and_config(own_options, fail_with_unknown_args=False)

@@ -25,7 +25,8 @@ from transformers import HfArgumentParser
 
 from trl_tpgrpo.algorithm.completion import CompletionRule
 from trl_tpgrpo.cli import COMMANDS
-from trl_tpgrpo.commands import demo, fidelity, plan, sample, train
+from trl_tpgrpo.commands import demo, fidelity, plan, sample
+from trl_tpgrpo.commands.rewards import BUILT_IN_REWARDS
 from trl_tpgrpo.rewards.serving.program import make_parser as make_serving_parser
 
 
@@ -150,7 +151,7 @@ def check_command(arguments: list[str]) -> None:
         for name in configs[0].completions or []:
             CompletionRule.parse(name)
     for name in configs[len(RECIPES[command])].reward_funcs or []:
-        assert name in train.BUILT_IN_REWARDS or "." in name or "://" in name
+        assert name in BUILT_IN_REWARDS or "." in name or "://" in name
 
 
 def without_readers_recipe(options: list[str]) -> list[str]:
@@ -227,7 +228,7 @@ def check_tests(arguments: list[str]) -> None:
     ("text", "message"),
     [
         ("trl-tpgrpo trian --config examples/recipes/testbed.yaml", "assert 'trian' in"),
-        ("trl-tpgrpo train --config examples/recipes/no_such.yaml", "No such file"),
+        ("trl-tpgrpo train --config examples/recipes/no_such.yaml", "There is no recipe"),
         ("trl-tpgrpo train --no_such_option 1", "Unknown options: --no_such_option"),
         ("trl-tpgrpo train --learning_rate high", "invalid float value: 'high'"),
         ("trl-tpgrpo train --sde_type no_such", "invalid choice: 'no_such'"),

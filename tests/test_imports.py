@@ -11,7 +11,7 @@ import trl_tpgrpo
 ROOT = Path(trl_tpgrpo.__file__).parent
 MAY_IMPORT = {
     "algorithm": set(),
-    "policies": set(),
+    "policies": {"testbed"},
     "rewards": {"__version__"},  # which the server shows
     "testbed": set(),
     "config": {"algorithm"},
@@ -34,7 +34,7 @@ MAY_IMPORT = {
         "rollouts",
     },
     "commands": {"algorithm", "callbacks", "config", "hub", "policies", "rewards", "rollouts", "testbed", "trainer"},
-    "cli": set(),
+    "cli": {"__version__", "commands"},
     "__init__": {"callbacks", "config", "trainer"},
     "__main__": {"cli"},
 }

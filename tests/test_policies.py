@@ -22,6 +22,7 @@ from diffusers import (
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from safetensors.torch import save_file
 from tiny import IMAGE_SIZE, NEGATIVE_PROMPT, PROMPTS, tiny_flux, tiny_sd3
 from torch import Tensor
 
@@ -604,3 +605,40 @@ def test_a_dtype_that_is_none_is_named(dtype: str, saved: dict[str, Path]) -> No
 def test_a_folder_that_holds_no_pipeline_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_file_gives_the_transformer_and_a_pipeline_the_rest(
+    name: str, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    weights = {key: value + 1 for key, value in load_pipeline(saved[name]).transformer.state_dict().items()}
+    save_file(weights, tmp_path / "mine.safetensors")
+    loaded = load_pipeline(tmp_path / "mine.safetensors", torch.bfloat16, config=str(saved[name]))
+    assert type(loaded) is type(CASES[name].pipeline())
+    assert loaded.transformer.dtype == loaded.vae.dtype == torch.bfloat16
+    state = loaded.transformer.state_dict()
+    assert all(torch.equal(state[key], value.bfloat16()) for key, value in weights.items())
+    with pytest.raises(
+        ValueError, match="quantization='int8' takes a folder or Hub id, not a file: .*save_pretrained"
+    ):
+        load_pipeline(tmp_path / "mine.safetensors", quantization="int8", config=str(saved[name]))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("flux1-dev-Q4_0.gguf", r"Q4_0.gguf: a single file must be \.safetensors: .*quantization='nf4'"),
+        ("sd3.5_medium.safetensors", r"sd3.5_medium.safetensors holds no transformer that is known.*'config'"),
+    ],
+)
+def test_a_file_that_cannot_be_a_model_says_how(name: str, message: str, tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(tmp_path / name)
+
+
+def test_the_rest_of_a_known_file_is_the_original_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    save_file({"double_blocks.0.img_attn.norm.key_norm.scale": torch.zeros(1)}, tmp_path / "mine.safetensors")
+    with pytest.raises(OSError, match="black-forest-labs/FLUX.1-schnell"):
+        load_pipeline(tmp_path / "mine.safetensors", cache_dir=tmp_path)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from trl_tpgrpo.policies.loading import load_pipeline
-from trl_tpgrpo.testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
+from trl_tpgrpo.testbed import PIPELINE_KWARGS, prompt_dataset
 from trl_tpgrpo.testbed.checker import detect, score_images, shapes_reward
 from trl_tpgrpo.testbed.world import KINDS, Caption, Thing, all_captions, parse_caption, split_captions
 
@@ -138,7 +138,7 @@ def test_tokenizer_knows_each_word_as_one_token() -> None:
 
 
 def test_pretrained_pipeline_draws_what_it_is_told() -> None:
-    pipeline = load_pipeline(TESTBED)
+    pipeline = load_pipeline("testbed")
     pipeline.set_progress_bar_config(disable=True)
     prompts = prompt_dataset("train", 64)["prompt"][:]
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]

@@ -4,13 +4,12 @@ import argparse
 import importlib
 import logging
 import os
+import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import traceback
 
-import yaml
+from . import __version__
+from .commands.options import TRAININGS, help_text, near
 
 
 COMMANDS = {
@@ -21,10 +20,11 @@ COMMANDS = {
     "serve-reward": "serve reward functions over HTTP, from a machine or an environment of their own",
     "demo": "train the embedded tiny model in a few minutes and show what it learned",
 }
+MISTAKES = (ValueError, TypeError, OSError, ImportError, argparse.ArgumentError, RuntimeError)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand, and import only what that one needs."""
+    """Run a subcommand, and import only what that one needs; a mistake of the user's is one line and the status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     width = max(map(len, COMMANDS))
     listing = "\n".join(f"  {name:<{width}}  {help_text}" for name, help_text in COMMANDS.items())
@@ -34,36 +34,54 @@ def main(argv: list[str] | None = None) -> int:
         epilog=f"commands:\n{listing}\n\nEach has its own help: trl-tpgrpo train --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=list(COMMANDS), metavar="command", help="one of the commands below")
+    parser.add_argument("--version", action="version", version=f"trl-tpgrpo {__version__}")
+    parser.add_argument("command", metavar="command", help="one of the commands below")
     if not argv:
         parser.print_help()
         return 0
     command = parser.parse_args(argv[:1]).command
+    try:
+        return run(command, _without_debug(argv[1:]))
+    except subprocess.CalledProcessError as error:  # of `accelerate launch`; the processes have said why
+        return error.returncode
+    except MISTAKES as error:
+        if "TRL_TPGRPO_DEBUG" in os.environ or not is_mistake(error):
+            raise
+        print(f"trl-tpgrpo {command}: error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        return 2
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Run a command after a check of what needs no heavy imports; raise what `is_mistake` tells from a fault."""
+    if command not in COMMANDS:
+        raise ValueError(f"there is no command {command!r}{near(command, COMMANDS)} See trl-tpgrpo --help.")
+    if command in TRAININGS and {"-h", "--help"} & set(arguments):
+        print(help_text(command, COMMANDS[command]), end="")  # noqa: T201
+        return 0
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # their notices would hide a mistake
+        logging.getLogger(library).setLevel(logging.ERROR)
     if command != "train":  # notices of libraries would hide the little that these commands print
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-        for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-            logging.getLogger(library).setLevel(logging.ERROR)
-    with one_recipe(argv[1:]) as arguments:
-        return importlib.import_module(f"trl_tpgrpo.commands.{command.replace('-', '_')}").main(arguments)
+    if command in TRAININGS:
+        importlib.import_module("trl_tpgrpo.commands.checks").check_training(command, arguments)
+    return importlib.import_module(f"trl_tpgrpo.commands.{command.replace('-', '_')}").main(arguments)
 
 
-@contextmanager
-def one_recipe(argv: list[str]) -> Iterator[list[str]]:
-    """Yield arguments with the recipes of `--config` merged, later over earlier; raise ValueError for no mapping."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", nargs="*", default=[])
-    recipes, others = parser.parse_known_args(argv)
-    if len(recipes.config) < 2:
-        yield argv
-        return
-    merged: dict = {}
-    for path in recipes.config:
-        recipe = yaml.safe_load(Path(path).read_text())
-        if not isinstance(recipe, dict):
-            raise ValueError(f"The recipe {path} must be a mapping of options to values, got {type(recipe).__name__}.")
-        merged |= recipe
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(yaml.safe_dump(merged))
-        yield [*others, "--config", str(path)]
+def is_mistake(error: Exception) -> bool:
+    """Say whether an error is a user's mistake: before training nearly any is, in it what this package raises."""
+    if isinstance(error, RuntimeError):
+        return type(error).__module__.startswith("trl_tpgrpo.")  # such as a RewardError
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    places = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame in frames]
+    is_own = places[-1][0].startswith("trl_tpgrpo.") and not isinstance(error, TypeError)
+    return is_own or ("trl_tpgrpo.trainer", "train") not in places
+
+
+def _without_debug(arguments: list[str]) -> list[str]:
+    """Return the arguments without a `--debug` that has no value, which is for this program and those it starts."""
+    for place, argument in enumerate(arguments):
+        if argument == "--debug" and (arguments[place + 1 :] or ["--"])[0].startswith("--"):
+            os.environ["TRL_TPGRPO_DEBUG"] = "1"
+            return arguments[:place] + arguments[place + 1 :]
+    return arguments

@@ -12,13 +12,11 @@ from tqdm import tqdm
 
 from ..algorithm.completion import CompletionRule
 from ..algorithm.fidelity import Fidelity, compare
-from ..config import described
 from ..rollouts import NOISE
 from ..trainer import TPGRPOTrainer
 from .train import build_trainer, make_parser
 
 
-@described
 @dataclass
 class FidelityArguments:
     """
@@ -49,8 +47,7 @@ class Measured:
 
 def main(argv: list[str]) -> int:
     """Sample the same trajectories with every rule, compare their rewards, print a table and save it."""
-    description = "Measure how faithful cheap completions are."
-    parser = make_parser("trl-tpgrpo fidelity", description, own_types=(FidelityArguments,))
+    parser = make_parser("trl-tpgrpo fidelity", own_types=(FidelityArguments,))
     own, *training = parser.parse_args_and_config(argv, fail_with_unknown_args=True)[:5]
     names = own.completions or selection(training[-1].num_inference_steps)
     for name in names:

@@ -252,7 +252,7 @@ def savings(args: Any, is_adapter: bool) -> list[dict[str, Any]]:
 
 def main(argv: list[str]) -> int:
     """Print what a run takes; nothing is trained, and no weights are loaded."""
-    parser = make_parser("trl-tpgrpo plan", "What a run will cost, and whether it fits.", own_types=(PlanArguments,))
+    parser = make_parser("trl-tpgrpo plan", own_types=(PlanArguments,))
     launch_options, own_options = split_options(parser, argv)
     launch = launch_command_parser().parse_args([*launch_options, "script"])
     configured = launch.config_file and load_config_from_file(launch.config_file).num_processes

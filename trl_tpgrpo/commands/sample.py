@@ -3,14 +3,12 @@
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from ..policies.loading import load_pipeline
-from ..testbed import PIPELINE_KWARGS, TESTBED
+from ..testbed import PIPELINE_KWARGS
 
 
 SAMPLING_OPTIONS = {
@@ -28,10 +26,13 @@ SAMPLING_OPTIONS = {
 def main(argv: list[str]) -> int:
     """Write one PNG file for each image."""
     args = make_parser().parse_args(argv)
-    prompts = args.prompt + (args.prompts_file.read_text().splitlines() if args.prompts_file else [])
+    prompts = args.prompt + (args.prompts_file.read_text("utf-8-sig").splitlines() if args.prompts_file else [])
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts:
-        raise SystemExit("trl-tpgrpo sample: error: no prompt: use --prompt or --prompts_file")
+        raise ValueError("There is no prompt: use --prompt or --prompts_file.")
+    folder = Path(args.adapter or "")
+    if args.adapter and folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("transformer")]:
+        raise FileNotFoundError(f"--adapter: {folder} holds neither a LoRA (.safetensors) nor a folder transformer.")
     pipeline = build_pipeline(args.model_name_or_path, args.adapter, args.dtype, args.device)
     options = {**PIPELINE_KWARGS} if args.model_name_or_path == "testbed" else {}
     options |= {name: value for name, value in vars(args).items() if name in SAMPLING_OPTIONS and value is not None}
@@ -59,15 +60,19 @@ def make_parser() -> argparse.ArgumentParser:
     for name, (kind, text) in SAMPLING_OPTIONS.items():
         add(f"--{name}", type=kind, help=f"{text} (default: the pipeline's)")
     add("--dtype", help="data type of the model (default: bfloat16 on a GPU, float32 on the CPU)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="device of the model (default: %(default)s)")
+    add("--device", help="device of the model (default: cuda if there is one, else cpu)")
     return parser
 
 
-def build_pipeline(model: str, adapter: str | None, dtype: str | None, device: str) -> DiffusionPipeline:
+def build_pipeline(model: str, adapter: str | None, dtype: str | None, device: str | None) -> Any:
     """Load a pipeline and the trained weights into it: a LoRA, or a transformer in the folder `transformer`."""
+    import torch  # here, and not for a mistake in the options
+
+    from ..policies.loading import load_pipeline
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    pipeline = load_pipeline(TESTBED if model == "testbed" else model, dtype)
+    pipeline = load_pipeline(model, dtype)
     if adapter is not None and (Path(adapter) / "transformer").is_dir():
         load = type(pipeline.transformer).from_pretrained
         pipeline.register_modules(transformer=load(adapter, subfolder="transformer", dtype=getattr(torch, dtype)))
@@ -77,7 +82,9 @@ def build_pipeline(model: str, adapter: str | None, dtype: str | None, device: s
     return pipeline.to(device)
 
 
-def sample(pipeline: DiffusionPipeline, prompt: str, number: int, seed: int, options: dict) -> list[Image.Image]:
+def sample(pipeline: Any, prompt: str, number: int, seed: int, options: dict) -> list[Image.Image]:
     """Sample `number` images of a prompt, of which image i depends on `seed + i` alone, not on the number."""
-    generators = [torch.Generator("cpu").manual_seed(seed + index) for index in range(number)]
+    from torch import Generator
+
+    generators = [Generator("cpu").manual_seed(seed + index) for index in range(number)]
     return [pipeline(prompt, generator=generator, **options).images[0] for generator in generators]

@@ -1,9 +1,6 @@
 """`trl-tpgrpo serve-reward`: reward functions over HTTP."""
 
-from collections.abc import Callable
-from typing import Any
-
-from ..rewards.serving.functions import find_function
+from .rewards import find_reward
 
 
 def main(argv: list[str]) -> int:
@@ -13,12 +10,3 @@ def main(argv: list[str]) -> int:
     except ImportError as error:
         raise ImportError(f"serve-reward needs {error.name}: pip install 'trl-tpgrpo[serve]'.") from error
     return serve(argv, find_reward)
-
-
-def find_reward(name: str) -> Callable[..., Any]:
-    """Find a reward function by its built-in name or dotted import path; raise ValueError if there is none."""
-    if "." in name:
-        return find_function(name)
-    from .train import load_reward  # with torch, diffusers and TRL, which others need not wait for
-
-    return load_reward(name)

@@ -1,70 +1,44 @@
 """`trl-tpgrpo train`: arguments as those of `trl grpo`, from a YAML recipe, the command line, or both."""
 
-import inspect
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
-from datasets import Dataset, load_dataset
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset, get_peft_config
+from datasets import Dataset
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from ..config import PARAMETER, TPGRPOConfig, described, non_defaults
-from ..hub import HubError
-from ..rewards import RewardFunc
-from ..rewards.remote import remote_reward_from_url
-from ..rewards.serving.functions import find_function
+from ..config import TPGRPOConfig, described, non_defaults
 from ..testbed import TESTBED, prompt_dataset
-from ..trainer import TPGRPOTrainer
+from .options import near, read_recipes
+from .prompts import chosen, read_prompts
+from .rewards import load_reward
 
 
-BUILT_IN_REWARDS = {
-    "aesthetic_score": "trl_tpgrpo.rewards.AestheticScore",
-    "brightness": "trl_tpgrpo.rewards.brightness",
-    "clip_score": "trl_tpgrpo.rewards.CLIPScore",
-    "colourfulness": "trl_tpgrpo.rewards.colourfulness",
-    "geneval": "trl_tpgrpo.rewards.GenEval",
-    "graded_reward": "trl_tpgrpo.testbed.checker.graded_reward",
-    "hps_v2": "trl_tpgrpo.rewards.HPSv2",
-    "image_reward": "trl_tpgrpo.rewards.ImageReward",
-    "jpeg_compressibility": "trl_tpgrpo.rewards.jpeg_compressibility",
-    "jpeg_incompressibility": "trl_tpgrpo.rewards.jpeg_incompressibility",
-    "ocr": "trl_tpgrpo.rewards.OCRReward",
-    "pick_score": "trl_tpgrpo.rewards.PickScore",
-    "shapes_reward": "trl_tpgrpo.testbed.checker.shapes_reward",
-    "strict_reward": "trl_tpgrpo.testbed.checker.strict_reward",
-}
-
-# Options of TRL's models that have another one here
-REFUSED = {
-    "load_in_4bit": "for language models: use --quantization nf4",
-    "load_in_8bit": "LLM.int8, whose layers compute otherwise in training than in evaluation: use --quantization int8 "
-    "(torchao, weights only) or nf4",
-    "attn_implementation": "for language models: use --attention_backend",
-}
-
-# The heading of a group of parameters in a docstring
-HEADING = re.compile(r" {4}> Parameters (?:that control (?:the )?(.+))?")
-
-
-REWARDS = f"""Reward functions: {", ".join(BUILT_IN_REWARDS)}, dotted import paths (my_rewards.mine; found in the
-current folder too, a class is created without arguments), or URLs (http://host:8000/pick_score)."""
-HELD_OUT = "Reward functions for evaluation only, which are logged and not trained on."
-
-
+@described
 @dataclass
 class TPGRPOScriptArguments(ScriptArguments):
-    """Script arguments of `trl-tpgrpo train`: TRL's and the reward functions."""
+    """
+    Script arguments of `trl-tpgrpo train`: TRL's, the reward functions and the column of prompts.
+
+    Parameters:
+        reward_funcs (`list[str]`): Reward functions: built-in names, import paths (`my_rewards.mine`, found in the
+            current folder too; a class is created without arguments), or URLs (`http://host:8000/pick_score`).
+        eval_reward_funcs (`list[str]`, *optional*): Reward functions for evaluation only, logged and not trained on.
+        dataset_name (`str`): Prompts: a Hub id, a folder, a `.csv`, `.json`, `.jsonl`, `.parquet` or `.txt` file (a
+            prompt a line), or `testbed`.
+        prompt_column (`str`, *optional*): Column of the prompts, renamed to `prompt`, in place of one of that name.
+    """
 
     _argument_group_name = "Script"
 
-    reward_funcs: list[str] | None = field(default=None, metadata={"help": REWARDS})
-    eval_reward_funcs: list[str] | None = field(default=None, metadata={"help": HELD_OUT})
+    reward_funcs: list[str] | None = None
+    eval_reward_funcs: list[str] | None = None
+    dataset_name: str | None = None
+    prompt_column: str | None = None
 
 
 @described
@@ -74,6 +48,7 @@ class TPGRPOModelConfig(ModelConfig):
     TRL's `ModelConfig` with the paper's LoRA and without what is for language models.
 
     Parameters:
+        model_name_or_path (`str`): Model: a Hub id, a folder, a `.safetensors` file of a transformer, or `testbed`.
         dtype (`str`, *optional*): Data type of the model. `None`: the precision of the run for LoRA, else `float32`.
         lora_r (`int`, *optional*, defaults to `32`): Rank of the LoRA.
         lora_alpha (`int`, *optional*, defaults to `64`): Scale of the LoRA times the rank.
@@ -84,6 +59,7 @@ class TPGRPOModelConfig(ModelConfig):
 
     _argument_group_name = "Model"
 
+    model_name_or_path: str | None = None
     dtype: str | None = field(default=None, metadata={"choices": ["bfloat16", "float16", "float32"]})
     lora_r: int = 32
     lora_alpha: int = 64
@@ -94,9 +70,6 @@ class TPGRPOModelConfig(ModelConfig):
         targets: Any = self.lora_target_modules  # type: ignore[has-type]
         super().__post_init__()
         self.lora_target_modules = targets  # TRL makes a string, a regular expression to PEFT, of a single name
-        for name, hint in REFUSED.items():
-            if getattr(self, name):
-                raise ValueError(f"{name} is {hint}.")
 
 
 def main(argv: list[str]) -> int:
@@ -110,12 +83,9 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args_and_config(own_options, fail_with_unknown_args=False)[:4]  # a namespace follows
     script_args, model_args, dataset_args, training_args = options
     settings = non_defaults(script_args) | non_defaults(model_args) | non_defaults(dataset_args) | training_args.given
-    try:
-        trainer = build_trainer(*options)
-        trainer.recipe_settings = settings
-        exit_code = run(trainer, script_args.dataset_name)
-    except HubError as error:
-        raise SystemExit(f"trl-tpgrpo train: error: {error}") from error
+    trainer = build_trainer(*options)
+    trainer.recipe_settings = settings
+    exit_code = run(trainer, script_args.dataset_name)
     trainer.end()
     return exit_code
 
@@ -127,14 +97,14 @@ def split_options(parser: TrlParser, argv: list[str]) -> tuple[list[str], list[s
     trainer's nor accelerate's raises a ValueError.
     """
     arguments, unknown = parser.parse_known_args(argv)
-    recipe = yaml.safe_load(Path(arguments.config).read_text()) if arguments.config else {}
+    recipe = read_recipes(arguments.config)
     names = {action.dest for action in parser._actions} | {"env"}
     others = [item for name, value in recipe.items() if name not in names for item in (f"--{name}", str(value))]
     launch_options = resolve_accelerate_config_argument(others + unknown)
     _, refused = launch_command_parser().parse_known_args([*launch_options, "script"])
     if refused:
-        options = " ".join(refused)
-        raise ValueError(f"Unknown options: {options}. See trl-tpgrpo train --help and accelerate launch --help.")
+        hint = near(refused[0].removeprefix("--"), names)
+        raise ValueError(f"Unknown options: {' '.join(refused)}{hint} See trl-tpgrpo train --help.")
     return launch_options, _without(argv, unknown)
 
 
@@ -149,39 +119,53 @@ def _without(arguments: list[str], removed: list[str]) -> list[str]:
     return kept
 
 
-def make_parser(
-    prog: str = "trl-tpgrpo train",
-    description: str = "Fine-tune a text-to-image model with TP-GRPO.",
-    own_types: tuple[type, ...] = (),
-) -> TrlParser:
-    """Return the parser of all options of a training, which `--help` shows in groups, after those of `own_types`."""
+class TrainingParser(TrlParser):
+    """TRL's parser, which takes several recipes, their values as on the command line, and raises what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a ValueError, of which the command line makes one line."""
+        raise ValueError(message)
+
+    def parse_args_and_config(self, args: list[str], fail_with_unknown_args: bool = True) -> tuple[Any, ...]:
+        """Return an instance of each dataclass, and a namespace; later recipes override earlier ones, `args` all."""
+        recipe = read_recipes(self.parse_known_args(args)[0].config)
+        os.environ |= {name: str(value) for name, value in (recipe.pop("env", None) or {}).items()}
+        unknown = self.set_defaults_with_config(**recipe)
+        if unknown and fail_with_unknown_args:
+            raise ValueError(f"Unknown keys in the recipe: {' '.join(unknown)}.")
+        return self.parse_args_into_dataclasses(args)
+
+    def set_defaults_with_config(self, **recipe: Any) -> list[str]:
+        """Take a recipe's values as defaults, and return what is not an option's."""
+        actions = {action.dest: action for action in reversed(self._actions)}  # `--no_...` comes after its option
+        meant = {name: self._meant(actions[name], value) for name, value in recipe.items() if name in actions}
+        return super().set_defaults_with_config(**recipe | meant)
+
+    def _meant(self, action: Any, value: Any) -> Any:
+        items = value if isinstance(value, list) else [value]
+        if any(item is None or isinstance(item, dict | list) for item in items):
+            return value
+        is_bool = getattr(action.type, "__name__", "") == "string_to_bool"
+        words = {"on": "true", "off": "false"} if is_bool else {}  # YAML's, which the parser does not know
+        parsed = [self._get_value(action, words.get(str(item), str(item))) for item in items]
+        for item in parsed:
+            self._check_value(action, item)
+        return parsed if isinstance(value, list) or action.nargs == "+" else parsed[0]
+
+
+def make_parser(prog: str = "trl-tpgrpo train", own_types: tuple[type, ...] = ()) -> TrainingParser:
+    """Return the parser of all options of a training, after those of `own_types`; `help_text` is their help."""
     types = (*own_types, TPGRPOScriptArguments, TPGRPOModelConfig, DatasetMixtureConfig, TPGRPOConfig)
-    parser = TrlParser(types, prog=prog, description=description)
-    text = "Recipes with any of the options below; later ones override earlier ones, the command line all."
-    parser.add_argument("--config", metavar="RECIPE.yaml ...", help=text)
-    _group_own_options(parser)
+    parser = TrainingParser(types, prog=prog, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="+", default=[])
     return parser
 
 
-def _group_own_options(parser: TrlParser) -> None:
-    """Show the options of TPGRPOConfig in the groups of its docstring, and the others after them."""
-    others = group = parser._optionals
-    for line in inspect.cleandoc(TPGRPOConfig.__doc__ or "").splitlines():
-        if heading := HEADING.match(line):
-            group = parser.add_argument_group(f"TP-GRPO: {heading[1]}") if heading[1] else others
-        elif parameter := PARAMETER.match(line):
-            actions = [action for action in others._group_actions if action.dest == parameter[1]]
-            others._group_actions = [action for action in others._group_actions if action not in actions]
-            group._group_actions += actions
-    others.title = "transformers.TrainingArguments"
-    parser._action_groups.remove(others)
-    parser._action_groups.append(others)
-
-
-def run(trainer: TPGRPOTrainer, dataset_name: str | None) -> int:
+def run(trainer: Any, dataset_name: str | None) -> int:
     """Train, save and, if asked to, push; return the exit code: 128 + the number of a signal that stopped the run."""
-    resume = trainer.args.resume_from_checkpoint  # the command line and YAML give a path, "true" or a boolean
-    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
+    resume = trainer.args.resume_from_checkpoint  # a path, "true" or one of YAML's words for false
+    words = {"true": True, **dict.fromkeys(("false", "no", "off"))}
+    trainer.train(resume_from_checkpoint=words.get(str(resume).lower(), resume))
     trainer.save_model(_internal_call=True)
     if signal := trainer.stop_on_signal.stopped:
         how = "go on with --resume_from_checkpoint true"
@@ -204,55 +188,41 @@ def build_trainer(
     model_args: TPGRPOModelConfig,
     dataset_args: DatasetMixtureConfig,
     training_args: TPGRPOConfig,
-) -> TPGRPOTrainer:
-    """Return a trainer with the model, rewards and data of the options; raise ValueError if one is missing."""
-    if script_args.dataset_streaming:
-        raise ValueError("--dataset_streaming is not supported: a rollout draws its prompts by number.")
-    if model_args.model_name_or_path is None:
-        raise ValueError("--model_name_or_path is missing: a Hub id, a folder, or 'testbed'.")
-    if not script_args.reward_funcs:
-        raise ValueError(f"--reward_funcs is missing: any of {list(BUILT_IN_REWARDS)}, dotted import paths, or URLs.")
-    chosen = {"revision": model_args.model_revision, "dtype": model_args.dtype}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    training_args.model_init_kwargs = chosen | (training_args.model_init_kwargs or {})
+) -> Any:  # a TPGRPOTrainer
+    """Return a trainer with the data, rewards and model of the options, loaded in this order."""
     train_dataset, eval_dataset = load_prompts(script_args, dataset_args, training_args.eval_strategy != "no")
+    reward_funcs = list(map(load_reward, script_args.reward_funcs or []))
+    eval_reward_funcs = list(map(load_reward, script_args.eval_reward_funcs or []))
+    chosen_args = {"revision": model_args.model_revision, "dtype": model_args.dtype}
+    chosen_args = {name: value for name, value in chosen_args.items() if value is not None}
+    training_args.model_init_kwargs = chosen_args | (training_args.model_init_kwargs or {})
+    from trl import get_peft_config  # with diffusers, which a mistake in the options need not wait for
+
+    from ..trainer import TPGRPOTrainer
+
     return TPGRPOTrainer(
-        model=model_path(model_args.model_name_or_path),
-        reward_funcs=list(map(load_reward, script_args.reward_funcs)),
+        model=model_args.model_name_or_path,
+        reward_funcs=reward_funcs,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         peft_config=get_peft_config(model_args),
-        eval_reward_funcs=list(map(load_reward, script_args.eval_reward_funcs or [])),
+        eval_reward_funcs=eval_reward_funcs,
     )
-
-
-def load_reward(name: str) -> RewardFunc:
-    """Find the reward of a built-in name, dotted path or URL, or raise ValueError; a class is instantiated."""
-    if name.startswith(("http://", "https://")):
-        return remote_reward_from_url(name)
-    path = BUILT_IN_REWARDS.get(name, name)
-    if "." not in path:
-        known = f"one of {list(BUILT_IN_REWARDS)}, a dotted import path such as my_rewards.mine, or a URL"
-        raise ValueError(f"No reward function {name!r}: use {known}.")
-    found: Any = find_function(path)
-    return found() if isinstance(found, type) else found
 
 
 def load_prompts(
     script_args: TPGRPOScriptArguments, dataset_args: DatasetMixtureConfig, evaluate: bool
 ) -> tuple[Dataset, Dataset | None]:
     """Load the prompts of training and, if asked to, of evaluation; raise ValueError if dataset or split lack."""
-    if script_args.dataset_name == "testbed":
-        return prompt_dataset("train"), prompt_dataset("heldout") if evaluate else None
+    name, column = script_args.dataset_name, script_args.prompt_column
+    splits = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluate else [])
     if dataset_args.datasets:
-        splits = get_dataset(dataset_args)
-    elif script_args.dataset_name:
-        splits = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
+        found = chosen(get_dataset(dataset_args), splits, column)
+    elif name == "testbed":
+        found = [prompt_dataset("train"), prompt_dataset("heldout")][: len(splits)]
+    elif name:
+        found = read_prompts(name, script_args.dataset_config, splits, column)
     else:
-        raise ValueError("--dataset_name is missing: a Hub id, a folder, or 'testbed' (or `datasets` in a recipe).")
-    wanted = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluate else [])
-    for split in wanted:
-        if split not in splits:
-            raise ValueError(f"The dataset has no split {split!r}, only {list(splits)}: see --dataset_train_split.")
-    return splits[wanted[0]], splits[wanted[1]] if evaluate else None
+        raise ValueError("--dataset_name is missing: a Hub id, a folder, a file, or 'testbed' (or `datasets`).")
+    return found[0], found[1] if evaluate else None

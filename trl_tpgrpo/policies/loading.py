@@ -6,19 +6,24 @@ import types
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import BitsAndBytesConfig, DiffusionPipeline, ModelMixin, PipelineQuantizationConfig, TorchAoConfig
 from diffusers.configuration_utils import FrozenDict
+from diffusers.loaders import single_file_utils
 from diffusers.quantizers.quantization_config import QuantizationMethod
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from ..testbed import TESTBED
 from .base import FlowPolicy, Guidance
 from .flux import FluxPolicy
 from .sd3 import SD3Policy
 
 
 POLICIES = (SD3Policy, FluxPolicy)
+SINGLE_FILES = ("sd3", "sd35_medium", "sd35_large", "flux-dev", "flux-schnell")
+"""What diffusers calls the models whose transformer it can load from one file."""
 
 
 def load_pipeline(
@@ -27,9 +32,11 @@ def load_pipeline(
     quantization: str | None = None,  # of the transformer: "nf4" (bitsandbytes), "int8" or "fp8" (torchao)
     **model_init_kwargs: Any,  # for `DiffusionPipeline.from_pretrained`
 ) -> DiffusionPipeline:
-    """Load a pipeline from a Hub id or a folder; parts that it was saved without are not asked for.
+    """Load a pipeline from a Hub id or folder, or the testbed's; parts that it was saved without are not asked for.
 
-    An `OSError` says that there is no such model, an `ImportError` that the package that quantises is not installed.
+    A `.safetensors` file gives the transformer; the other parts come from the pipeline `config`, a Hub id or folder,
+    or from the original on the Hub. An `OSError` says that there is no such model, an `ImportError` that the package
+    that quantises is not installed, a `ValueError` that a file holds no transformer that is known.
     """
     if "torch_dtype" in model_init_kwargs:
         raise ValueError("model_init_kwargs: write dtype instead of torch_dtype.")
@@ -38,12 +45,36 @@ def load_pipeline(
         raise ValueError(f"dtype must be the name of a torch dtype such as 'bfloat16', got {dtype!r}.")
     if quantization is not None and "quantization_config" in model_init_kwargs:
         raise ValueError("quantization and a quantization_config in model_init_kwargs exclude each other.")
+    model = TESTBED if str(model) == "testbed" else model
+    if Path(model).is_file():
+        if quantization is not None:  # which diffusers ignores for torchao
+            remedy = f"save a pipeline with it as a folder, by load_pipeline({str(model)!r}).save_pretrained"
+            raise ValueError(f"quantization={quantization!r} takes a folder or Hub id, not a file: {remedy}.")
+        base = model_init_kwargs.pop("config", None)
+        model, model_init_kwargs["transformer"] = _load_transformer(Path(model), torch_dtype, base)
     if quantization is not None:
         mapping = {"transformer": _quantization_config(quantization, torch_dtype)}
         model_init_kwargs["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
     parts = DiffusionPipeline.load_config(str(model), **model_init_kwargs)
     absent = {name: None for name, part in parts.items() if part == [None, None]}
     return DiffusionPipeline.from_pretrained(str(model), dtype=torch_dtype, **{**absent, **model_init_kwargs})
+
+
+def _load_transformer(file: Path, dtype: torch.dtype, base: str | None) -> tuple[str, ModelMixin]:
+    """Return the pipeline that the other parts come from, and the transformer in a file."""
+    if file.suffix != ".safetensors":
+        remedy = "take the original weights as .safetensors, or a folder, which quantization='nf4' makes small"
+        raise ValueError(f"{file}: a single file must be .safetensors: {remedy}.")
+    if base is None:
+        checkpoint = single_file_utils.load_single_file_checkpoint(str(file))
+        kind = single_file_utils.infer_diffusers_model_type(checkpoint)
+        if kind not in SINGLE_FILES:
+            remedy = "name its pipeline, a folder or Hub id, as 'config' in model_init_kwargs"
+            raise ValueError(f"{file} holds no transformer that is known, of {SINGLE_FILES}: {remedy}.")
+        base = single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+    kind = DiffusionPipeline.load_config(base)["transformer"][1]
+    load = getattr(diffusers, kind).from_single_file
+    return base, load(str(file), config=base, subfolder="transformer", dtype=dtype)
 
 
 def _quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig | TorchAoConfig:

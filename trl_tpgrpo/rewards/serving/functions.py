@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import functools
 import importlib
 import inspect
@@ -129,5 +130,7 @@ def find_function(path: str) -> Callable[..., Any]:
         sys.path.remove(folder)
     function: Any = getattr(module, name, None)
     if function is None:
-        raise ValueError(f"The module {module_path!r} has no reward function {name!r}.")
+        alike = difflib.get_close_matches(name, dir(module), n=1)
+        hint = f": did you mean {alike[0]}?" if alike else "."
+        raise ValueError(f"The module {module_path!r} has no reward function {name!r}{hint}")
     return function

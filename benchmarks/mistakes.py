@@ -1,0 +1,115 @@
+"""What the command line says of mistakes: a table of message, status and CPU seconds, a process each."""
+
+import resource
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+FILES = {
+    "prompts.csv": "prompt,kind\na red circle,single\ntwo blue squares,count\n",
+    "captions.csv": "captoin,kind\na red circle,single\ntwo blue squares,count\n",
+    "numbers.csv": "prompt\n1\n2\n",
+    "empty.txt": "\n",
+    "broken.jsonl": '{"prompt": "a red circle"\n',
+    "my_rewards.py": "def mine(images, **columns):\n    return [0.0] * len(images)\n",
+    "broken_rewards.py": "import math\nscale = maths.pi\n",
+    "key.yaml": "lerning_rate: 1.0e-4\n",
+    "broken.yaml": "seed: [1, 2\n",
+    "list.yaml": "- seed: 1\n",
+    "word.yaml": "completion: true\n",
+    "number.yaml": "max_steps: many\n",
+    "flux1-dev-Q4_0.gguf": "GGUF",
+    "weights.safetensors": "not weights",
+    "folder/notes.txt": "no model",
+}
+"""Files that the calls name, with their text."""
+
+MODEL, REWARD, DATA = "--model_name_or_path testbed", "--reward_funcs brightness", "--dataset_name testbed"
+SIZES = (
+    "--height 32 --width 32 --max_sequence_length 0 --num_inference_steps 3 --num_generations 2 "
+    "--per_device_train_batch_size 4 --gradient_accumulation_steps 1 --max_steps 1 --use_cpu --use_peft"
+)
+RUN = f"train {MODEL} {REWARD} {DATA} {SIZES}"
+MISTAKES = {
+    "trian": "there is no command 'trian': did you mean train?",
+    f"{RUN} --lerning_rate 1e-4": "Unknown option --lerning_rate: did you mean --learning_rate?",
+    f"{RUN} --num-generation 4": "Unknown option --num_generation: did you mean --num_generations?",
+    f"{RUN} --config key.yaml": "Unknown key of a recipe lerning_rate: did you mean learning_rate?",
+    f"{RUN} --config keys.yaml": "There is no recipe keys.yaml: did you mean key.yaml?",
+    f"{RUN} --config broken.yaml": "The recipe broken.yaml is not written in YAML",
+    f"{RUN} --config list.yaml": "The recipe list.yaml must be a mapping of options to values, got list.",
+    f"{RUN} --config word.yaml": "completion must be 'exact'",
+    f"{RUN} --config number.yaml": "argument --max_steps/--max-steps: invalid int value: 'many'",
+    f"{RUN} --learning_rate": "argument --learning_rate/--learning-rate: expected one argument",
+    f"train {REWARD} {DATA}": "--model_name_or_path is missing: a Hub id, a folder, a file, or 'testbed'.",
+    f"train --model_name_or_path testbd {REWARD} {DATA}": "is no folder, file or Hub id (owner/name): did you "
+    "mean testbed?",
+    f"train --model_name_or_path folder {REWARD} {DATA}": "folder holds no diffusers pipeline",
+    f"train --model_name_or_path ./models/sd3.safetensors {REWARD} {DATA}": "sd3.safetensors is no folder, file or",
+    f"train --model_name_or_path flux1-dev-Q4_0.gguf {REWARD} {DATA} {SIZES}": "a single file must be .safetensors",
+    f"train --model_name_or_path weights.safetensors {REWARD} {DATA} {SIZES}": "weights.safetensors",
+    f"{RUN} --dtype bf16": "argument --dtype: invalid choice: 'bf16' (choose from",
+    f"{RUN} --load_in_4bit": "load_in_4bit is for language models: use --quantization nf4.",
+    f"{RUN} --attn_implementation eager": "use --attention_backend.",
+    f"{RUN} --auto_find_batch_size true": "auto_find_batch_size is not supported by TP-GRPO",
+    f"train {MODEL} {DATA}": "--reward_funcs is missing: any of ['aesthetic_score'",
+    f"train {MODEL} {DATA} --reward_funcs brightnes": "No reward function 'brightnes': did you mean brightness?",
+    f"train {MODEL} {DATA} --reward_funcs my_reward.mine": "No module named 'my_reward'",
+    f"train {MODEL} {DATA} --reward_funcs my_rewards.py:mien": "no reward function 'mien': did you mean mine?",
+    f"train {MODEL} {DATA} --reward_funcs broken_rewards.mine": "fails on import: NameError: name 'maths' is not",
+    f"train {MODEL} {DATA} --reward_funcs http://127.0.0.1:9/pick_score": "127.0.0.1:9/pick_score cannot be reached",
+    f"train {MODEL} {REWARD}": "--dataset_name is missing: a Hub id, a folder, a file, or 'testbed'",
+    f"train {MODEL} {REWARD} --dataset_name promts.csv": "no file or folder promts.csv: did you mean prompts.csv?",
+    f"train {MODEL} {REWARD} --dataset_name captions.csv": "no column 'prompt', only ['captoin', 'kind']",
+    f"train {MODEL} {REWARD} --dataset_name captions.csv --prompt_column caption": "no column 'caption', only "
+    "['captoin', 'kind']: did you mean captoin?",
+    f"train {MODEL} {REWARD} --dataset_name numbers.csv": "The prompt of row 0 must be a string, got int: 1.",
+    f"train {MODEL} {REWARD} --dataset_name empty.txt": "empty.txt is empty",
+    f"train {MODEL} {REWARD} --dataset_name broken.jsonl": "broken.jsonl cannot be read: JSON parse error",
+    f"train {MODEL} {REWARD} --dataset_name my_rewards.py": "my_rewards.py must end in one of .csv, .json",
+    f"train {MODEL} {REWARD} --dataset_name prompts.csv --eval_strategy steps": "no split 'test', only ['train']: see "
+    "--dataset_test_split",
+    f"train {MODEL} {REWARD} --dataset_name prompts.csv {SIZES} --generation_batch_size 8": "train_dataset has 2 "
+    "prompts, but one rollout takes 4",
+    f"{RUN} --credit turningpoint": "argument --credit: invalid choice: 'turningpoint'",
+    f"{RUN} --noise_level 0": "noise_level must be above 0, got 0.0.",
+    f"{RUN} --seed 1.5": "argument --seed: invalid int value: '1.5'",
+    f"{RUN} --bf16 maybe": "argument --bf16",
+    f"{RUN} --generation_batch_size 10": "generation_batch_size (10) must be a multiple of the global batch size (4).",
+    f"{RUN} --reward_weights 1 2": "reward_weights has 2 entries for 1 reward functions.",
+    f"{RUN} --lora_dropout 0.1": "peft_config.lora_dropout must be 0, got 0.1",
+    f"{RUN} --output_dir nothing --resume_from_checkpoint true": "nothing holds no checkpoint to resume from.",
+    f"{RUN} --resume_from_checkpoint out/checkpoint-5": "there is no checkpoint out/checkpoint-5.",
+    "sample --model_name_or_path testbed": "There is no prompt: use --prompt or --prompts_file.",
+    "sample --model_name_or_path testbed --prompt x --adapter folder": "folder holds neither a LoRA",
+    f"plan {MODEL} {SIZES} --gpu large": "--gpu must be the memory of a GPU, such as 24GB, got 'large'.",
+    "serve-reward --reward_funcs brightnes": "No reward function 'brightnes': did you mean brightness?",
+}
+"""Calls as users type them, with a part of what they are told."""
+
+
+def write_files(folder: Path) -> None:
+    for name, text in FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def main() -> None:
+    print(f"`train ...` is `{RUN}`.\n\n| call | message | status | CPU seconds |\n|---|---|---|---|")  # noqa: T201
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(Path(folder))
+        for call in MISTAKES:
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            command = [sys.executable, "-m", "trl_tpgrpo", *shlex.split(call)]
+            run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            after, message = resource.getrusage(resource.RUSAGE_CHILDREN), run.stderr.strip().splitlines()[-1]
+            seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            shown = call.replace(RUN, "train ...")
+            print(f"| `{shown}` | {message} | {run.returncode} | {seconds:.1f} |", flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

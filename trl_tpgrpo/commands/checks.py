@@ -1,0 +1,100 @@
+"""Mistakes in a call that arguments and files alone show: they are found before PyTorch is imported."""
+
+import re
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from .options import REFUSED, near, read_options, read_recipes
+from .rewards import BUILT_IN_REWARDS, find_reward
+
+
+NO = ("no", "off", "false")
+
+
+def check_training(command: str, argv: list[str]) -> None:
+    """Raise a `ValueError` or `FileNotFoundError` for the first mistake in the arguments of a training's command."""
+    call = given(argv)
+    recipe = read_recipes(call.get("config", []))
+    known = [*read_options(command), "config", "env"]
+    for name in [*recipe, *call]:
+        if name not in known and name.removeprefix("no_") not in known:
+            sign, what = ("--", "option") if name in call else ("", "key of a recipe")
+            hint = near(sign + name, [sign + other for other in known])
+            raise ValueError(f"Unknown {what} {sign}{name}{hint} See trl-tpgrpo {command} --help.")
+    listed = {name: value if isinstance(value, list) else [value] for name, value in recipe.items()}
+    values = {name: [str(value) for value in items if value is not None] for name, items in (listed | call).items()}
+    for name in REFUSED.keys() & values.keys():
+        if _first(values, name).lower() not in NO:
+            raise ValueError(f"{name} {REFUSED[name]}.")
+    if command != "plan":
+        _check_what_is_needed(values)
+    elif "dataset_name" in values:
+        _check_prompts(values)
+
+
+def given(argv: list[str]) -> dict[str, list[str]]:
+    """Return the options of a command line, by their names in Python, with their values as they are written."""
+    found: dict[str, list[str]] = {}
+    values: list[str] = []
+    for item in argv:
+        if item.startswith("--"):
+            name, sign, value = item[2:].partition("=")
+            values = found[name.replace("-", "_")] = [value] if sign else []
+        else:
+            values.append(item)
+    return found
+
+
+def _first(values: dict[str, list[Any]], name: str) -> str:
+    return next(iter(values.get(name, [])), "")
+
+
+def _check_what_is_needed(values: dict[str, list[str]]) -> None:
+    name, output_dir = _first(values, "model_name_or_path"), Path(_first(values, "output_dir"))
+    if not name:
+        raise ValueError("--model_name_or_path is missing: a Hub id, a folder, a file, or 'testbed'.")
+    model, is_hub_id = Path(name), re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.gguf)", name)
+    if model.is_dir() and not (model / "model_index.json").exists():
+        raise ValueError(f"--model_name_or_path: {name} holds no diffusers pipeline, as it has no model_index.json.")
+    if not (is_hub_id or model.exists() or name == "testbed"):
+        hint = near(model.name, ["testbed", *(other.name for other in model.parent.glob("*"))])
+        raise FileNotFoundError(f"--model_name_or_path: {name} is no folder, file or Hub id (owner/name){hint}")
+    if not values.get("reward_funcs"):
+        raise ValueError(f"--reward_funcs is missing: any of {list(BUILT_IN_REWARDS)}, import paths, or URLs.")
+    if "datasets" not in values:
+        _check_prompts(values)
+    for name in [*values["reward_funcs"], *values.get("eval_reward_funcs", [])]:
+        if name.startswith(("http://", "https://")):
+            _check_server(name)
+        elif name not in BUILT_IN_REWARDS:
+            find_reward(name)
+    resumed = _first(values, "resume_from_checkpoint")
+    if resumed.lower() == "true" and not any(output_dir.glob("checkpoint-*")):
+        raise FileNotFoundError(f"--resume_from_checkpoint: {output_dir} holds no checkpoint to resume from.")
+    if resumed.lower() not in ("", "true", *NO) and not Path(resumed).is_dir():
+        raise FileNotFoundError(f"--resume_from_checkpoint: there is no checkpoint {resumed}.")
+
+
+def _check_server(url: str) -> None:
+    parts = urlsplit(url)
+    try:
+        if not getproxies():  # which may know servers that this machine does not
+            address = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+            socket.create_connection(address, timeout=3).close()
+    except OSError as error:
+        raise ConnectionError(f"The reward server {url} cannot be reached: {error}. Is it running?") from error
+
+
+def _check_prompts(values: dict[str, list[str]]) -> None:
+    from .prompts import is_local, read_prompts  # with datasets
+
+    name, evaluates = _first(values, "dataset_name"), _first(values, "eval_strategy").lower() not in ("", *NO)
+    if not name:
+        raise ValueError("--dataset_name is missing: a Hub id, a folder, a file, or 'testbed' (or `datasets`).")
+    if name != "testbed" and is_local(name):
+        splits = [_first(values, "dataset_train_split") or "train"]
+        splits += [_first(values, "dataset_test_split") or "test"] if evaluates else []
+        read_prompts(name, _first(values, "dataset_config") or None, splits, _first(values, "prompt_column") or None)

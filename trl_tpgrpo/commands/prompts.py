@@ -1,0 +1,74 @@
+"""Prompts from the Hub, a folder or a file, under the column that the trainer reads."""
+
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progress_bars, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from .options import near
+
+
+FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+"""How `datasets` calls what a file's name ends in; a text file has a prompt a line."""
+
+
+def is_local(name: str) -> bool:
+    """Say whether a dataset's name is that of a file or folder, be it there or not."""
+    is_file_name = "." in name and "/" not in name  # as no Hub id is
+    return Path(name).exists() or Path(name).suffix in FORMATS or name.startswith((".", "/", "~")) or is_file_name
+
+
+def read_prompts(name: str, config: str | None, splits: list[str], column: str | None) -> list[Dataset]:
+    """Load splits of a dataset, with `column` renamed to `prompt`; a local one is read without progress bars.
+
+    A `ValueError` or `FileNotFoundError` names the file, split or column that is missing, and one that is like it.
+    """
+    if not is_local(name):
+        return chosen(load_dataset(name, name=config), splits, column)
+    path = Path(name).expanduser()
+    if not path.exists():
+        others = [other.name for other in path.parent.glob("*")]
+        raise FileNotFoundError(f"--dataset_name: there is no file or folder {name}{near(path.name, others)}")
+    if path.is_file() and path.suffix not in FORMATS:
+        raise ValueError(f"--dataset_name: {name} must end in one of {', '.join(FORMATS)}.")
+    if path.is_file() and not path.read_bytes().strip():
+        raise ValueError(f"--dataset_name: {name} is empty.")
+    disable_progress_bars()
+    try:
+        is_file = path.is_file()
+        found = (
+            load_dataset(FORMATS[path.suffix], data_files=str(path)) if is_file else load_dataset(str(path), config)
+        )
+    except DatasetGenerationError as error:
+        raise ValueError(f"--dataset_name: {name} cannot be read: {error.__cause__ or error}") from error
+    finally:
+        enable_progress_bars()
+    return chosen(found, splits, column)
+
+
+def chosen(found: DatasetDict, splits: list[str], column: str | None = None) -> list[Dataset]:
+    """Return splits of what has been loaded, with prompts in the column `prompt`; raise ValueError if one lacks."""
+    for split in splits:
+        if split not in found:
+            option = "--dataset_train_split" if split == splits[0] else "--dataset_test_split"
+            raise ValueError(f"The dataset has no split {split!r}, only {list(found)}: see {option}.")
+    return [_with_prompts(found[split], column) for split in splits]
+
+
+def _with_prompts(dataset: Dataset, column: str | None) -> Dataset:
+    names = dataset.column_names
+    if column is None and names == ["text"]:  # of a text file: a prompt a line
+        lines = [line.removeprefix("\ufeff") for line in dataset["text"]]  # the mark of some editors
+        dataset, column = Dataset.from_dict({"prompt": [line for line in lines if line.strip()]}), "prompt"
+    elif (column or "prompt") not in names:
+        hint = near(column or "prompt", names) + ("" if column else " Say it with --prompt_column.")
+        raise ValueError(f"The dataset has no column {column or 'prompt'!r}, only {names}{hint}")
+    elif column not in (None, "prompt"):
+        dataset = dataset.remove_columns("prompt") if "prompt" in names else dataset
+        dataset = dataset.rename_column(column, "prompt")
+    if not len(dataset):
+        raise ValueError("The dataset has no prompts.")
+    wrong = next(((row, value) for row, value in enumerate(dataset["prompt"]) if not isinstance(value, str)), None)
+    if wrong is not None:
+        raise ValueError(f"The prompt of row {wrong[0]} must be a string, got {type(wrong[1]).__name__}: {wrong[1]}.")
+    return dataset

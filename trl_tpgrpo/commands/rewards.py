@@ -1,0 +1,57 @@
+"""Reward functions by name: built in, from a module of one's own, or behind an URL."""
+
+import re
+import traceback
+from typing import Any
+
+from ..rewards.serving.functions import find_function
+from .options import near
+
+
+BUILT_IN_REWARDS = {
+    "aesthetic_score": "trl_tpgrpo.rewards.AestheticScore",
+    "brightness": "trl_tpgrpo.rewards.brightness",
+    "clip_score": "trl_tpgrpo.rewards.CLIPScore",
+    "colourfulness": "trl_tpgrpo.rewards.colourfulness",
+    "geneval": "trl_tpgrpo.rewards.GenEval",
+    "graded_reward": "trl_tpgrpo.testbed.checker.graded_reward",
+    "hps_v2": "trl_tpgrpo.rewards.HPSv2",
+    "image_reward": "trl_tpgrpo.rewards.ImageReward",
+    "jpeg_compressibility": "trl_tpgrpo.rewards.jpeg_compressibility",
+    "jpeg_incompressibility": "trl_tpgrpo.rewards.jpeg_incompressibility",
+    "ocr": "trl_tpgrpo.rewards.OCRReward",
+    "pick_score": "trl_tpgrpo.rewards.PickScore",
+    "shapes_reward": "trl_tpgrpo.testbed.checker.shapes_reward",
+    "strict_reward": "trl_tpgrpo.testbed.checker.strict_reward",
+}
+
+
+def load_reward(name: str) -> Any:
+    """Find the reward of a built-in name, import path or URL, or raise ValueError; a class is instantiated."""
+    if name.startswith(("http://", "https://")):
+        from ..rewards.remote import remote_reward_from_url  # imports torch
+
+        return remote_reward_from_url(name)
+    found = find_reward(name)
+    return found() if isinstance(found, type) else found
+
+
+def find_reward(name: str) -> Any:
+    """Find the function or class of a built-in name or import path, or raise ValueError.
+
+    `my_rewards.mine`, `my_rewards:mine`, `my_rewards.py:mine` and `./my_rewards.mine` are the same.
+    """
+    path = BUILT_IN_REWARDS.get(name) or re.sub(r"\.py:|[:/]", ".", name.removeprefix("./"))
+    if "." not in path:
+        known = f"one of {list(BUILT_IN_REWARDS)}, an import path such as my_rewards.mine, or a URL"
+        raise ValueError(f"No reward function {name!r}{near(name, BUILT_IN_REWARDS)} Use {known}.")
+    try:
+        return find_function(path)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a user's module raises
+        *_, last = traceback.extract_tb(error.__traceback__)
+        where = f"{last.filename}, line {last.lineno}"
+        raise ValueError(
+            f"The module of {name!r} fails on import: {type(error).__name__}: {error} ({where})."
+        ) from error
