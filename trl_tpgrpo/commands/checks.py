@@ -1,5 +1,6 @@
 """Mistakes in a call that arguments and files alone show: they are found before PyTorch is imported."""
 
+import os
 import re
 import socket
 from pathlib import Path
@@ -29,6 +30,8 @@ def check_training(command: str, argv: list[str]) -> None:
     for name in REFUSED.keys() & values.keys():
         if _first(values, name).lower() not in NO:
             raise ValueError(f"{name} {REFUSED[name]}.")
+    if command == "train":
+        _check_output_dir(values)
     if command != "plan":
         _check_what_is_needed(values)
     elif "dataset_name" in values:
@@ -53,7 +56,7 @@ def _first(values: dict[str, list[Any]], name: str) -> str:
 
 
 def _check_what_is_needed(values: dict[str, list[str]]) -> None:
-    name, output_dir = _first(values, "model_name_or_path"), Path(_first(values, "output_dir"))
+    name = _first(values, "model_name_or_path")
     if not name:
         raise ValueError("--model_name_or_path is missing: a Hub id, a folder, a file, or 'testbed'.")
     model, is_hub_id = Path(name), re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.gguf)", name)
@@ -71,8 +74,15 @@ def _check_what_is_needed(values: dict[str, list[str]]) -> None:
             _check_server(name)
         elif name not in BUILT_IN_REWARDS:
             find_reward(name)
-    resumed = _first(values, "resume_from_checkpoint")
-    if resumed.lower() == "true" and not any(output_dir.glob("checkpoint-*")):
+
+
+def _check_output_dir(values: dict[str, list[str]]) -> None:
+    output_dir, resumed = _first(values, "output_dir"), _first(values, "resume_from_checkpoint")
+    found = sorted(path.parent.name for path in Path(output_dir).glob("checkpoint-*/trainer_state.json"))
+    if output_dir and found and resumed.lower() in ("", *NO) and "LOCAL_RANK" not in os.environ:
+        what = f"--output_dir: {output_dir} holds checkpoints of another run ({', '.join(found[:3])})"
+        raise ValueError(f"{what}: go on with it by --resume_from_checkpoint true, or choose another folder.")
+    if resumed.lower() == "true" and not found:
         raise FileNotFoundError(f"--resume_from_checkpoint: {output_dir} holds no checkpoint to resume from.")
     if resumed.lower() not in ("", "true", *NO) and not Path(resumed).is_dir():
         raise FileNotFoundError(f"--resume_from_checkpoint: there is no checkpoint {resumed}.")

@@ -1,5 +1,6 @@
 """`trl-tpgrpo train`: arguments as those of `trl grpo`, from a YAML recipe, the command line, or both."""
 
+import argparse
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any, NoReturn
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import Dataset
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
@@ -78,8 +81,7 @@ def main(argv: list[str]) -> int:
     launch_options, own_options = split_options(parser, argv)
     if "LOCAL_RANK" not in os.environ and (launch_options or torch.cuda.device_count() > 1):
         launch = launch_command_parser().parse_args([*launch_options, "--module", "trl_tpgrpo", "train", *own_options])
-        launch_command(launch)
-        return 0
+        return run_launcher(launch)
     options = parser.parse_args_and_config(own_options, fail_with_unknown_args=False)[:4]  # a namespace follows
     script_args, model_args, dataset_args, training_args = options
     settings = non_defaults(script_args) | non_defaults(model_args) | non_defaults(dataset_args) | training_args.given
@@ -88,6 +90,17 @@ def main(argv: list[str]) -> int:
     exit_code = run(trainer, script_args.dataset_name)
     trainer.end()
     return exit_code
+
+
+def run_launcher(launch: argparse.Namespace) -> int:
+    """Run `accelerate launch`; return its exit code, of failed processes, which have said why, the first one's."""
+    try:
+        launch_command(launch)
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
 
 
 def split_options(parser: TrlParser, argv: list[str]) -> tuple[list[str], list[str]]:
@@ -168,6 +181,7 @@ def run(trainer: Any, dataset_name: str | None) -> int:
     trainer.train(resume_from_checkpoint=words.get(str(resume).lower(), resume))
     trainer.save_model(_internal_call=True)
     if signal := trainer.stop_on_signal.stopped:
+        trainer.accelerator.wait_for_everyone()  # a launcher kills the others when one ends with an error
         how = "go on with --resume_from_checkpoint true"
         trainer.accelerator.print(f"Stopped by {signal.name} with a checkpoint; the weights so far are saved: {how}.")
         return 128 + signal
