@@ -79,6 +79,7 @@ class TPGRPOModelConfig(ModelConfig):
         lora_alpha (`int`, *optional*, defaults to `64`): Scale of the LoRA times the rank.
         lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout of the LoRA. Only 0 works, since the trained
             policy must be the one that sampled.
+        init_lora_weights (`str`, *optional*): First weights of the LoRA: `"gaussian"` as in the paper's code, or PEFT's.
         lora_task_type (`str`, *optional*): Leave it out: tasks are for language models.
     """
 
@@ -88,6 +89,7 @@ class TPGRPOModelConfig(ModelConfig):
     lora_r: int = 32
     lora_alpha: int = 64
     lora_dropout: float = 0.0
+    init_lora_weights: str | None = field(default=None, metadata={"choices": ["gaussian"]})
     lora_task_type: str | None = None
 
     def __post_init__(self) -> None:
@@ -214,13 +216,16 @@ def build_trainer(
     chosen = {name: value for name, value in chosen.items() if value is not None}
     training_args.model_init_kwargs = chosen | (training_args.model_init_kwargs or {})
     train_dataset, eval_dataset = load_prompts(script_args, dataset_args, training_args.eval_strategy != "no")
+    peft_config = get_peft_config(model_args)
+    if peft_config is not None and model_args.init_lora_weights is not None:
+        peft_config.init_lora_weights = model_args.init_lora_weights
     return TPGRPOTrainer(
         model=model_path(model_args.model_name_or_path),
         reward_funcs=list(map(load_reward, script_args.reward_funcs)),
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=get_peft_config(model_args),
+        peft_config=peft_config,
         eval_reward_funcs=list(map(load_reward, script_args.eval_reward_funcs or [])),
     )
 
