@@ -11,11 +11,11 @@ import yaml
 from datasets import Dataset
 from PIL import Image
 
-from trl_tpgrpo import TPGRPOConfig, cli
+from trl_tpgrpo import cli
 from trl_tpgrpo.algorithm.completion import CompletionRule
 from trl_tpgrpo.cli import one_recipe
 from trl_tpgrpo.commands import demo, fidelity, sample, train
-from trl_tpgrpo.commands.train import make_parser, split_options
+from trl_tpgrpo.commands.train import make_parser
 from trl_tpgrpo.rewards import jpeg_compressibility
 from trl_tpgrpo.testbed.checker import shapes_reward
 
@@ -264,23 +264,3 @@ def test_a_recipe_that_is_no_mapping_is_named(tmp_path: Path) -> None:
         one_recipe(["--config", *map(str, sorted(tmp_path.iterdir()))]),
     ):
         pass
-
-
-@pytest.mark.parametrize("task", ["composition", "text", "preference"])
-@pytest.mark.parametrize("machine", ["1x24gb", "1x80gb", "8x80gb"])
-@pytest.mark.parametrize("model", ["sd3.5-medium", "flux.1-dev"])
-def test_recipes_keep_the_papers_batch_on_every_machine(model: str, machine: str, task: str) -> None:
-    paths = [RECIPES / f"{name}.yaml" for name in (model, f"{model}_{machine}", f"task_{task}")]
-    with one_recipe(["--config", *map(str, paths), "--use_cpu", "true"]) as arguments:
-        launch, own = split_options(make_parser(), arguments)
-        config = make_parser().parse_args_and_config(own, fail_with_unknown_args=False)[3]
-    processes = int(launch[launch.index("--num_processes") + 1]) if launch else 1
-    assert processes == int(machine[0])
-    assert (config.generation_batch_size, config.num_generations, config.prompts_per_generation) == (1152, 24, 48)
-    assert 1152 % (2 * processes * config.per_device_train_batch_size) == 0  # two updates of whole micro-batches
-    paper = TPGRPOConfig(config.output_dir, use_cpu=True)
-    assert all(
-        getattr(config, name) == getattr(paper, name)
-        for name in ("credit", "completion", "sde_type", "noise_level", "beta", "epsilon", "learning_rate")
-    )
-    assert (config.num_inference_steps, config.num_sde_steps) == ((10, 9) if model == "sd3.5-medium" else (6, 5))

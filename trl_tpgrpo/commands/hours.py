@@ -63,13 +63,13 @@ def flops_an_hour(card: str) -> float:
 
 def count_evaluated(args: Any, num_updates: int | None, num_prompts: int | None) -> int | None:
     """Count the images of all evaluations between updates, with so many prompts each (`None`: not known)."""
-    if args.eval_strategy == "no" and not args.eval_on_start:
+    if args.eval_strategy == "no":
         return 0
     if num_updates is None or num_prompts is None or args.eval_strategy == "epoch":
         return None
-    every = args.eval_steps or math.inf
-    times = num_updates // (every if every >= 1 else math.ceil(every * num_updates))
-    return int(times + args.eval_on_start) * num_prompts * args.num_generations_eval
+    every = args.eval_steps if args.eval_steps >= 1 else math.ceil(args.eval_steps * num_updates)
+    times = math.ceil(num_updates / every) + args.eval_on_start  # the last is after the last update
+    return times * num_prompts * args.num_generations_eval
 
 
 def row(name: str, rollout: str, run: str, mark: str = "") -> str:

@@ -230,15 +230,21 @@ def savings(args: Any, is_adapter: bool) -> list[dict[str, Any]]:
     return changes + [{"quantization": kind} for kind in ("int8", "nf4") if is_adapter and args.quantization is None]
 
 
-def main(argv: list[str]) -> int:
-    """Print what a run takes; nothing is trained, and no weights are loaded."""
+def read_options(argv: list[str]) -> tuple[Any, ...]:
+    """Return the options of the plan, the script, the model, the data and the run, and whether the run is sharded."""
     parser = make_parser("trl-tpgrpo plan", "What a run will cost, and whether it fits.", own_types=(PlanArguments,))
     launch_options, own_options = split_options(parser, argv)
     launch = launch_command_parser().parse_args([*launch_options, "script"])
     configured = launch.config_file and load_config_from_file(launch.config_file).num_processes
     parser.dataclass_types[-1] = PlannedConfig
     parser.set_defaults(num_processes=launch.num_processes or configured or 1)
-    own, script, chosen, data, args = parser.parse_args_and_config(own_options, fail_with_unknown_args=False)[:5]
+    *options, args = parser.parse_args_and_config(own_options, fail_with_unknown_args=False)[:5]
+    return *options, args, bool(launch.use_fsdp or launch.use_deepspeed or args.fsdp or args.deepspeed)
+
+
+def main(argv: list[str]) -> int:
+    """Print what a run takes; nothing is trained, and no weights are loaded."""
+    own, script, chosen, data, args, is_sharded = read_options(argv)
     name, (limit, cards) = chosen.model_name_or_path, find_gpu(own.gpu) if own.gpu else (None, list(CARDS))
     if name is None:
         raise ValueError("--model_name_or_path is missing: a Hub id, a folder, or 'testbed'.")
@@ -251,8 +257,7 @@ def main(argv: list[str]) -> int:
     rewards = [*(script.reward_funcs or []), *(script.eval_reward_funcs or [])]
     dtype = dtype or (run_dtype(args) if peft_config else torch.float32)
     model = PlannedModel(folder, args, peft_config, dtype, rewards)
-    memory, sharded = estimate(args, model), launch.use_fsdp or launch.use_deepspeed or args.fsdp or args.deepspeed
-    notes = _notes(args, model, counts, num_images, sharded)
+    memory, notes = estimate(args, model), _notes(args, model, counts, num_images, is_sharded)
     flops = count_flops(model.policy, model.is_adapter, args.activation_checkpointing)
     kind = args.quantization or str(model.dtype).removeprefix("torch.")
     what = f"in {kind}, trained: {'an adapter of' if peft_config else 'all'} {sum(model.trained) / 1e6:,.1f} M"

@@ -79,7 +79,7 @@ class TPGRPOModelConfig(ModelConfig):
         lora_alpha (`int`, *optional*, defaults to `64`): Scale of the LoRA times the rank.
         lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout of the LoRA. Only 0 works, since the trained
             policy must be the one that sampled.
-        init_lora_weights (`str`, *optional*): First weights of the LoRA: `"gaussian"` as in the paper's code, or PEFT's.
+        init_lora_weights (`str`, *optional*): How the LoRA begins: `"gaussian"` is the paper's code's. `None`: PEFT's.
         lora_task_type (`str`, *optional*): Leave it out: tasks are for language models.
     """
 
