@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 from PIL import Image
@@ -81,6 +82,18 @@ def test_recipe_trains_and_options_override_it(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert all(".to_q.lora_" in name for name in weights)
     assert {min(value.shape) for value in weights.values()} == {2}
+
+
+def test_the_adapter_begins_as_the_recipe_says(tmp_path: Path) -> None:
+    options = ["--config", recipe(tmp_path), *SMALL, "--lora_r", "32"]
+    spread = {}
+    for chosen in ("gaussian", None):
+        parsed = make_parser().parse_args_and_config([*options, *(["--init_lora_weights", chosen] if chosen else [])])
+        model = train.build_trainer(*parsed[:4]).model
+        values = [weight.detach().flatten() for name, weight in model.named_parameters() if "lora_A" in name]
+        spread[chosen] = torch.cat(values).std().item() * 32
+    assert spread["gaussian"] == pytest.approx(1, rel=0.02)  # a normal distribution of deviation 1 / r
+    assert abs(spread[None] - 1) > 0.2
 
 
 def test_the_recipe_of_the_examples_is_valid() -> None:

@@ -461,34 +461,27 @@ def test_reward_models_are_on_the_device_unless_they_are_offloaded(tmp_path: Pat
 
 
 def test_reward_models_have_the_sizes_of_their_documentation() -> None:
-    rows = re.findall(
-        r"^\| `(\w+)` \| ([\d M+]+) \| ([\d.]+) GiB", (ROOT / "docs/rewards.md").read_text(), re.MULTILINE
-    )
+    page = (ROOT / "docs/rewards.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([\d M+]+) \| ([\d.]+) GiB", page, re.MULTILINE)
     documented = {name: sum(1e6 * int(part.strip(" M")) for part in parts.split("+")) for name, parts, _ in rows}
-    assert documented == {**REWARD_MODELS, "geneval": 69e6 + 428e6}
+    assert documented == REWARD_MODELS
     assert all(float(size) == pytest.approx(4 * documented[name] / GIB, rel=0.04) for name, _, size in rows)
 
 
 def test_what_is_kept_off_the_device_is_what_a_run_keeps_there(tmp_path: Path) -> None:
     pipeline = tiny_flux()
     pipeline.save_pretrained(tmp_path / "model")
-    options = {
-        "offload_trajectories": True,
-        "precompute_prompt_embeds": True,
-        "max_steps": 1,
-        "prompt_embeds_dir": "x",
-    }
-    trainer = build(tmp_path, pipeline, **{**options, "prompt_embeds_dir": str(tmp_path / "prompts")})
-    trainer.train()
+    encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
+    size = 4 * sum(value.numel() for part in encoders for value in [*part.parameters(), *part.buffers()])
+    options = {"offload_trajectories": True, "precompute_prompt_embeds": True, "max_steps": 1}
+    trainer = build(tmp_path, pipeline, prompt_embeds_dir=str(tmp_path / "prompts"), **options)
+    chunk = trainer.rollouts.generate([{"prompt": PROMPTS[0], "topic": 0}] * 4, 0)
+    written = [load_file(file) for file in (tmp_path / "prompts").rglob("*.safetensors")]
+    sizes = {sum(value.nbytes for value in tensors.values()) for tensors in written}
     kept = elsewhere(trainer.args, planned_model(tmp_path / "model", trainer.args, lora()), 5)
-    files = list((tmp_path / "prompts").rglob("*.safetensors"))
-    written = sum(value.nbytes for value in load_file(files[0]).values())
-    assert kept == {"prompt embeddings on disk": 5 * written, "states": 4 * 4 * 4 * 4 * 16}
+    assert kept["states"] == chunk.states.nbytes and sizes == {kept["prompt embeddings on disk"] / 5}
     plain = elsewhere(config(tmp_path), planned_model(tmp_path / "model", config(tmp_path), lora()), 5000)
-    encoders = sum(
-        value.nbytes for part in (pipeline.text_encoder, pipeline.text_encoder_2) for value in part.parameters()
-    )
-    assert plain["prompt embeddings"] == 1024 * written and plain["text encoders"] >= encoders
+    assert plain == {"prompt embeddings": 1024 * sizes.pop(), "text encoders": size}
 
 
 # -------------------------------------------------------------------------------------------------------- the advice
@@ -695,9 +688,8 @@ def test_the_recipes_of_a_day_end_within_it_on_their_card(model: str, size: str,
         command.main([*argv, "--dataset_name", str(tmp_path), "--gpu", SIZES[size]])
     text = capsys.readouterr().out
     assert 12 < float(row(text, f"hours on {SIZES[size]}")[1]) <= 24
-    assert (
-        f"it fits into {size[2:4]} GiB" in text and int(row(text, "evaluations in evaluation")[0].replace(",", "")) > 0
-    )
+    assert f"it fits into {size[2:4]} GiB" in text
+    assert int(row(text, "evaluations in evaluation")[0].replace(",", "")) >= 2 * 500 * 28
 
 
 def test_planned_settings_are_those_of_a_gpu_elsewhere(tmp_path: Path) -> None:

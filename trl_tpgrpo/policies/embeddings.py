@@ -74,7 +74,7 @@ class PromptEmbeddings:
         encoders = self.policy.text_encoders().values()
         if not encoders:
             reason = "has not been encoded before, and precompute_prompt_embeds has dropped the text encoders"
-            remedy = "pass all datasets to the trainer, or leave precompute_prompt_embeds out"
+            remedy = "give the trainer all datasets and max_steps, or leave precompute_prompt_embeds out"
             raise ValueError(f"The prompt {missing[0]!r} {reason}: {remedy}.")
         on_prompt(len(prompts) - len(missing))  # -1, where the negative prompt comes on top
         with on_device(encoders, self.policy.device):
