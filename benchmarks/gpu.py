@@ -8,8 +8,8 @@ recipe and fewer prompts. Memory and time do not depend on what weights say. Res
     # the same on a CPU: one layer, small images, float32
     python benchmarks/gpu.py --model sd3.5-medium --reduced --bases bf16 int8
 
-FLOPs are those that the mathematics takes: of an evaluation, counted on the architecture; of a transition under LoRA,
-twice that (the base has no weight gradients), under full training three times; of the reference's, once. What
+FLOPs are those that the mathematics takes, counted on the architecture as `trl-tpgrpo plan` counts them: of an
+evaluation; of a transition under LoRA twice that, under full training three times; of the reference's, once. What
 activation checkpointing computes again is not counted. Utilisation is relative to a large matrix product in the same
 process.
 """
@@ -33,15 +33,14 @@ import torch
 import yaml
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTokenizer, T5TokenizerFast
 from trl import get_peft_config
 
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
 from trl_tpgrpo.commands.architectures import FOLDERS, load_architecture
+from trl_tpgrpo.commands.hours import Flops, count_flops
 from trl_tpgrpo.commands.train import make_parser
-from trl_tpgrpo.policies.base import Conditioning, FlowPolicy
+from trl_tpgrpo.policies.base import FlowPolicy
 from trl_tpgrpo.policies.loading import build_policy
 
 
@@ -52,7 +51,8 @@ BASES = ("bf16", "nf4", "int8", "fp8")
 REDUCED = {"num_layers": 1, "num_single_layers": 1, "num_hidden_layers": 1, "dual_attention_layers": [0],
            "vocab_size": 512, "d_ff": 1024, "block_out_channels": [32] * 4, "layers_per_block": 1}  # fmt: skip
 SMALL = {"height": 64, "width": 64, "num_generations": 4, "per_device_train_batch_size": 2, "max_sequence_length": 32,
-         "num_inference_steps": 3, "use_cpu": True, "bf16": False}  # fmt: skip
+         "num_inference_steps": 3, "sde_window_size": None, "completion": "exact", "use_cpu": True,
+         "bf16": False}  # fmt: skip
 ROOM = 48 * 2**30
 """Bytes for the weights of FLUX.1-dev with its text encoders, 34 GB, and what drawing them takes."""
 
@@ -171,20 +171,18 @@ def run_variant(args: argparse.Namespace, base: str, compiled: bool, folder: str
     counts = {
         name: sum(entry.get(name, 0.0) for entry in last) for name in ("num_evaluations", "num_train_evaluations")
     }
-    flops, transitions = flops_of_an_evaluation(trainer.policy), config.generation_batch_size * config.num_sde_steps
-    of_training = (
-        transitions * (2 if config_uses_lora(model_args) else 3) + counts["num_train_evaluations"] - transitions
-    )
-    available = matmul_flops(config.device)
+    flops = flops_on_meta(folder, trainer.policy, config_uses_lora(model_args))
+    transitions, available = config.generation_batch_size * config.num_sde_steps, matmul_flops(config.device)
+    of_training = transitions * flops.transition + (counts["num_train_evaluations"] - transitions) * flops.evaluation
     return {
         "seconds": seconds,
         "peak_gib": phases.peaks,
         **counts,
         "evaluations_per_second": counts["num_evaluations"] / seconds["rollout"],
-        "tflops_of_an_evaluation": flops / 1e12,
+        "tflops_of_an_evaluation": flops.evaluation / 1e12,
         "matmul_tflops_per_second": available / 1e12,
-        "rollout_utilisation": counts["num_evaluations"] * flops / seconds["rollout"] / available,
-        "train_utilisation": of_training * flops / seconds["train"] / available,
+        "rollout_utilisation": counts["num_evaluations"] * flops.evaluation / seconds["rollout"] / available,
+        "train_utilisation": of_training / seconds["train"] / available,
         "loss_is_finite": all(np.isfinite(entry["loss"]) for entry in last),
         "settings": {name: getattr(config, name) for name in (
             "height", "num_inference_steps", "num_generations", "optim", "per_device_train_batch_size",
@@ -258,26 +256,13 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# ------------------------------------------------------------------------------------------------------------- FLOPs
-
-
-def flops_of_an_evaluation(policy: FlowPolicy) -> int:
-    """Of a velocity at one latent, guidance included, counted on tensors without values."""
-    transformer, settings = policy.pipeline.transformer, policy.guidance
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
-        bare = type(transformer).from_config(
-            {k: v for k, v in transformer.config.items() if k != "quantization_config"}
-        )
-        like = build_policy(type(policy.pipeline)(**{**policy.pipeline.components, "transformer": bare}), settings)
-        like.device = torch.device("cpu")
-        latents = like.initial_noise([torch.Generator()])
-        like.velocity(bare, latents, like.schedule(2).timesteps[0], conditioning_like(like))
-    return counter.get_total_flops()
-
-
-def conditioning_like(policy: FlowPolicy) -> Conditioning:
-    tensors = {name: torch.zeros(1, *shape) for name, shape in policy.text_shapes().items()}
-    return Conditioning(tensors, Conditioning(tensors) if policy.uses_negative_prompt else None)
+def flops_on_meta(folder: str, policy: FlowPolicy, is_adapter: bool) -> Flops:
+    """Of the policy's architecture without its weights, and without what checkpointing computes again."""
+    with torch.device("meta"):
+        pipeline = load_architecture(folder, scheduler=policy.pipeline.scheduler)
+        like = build_policy(pipeline, policy.guidance)
+    like.device = torch.device("cpu")
+    return count_flops(like, is_adapter, recomputes=False)
 
 
 def matmul_flops(device: torch.device) -> float:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import PROMPTS, SIZE, assert_same, build, prompts, trained
+from datasets import Dataset
+from test_trainer import PROMPTS, SIZE, assert_same, build, config, prompts, trained
 from tiny import tiny_flux, tiny_sd3
 
+from trl_tpgrpo.data import prompts_of_run
 from trl_tpgrpo.policies import embeddings
 from trl_tpgrpo.policies.base import Conditioning, FlowPolicy, Guidance
 from trl_tpgrpo.policies.embeddings import PromptEmbeddings, checksum, fingerprint
@@ -144,7 +146,7 @@ def test_encoders_are_on_the_device_only_while_they_encode() -> None:
 
 def test_encoders_are_dropped_once_all_is_encoded(tmp_path: Path) -> None:
     trainer = build(
-        tmp_path, precompute_prompt_embeds=True, eval_dataset=prompts(2), train_dataset=prompts(5), max_steps=1
+        tmp_path, precompute_prompt_embeds=True, eval_dataset=prompts(2), train_dataset=prompts(5), max_steps=3
     )
     assert trainer.policy.text_encoders() == {}
     trainer.train()
@@ -153,12 +155,46 @@ def test_encoders_are_dropped_once_all_is_encoded(tmp_path: Path) -> None:
         trainer.evaluate(prompts(6))
 
 
+@pytest.mark.parametrize("changes", [{}, {"shuffle_dataset": False}, {"num_iterations": 2, "max_steps": 4}])
+def test_prompts_are_encoded_as_far_as_a_run_takes_them(changes: dict, tmp_path: Path) -> None:
+    """Two rollouts of two prompts each, and an evaluation."""
+    seen: set[str] = set()
+
+    def watching(images: list, prompts: list[str], **columns: object) -> list[float]:
+        seen.update(prompts)
+        return [float(index) for index in range(len(images))]
+
+    names = [f"a {letter}" for letter in "abcdefghijklmnopqrst"]
+    many = Dataset.from_dict({"prompt": names, "topic": [0] * len(names)})
+    options = {"reward_funcs": watching, "train_dataset": many, "eval_dataset": prompts(2)}
+    trainer = build(tmp_path, precompute_prompt_embeds=True, **options, **changes)
+    encoded = set(trainer.rollouts.embeddings._kept) - {""}
+    trainer.train()
+    trainer.evaluate()
+    assert encoded == seen and len(seen) == 4 + 2
+
+
+@pytest.mark.parametrize("max_steps", [-1, 5, 50])
+def test_a_run_through_all_prompts_encodes_them_all(max_steps: int, tmp_path: Path) -> None:
+    args = config(tmp_path, max_steps=max_steps)  # two prompts an update
+    evaluated = {"one": prompts(1), "two": prompts(2)}
+    assert prompts_of_run(prompts(), evaluated, args) == [*PROMPTS, *PROMPTS[:1], *PROMPTS[:2]]
+
+
+def test_many_prompts_are_warned_of(tmp_path: Path, monkeypatch, caplog) -> None:
+    size = sum(value.nbytes for value in policy().encode(PROMPTS[:1]).tensors.values())
+    for much, warned in ((6 * size, 0), (6 * size - 1, 1)):
+        monkeypatch.setattr(embeddings, "MUCH", much)
+        build(tmp_path, precompute_prompt_embeds=True, prompt_embeds_dir=str(tmp_path / "prompts"), max_steps=-1)
+        assert sum(text.startswith("6 prompts of 0.0 MB take 0.0 GB in") for text in caplog.messages) == warned
+
+
 def test_kept_prompts_change_no_rollout(tmp_path: Path) -> None:
     options = [{}, {"prompt_embeds_dir": str(tmp_path / "prompts")}, {"precompute_prompt_embeds": True}]
     options += [{**options[1], **options[2]}, options[1]]  # once more, from the disk alone
     weights, states = [], []
     for changes in options:
-        trainer = build(tmp_path, **changes)
+        trainer = build(tmp_path, max_steps=3, **changes)  # so many take all prompts
         rows, window = [{"prompt": prompt, "topic": 0} for prompt in PROMPTS], trainer.rollouts.draw_window(0)
         states.append(trainer.sample_and_score(rows, trainer.rollouts.generators(0, 0, 6), window).rollout.states)
         trainer.train()

@@ -1,41 +1,52 @@
 """What `trl-tpgrpo plan` says, against what runs log, what PyTorch allocates, and what is published of the models."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from test_trainer import PROMPTS, build, config, logged, lora, prompts
 from test_trainer_cost import every_transition
 from tiny import tiny_flux, tiny_sd3
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
 from trl_tpgrpo.algorithm.rollout import EXACT, roll_out
 from trl_tpgrpo.batches import Trajectories
+from trl_tpgrpo.cli import one_recipe
 from trl_tpgrpo.commands import plan as command
-from trl_tpgrpo.commands.architectures import FOLDERS, architecture_folder, load_architecture
+from trl_tpgrpo.commands.architectures import FOLDERS, architecture_folder, load_architecture, load_part
+from trl_tpgrpo.commands.hours import GIB, UTILISATION, Flops, count_evaluated, count_flops, find_gpu, time_rows
 from trl_tpgrpo.commands.plan import (
     CONTEXT,
     DECODING,
-    GIB,
+    REWARD_MODELS,
     PlannedConfig,
     PlannedModel,
     advise,
     changed,
-    count,
-    count_sampling,
+    elsewhere,
     estimate,
     optimizer_size,
     peak,
+    read_options,
     savings,
     weights_size,
 )
+from trl_tpgrpo.policies.base import Guidance
+from trl_tpgrpo.policies.loading import build_policy, prepare_transformer
+from trl_tpgrpo.rollouts import Counts, count, count_sampling
 
 
 SD3, FLUX = FOLDERS
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "examples/recipes"
 
 
 # ---------------------------------------------------------------------------------------------------------- the counts
@@ -69,12 +80,15 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("family", [tiny_sd3, tiny_flux])
-def test_counts_are_those_that_a_run_logs(name: str, family, tmp_path: Path, monkeypatch) -> None:
+def test_counts_are_those_that_a_run_logs(name: str, family, tmp_path: Path, monkeypatch, capsys) -> None:
     trainer = build(tmp_path, family(), **{"guidance_scale": 1.0, **CASES[name]})
     monkeypatch.setattr(Trajectories, "contributing", every_transition)  # the most there may be, with beta = 0 too
+    capsys.readouterr()
     trainer.train()
     counts = count(trainer.args, len(trainer.train_dataset))
     rollouts = counts.num_rollouts
+    evaluations = sum(total(trainer, name) for name in ("evaluations", "train_evaluations"))
+    assert capsys.readouterr().out.splitlines()[0].endswith(f"{rollouts:,} rollouts, {evaluations:,.0f} evaluations.")
     assert trainer.state.global_step == counts.num_updates
     for name, counted in (
         ("evaluations", EVALUATIONS),
@@ -84,6 +98,19 @@ def test_counts_are_those_that_a_run_logs(name: str, family, tmp_path: Path, mon
         ("train_evaluations", TRAIN_EVALUATIONS),
     ):
         assert [total(trainer, name)] == [rollouts * number for number in counts.rollout[counted]]
+
+
+@pytest.mark.parametrize("options", [{"eval_steps": 2}, {"eval_steps": 0.3}, {"eval_strategy": "no"}, {}])
+def test_counts_of_evaluations_are_those_that_a_run_logs(options: dict, tmp_path: Path) -> None:
+    changes = {"eval_strategy": "steps", "num_inference_steps_eval": 3, "num_generations_eval": 2, "max_steps": 5}
+    changes |= {"per_device_eval_batch_size": 2, "eval_on_start": options.get("eval_strategy") != "no"} | options
+    trainer = build(tmp_path, eval_dataset=prompts(3), **changes)
+    trainer.train()
+    images = count_evaluated(trainer.args, 5, 3)
+    logs = [entry for entry in trainer.state.log_history if "eval_num_evaluations" in entry]
+    assert sum(entry["eval_num_scored_images"] for entry in logs) == images
+    assert sum(entry["eval_num_evaluations"] for entry in logs) == 3 * images
+    assert count_evaluated(trainer.args, None, None) == (0 if options.get("eval_strategy") else None)
 
 
 def test_counts_of_a_random_window_are_a_mean_and_a_range(tmp_path: Path) -> None:
@@ -173,6 +200,87 @@ def test_what_is_no_pipeline_is_refused(tmp_path: Path, monkeypatch) -> None:
         architecture_folder(tmp_path)
     with pytest.raises(ValueError, match="'nobody/nothing' is no folder, and its config files cannot be fetched"):
         architecture_folder("nobody/nothing")
+
+
+# ---------------------------------------------------------------------------------------------------- FLOPs and hours
+
+
+def on_meta(name: str | Path, peft_config: LoraConfig | None = None, **guidance: object) -> tuple:
+    """Return the policy of an architecture without weights, and the model to train."""
+    args = PlannedConfig("x", beta=0, **guidance)
+    settings = Guidance(**{name: getattr(args, name) for name in Guidance.__dataclass_fields__})
+    with torch.device("meta"):
+        pipeline = load_architecture(name, scheduler=load_part(architecture_folder(name), "scheduler"))
+        policy = build_policy(pipeline, settings)
+        model, _ = prepare_transformer(policy, peft_config, args)
+    policy.device = torch.device("cpu")
+    return policy, model
+
+
+def products(model: nn.Module, tokens: dict[str, int]) -> int:
+    """FLOPs of linear layers, by hand: those whose name has the key run on so many tokens, all others on one."""
+    linear = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    number = {name: next((n for key, n in tokens.items() if key in name), 1) for name in linear}
+    return sum(2 * number[name] * part.in_features * part.out_features for name, part in linear.items())
+
+
+def test_flops_of_flux_are_those_of_its_products() -> None:
+    """Of 1,024 tokens of image and 128 of text."""
+    policy, model = on_meta(FLUX, height=512, width=512, max_sequence_length=128)
+    text, image = 128, 1024
+    tokens = {"norm": 1, "ff_context": text, "add_": text, "to_add_out": text, "context_embedder": text, "time_": 1}
+    tokens |= {"single_transformer_blocks": text + image, "transformer_blocks": image, "x_embedder": image}
+    tokens |= {"proj_out": image}
+    layers, width = 19 + 38, 24 * 128
+    attention = layers * 4 * (text + image) ** 2 * width
+    counted = count_flops(policy, is_adapter=True, recomputes=True)
+    assert counted.evaluation == products(model, tokens) + attention
+    assert counted.transition == 3 * counted.evaluation
+    assert count_flops(policy, is_adapter=False, recomputes=False).transition == 3 * counted.evaluation
+
+
+def test_guidance_is_two_rows_of_sd3() -> None:
+    guided, plain = (
+        count_flops(on_meta(SD3, max_sequence_length=128, guidance_scale=scale)[0], True, False)
+        for scale in (4.5, 1.0)
+    )
+    assert guided.evaluation == 2 * plain.evaluation and guided.image == plain.image
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_of_training_are_near_those_of_a_backward_pass(full: bool, checkpointing: bool, tmp_path: Path) -> None:
+    """On a tiny model, of which an adapter of rank 1 is a larger part than of a real one."""
+    tiny_flux().save_pretrained(tmp_path)
+    adapter = LoraConfig(r=1, target_modules=["to_q"])
+    policy, model = on_meta(tmp_path, None if full else adapter, height=64, width=64, max_sequence_length=8)
+    if checkpointing:
+        policy.pipeline.transformer.activation_checkpointing_enable()
+    latents = policy.initial_noise([torch.Generator()]).to("meta").requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        conditioning = policy.empty_conditioning().to(torch.device("meta"))
+        policy.velocity(model.train(), latents, torch.zeros((), device="meta"), conditioning).sum().backward()
+    expected = count_flops(policy, not full, checkpointing).transition
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+def test_flops_of_a_rollout_are_those_of_its_phases() -> None:
+    """Two transitions, each trained on twice, with the reference's velocity once."""
+    names = [EVALUATIONS, IMAGES, "transitions trained on", TRAIN_EVALUATIONS]
+    counts = Counts(dict(zip(names, ([10, 20], [3], [2], [2 * 2 + 2]), strict=True)), 1, 7, 7)
+    phases = Flops(evaluation=1000, image=10, transition=3000).of_rollout(counts, num_iterations=2)
+    assert phases == {"sampling": 15 * 1000, "decoding": 3 * 10, "training": 4 * 3000 + 2 * 1000}
+
+
+def test_hours_are_flops_over_the_stated_share_of_the_peak(tmp_path: Path) -> None:
+    names = [EVALUATIONS, IMAGES, "transitions trained on", TRAIN_EVALUATIONS]
+    counts = Counts(dict.fromkeys(names, [0]) | {EVALUATIONS: [10]}, 1, 4, 4)
+    flops = Flops(evaluation=10**17, image=10**15, transition=0)
+    args = PlannedConfig(str(tmp_path), num_processes=2, num_inference_steps_eval=5)
+    rollout, run = row("\n".join(time_rows(args, counts, 2, flops, ["H100"])), "hours on H100")
+    pace = 2 * 989e12 * UTILISATION * 3600
+    assert float(rollout) == pytest.approx(10 * 1e17 / pace, rel=5e-3)
+    assert float(run) == pytest.approx((4 * 10 * 1e17 + 2 * (5 * 1e17 + 1e15)) / pace, rel=5e-3)
 
 
 # -------------------------------------------------------------------------------------------------------- the memory
@@ -339,6 +447,43 @@ def test_items_are_where_the_trainer_has_them(tmp_path: Path) -> None:
     assert spared["train"]["reference's velocities"] == 3 * states
 
 
+def test_reward_models_are_on_the_device_unless_they_are_offloaded(tmp_path: Path) -> None:
+    tiny_flux().save_pretrained(tmp_path / "model")
+    size = 4 * (986e6 + 305e6)
+    for offloads in (False, True):
+        args = config(tmp_path, offload_between_phases=offloads)
+        names = ["pick_score", "aesthetic_score", "ocr", "my_rewards.mine"]
+        model = PlannedModel(tmp_path / "model", args, lora(), torch.float32, names)
+        memory = estimate(args, model)
+        assert memory["score"]["reward models"] == size
+        assert memory["train"]["reward models"] == (0 if offloads else size)
+    assert "score" not in estimate(args, planned_model(tmp_path / "model", args, lora()))
+
+
+def test_reward_models_have_the_sizes_of_their_documentation() -> None:
+    page = (ROOT / "docs/rewards.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([\d M+]+) \| ([\d.]+) GiB", page, re.MULTILINE)
+    documented = {name: sum(1e6 * int(part.strip(" M")) for part in parts.split("+")) for name, parts, _ in rows}
+    assert documented == REWARD_MODELS
+    assert all(float(size) == pytest.approx(4 * documented[name] / GIB, rel=0.04) for name, _, size in rows)
+
+
+def test_what_is_kept_off_the_device_is_what_a_run_keeps_there(tmp_path: Path) -> None:
+    pipeline = tiny_flux()
+    pipeline.save_pretrained(tmp_path / "model")
+    encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
+    size = 4 * sum(value.numel() for part in encoders for value in [*part.parameters(), *part.buffers()])
+    options = {"offload_trajectories": True, "precompute_prompt_embeds": True, "max_steps": 1}
+    trainer = build(tmp_path, pipeline, prompt_embeds_dir=str(tmp_path / "prompts"), **options)
+    chunk = trainer.rollouts.generate([{"prompt": PROMPTS[0], "topic": 0}] * 4, 0)
+    written = [load_file(file) for file in (tmp_path / "prompts").rglob("*.safetensors")]
+    sizes = {sum(value.nbytes for value in tensors.values()) for tensors in written}
+    kept = elsewhere(trainer.args, planned_model(tmp_path / "model", trainer.args, lora()), 5)
+    assert kept["states"] == chunk.states.nbytes and sizes == {kept["prompt embeddings on disk"] / 5}
+    plain = elsewhere(config(tmp_path), planned_model(tmp_path / "model", config(tmp_path), lora()), 5000)
+    assert plain == {"prompt embeddings": 1024 * sizes.pop(), "text encoders": size}
+
+
 # -------------------------------------------------------------------------------------------------------- the advice
 
 
@@ -440,7 +585,7 @@ def test_the_command_knows_datasets_on_this_machine_alone(tmp_path: Path, capsys
 
 
 def test_the_command_prints_settings_that_fit_as_yaml(capsys) -> None:
-    options = ["--config", str(Path(__file__).parents[1] / "examples/recipes/testbed.yaml"), "--guidance_scale", "2"]
+    options = ["--config", str(RECIPES / "testbed.yaml"), "--guidance_scale", "2"]
     text = planned(capsys, *options, "--gpu", "1.1GB")
     assert "it does not fit into 1.1 GiB" in text and "two rows of the model's batch" in text
     assert row(text, "evaluations in training")[-2:] == ["at", "most"]
@@ -455,9 +600,11 @@ def test_the_command_prints_settings_that_fit_as_yaml(capsys) -> None:
     [
         (
             ["--model_name_or_path", SD3, "--gpu", "large"],
-            "--gpu must be the memory of a GPU, such as 24GB, got 'large'",
+            "--gpu must be one of 3090, .* or a memory such as 24GB, got 'large'",
         ),
         (["--model_name_or_path", SD3, "--gpu", "0GB"], "--gpu must be"),
+        (["--model_name_or_path", SD3, "--gpu", "4080"], "--gpu must be one of 3090, 4090"),
+        (["--model_name_or_path", SD3, "--gpu", "24576"], "a memory such as 24GB, got '24576'"),
         ([], "--model_name_or_path is missing"),
         (["--model_name_or_path", SD3, "--lerning_rate", "1"], "Unknown options: --lerning_rate"),
         (["--model_name_or_path", SD3, "--dtype", "bfloat16"], "Without peft_config all weights are trained"),
@@ -468,9 +615,81 @@ def test_wrong_calls_are_refused(options: list[str], message: str) -> None:
         command.main(["--output_dir", "x", *options])
 
 
-@pytest.mark.parametrize(("given", "size"), [("24GB", 24), ("80 GiB", 80), ("141gb", 141), ("40", 40), ("7.5GB", 7.5)])
-def test_sizes_of_gpus_are_read_by_their_trade_name(given: str, size: float) -> None:
-    assert command.gpu_size(given) == size * 2**30
+@pytest.mark.parametrize(
+    ("given", "size", "cards"),
+    [
+        ("24GB", 24, ["3090", "4090"]),
+        ("80 GiB", 80, ["A100-80GB", "H100"]),
+        ("141gb", 141, ["H200"]),
+        ("40", 40, ["A100-40GB"]),
+        ("7.5GB", 7.5, []),
+        ("320GB", 320, []),
+        ("4090", 24, ["4090"]),
+        ("RTX 5090", 32, ["5090"]),
+        ("h100", 80, ["H100"]),
+    ],
+)
+def test_gpus_are_found_by_name_or_memory(given: str, size: float, cards: list[str]) -> None:
+    assert find_gpu(given) == (size * 2**30, cards)
+
+
+# ------------------------------------------------------------------------------------------------------- the recipes
+
+
+SIZES = {"1x24gb": "4090", "1x80gb": "A100-80GB", "paper": "H100"}
+MODELS = ["sd3.5-medium", "flux.1-dev"]
+
+
+def recipe(*names: str) -> Iterator:
+    return one_recipe(["--output_dir", "x", "--config", *(str(RECIPES / f"{name}.yaml") for name in names)])
+
+
+@pytest.mark.parametrize("task", ["composition", "text", "preference"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("model", MODELS)
+def test_recipes_are_the_same_run_on_any_number_of_processes(model: str, size: str, task: str) -> None:
+    with recipe(model, f"{model}_{size}", f"task_{task}") as argv:
+        runs = {number: read_options([*argv, "--num_processes", str(number)])[4] for number in (1, 2, 8)}
+    counts = [count(args) for args in runs.values()]
+    assert [args.world_size for args in runs.values()] == [1, 2, 8]
+    assert all(each.updates == 2 and each.num_updates == runs[1].max_steps for each in counts)
+    assert all({**each.rollout, CALLS: None} == {**counts[0].rollout, CALLS: None} for each in counts)
+    for interval in (runs[1].save_steps, runs[1].eval_steps, runs[1].log_images_steps):
+        assert interval % counts[0].updates == 0 and interval <= runs[1].max_steps / 2
+    assert (runs[1].num_generations, runs[1].max_sequence_length) == (24, 128)
+
+
+@pytest.mark.parametrize("number", [1, 2, 8])
+def test_the_recipe_of_the_testbed_is_planned_on_any_number_of_processes(number: int, capsys) -> None:
+    text = planned(capsys, "--config", str(RECIPES / "testbed.yaml"), "--num_processes", str(number))
+    assert row(text, "updates")[-1] == "140" and f"{number} process" in text
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_papers_recipe_is_the_papers_run(model: str, tmp_path: Path) -> None:
+    with recipe(model, f"{model}_paper", "task_text") as argv:
+        _, script, chosen, _, args, _ = read_options(argv)
+    paper = TPGRPOConfig(str(tmp_path), use_cpu=True)
+    same = ("credit", "completion", "sde_type", "noise_level", "beta", "epsilon", "learning_rate", "ema_decay")
+    assert all(getattr(args, name) == getattr(paper, name) for name in same)
+    assert (args.generation_batch_size, args.prompts_per_generation, args.world_size) == (1152, 48, 8)
+    assert (args.num_inference_steps, args.num_sde_steps) == ((10, 9) if model == "sd3.5-medium" else (6, 5))
+    assert (args.fp16, args.bf16) == ((True, False) if model == "sd3.5-medium" else (False, True))
+    assert chosen.init_lora_weights == "gaussian"
+
+
+@pytest.mark.parametrize("size", ["1x24gb", "1x80gb"])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_recipes_of_a_day_end_within_it_on_their_card(model: str, size: str, tmp_path: Path, capsys) -> None:
+    """Evaluations included, on as many prompts as the largest of the examples' test sets has."""
+    for split, number in {"train": 12_000, "test": 500}.items():
+        Dataset.from_dict({"prompt": [f"a cat, {n}" for n in range(number)]}).to_parquet(tmp_path / f"{split}.parquet")
+    with recipe(model, f"{model}_{size}", "task_preference") as argv:
+        command.main([*argv, "--dataset_name", str(tmp_path), "--gpu", SIZES[size]])
+    text = capsys.readouterr().out
+    assert 12 < float(row(text, f"hours on {SIZES[size]}")[1]) <= 24
+    assert f"it fits into {size[2:4]} GiB" in text
+    assert int(row(text, "evaluations in evaluation")[0].replace(",", "")) >= 2 * 500 * 28
 
 
 def test_planned_settings_are_those_of_a_gpu_elsewhere(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The prompts of a run: their order in training, and what datasets must have."""
 
+import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, TypeAlias
 
 from datasets import Dataset
@@ -69,7 +71,12 @@ def _check_dataset(name: str, dataset: Dataset) -> None:
             raise ValueError(f"{name}: the prompt of row {row} must be a string, got {type(prompt).__name__}.")
 
 
-def all_prompts(train: Dataset | None, evaluation: Datasets) -> list[str]:
-    """List the prompts of all datasets."""
+def prompts_of_run(train: Dataset | None, evaluation: Datasets, args: Any) -> list[str]:
+    """List the prompts of all datasets, of `train` those that the rollouts of `max_steps` updates take."""
+    passes = args.steps_per_generation * args.num_iterations
+    number = math.ceil(args.max_steps * args.gradient_accumulation_steps / passes) * args.prompts_per_generation
+    if train is not None and 0 < number < len(train):
+        options = {"batch_size": args.prompts_per_generation, "shuffle": args.shuffle_dataset, "seed": args.seed}
+        train = train.select(list(islice(EpochSampler(train, mini_repeat_count=1, **options), number)))
     named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
     return [prompt for dataset in (train, *named.values()) if dataset is not None for prompt in dataset["prompt"]]

@@ -34,14 +34,14 @@ from .callbacks.progress import LogLines, ProgressDisplay
 from .callbacks.sample_table import SamplePrinter
 from .callbacks.samples import Samples
 from .config import TPGRPOConfig
-from .data import EpochSampler, SetEpoch, all_prompts, check_datasets
+from .data import EpochSampler, SetEpoch, check_datasets, prompts_of_run
 from .hub import HubRepository, RunCard, sample_prompts, without_tokens
 from .metrics import Metrics, rollout_metrics
 from .policies import loading, sharding, weights
 from .policies.embeddings import PromptEmbeddings
 from .policies.reference import Reference
 from .rewards.contract import RewardFunc, reward_names
-from .rollouts import Rollouts
+from .rollouts import Rollouts, count
 
 
 class TPGRPOTrainer(_BaseTrainer):
@@ -119,7 +119,8 @@ class TPGRPOTrainer(_BaseTrainer):
         self.policy.to(args.device)
         if args.precompute_prompt_embeds:
             shows_bar = None if args.process_index == 0 and not args.disable_tqdm else False
-            embeddings.precompute(all_prompts(train_dataset, eval_dataset), transformer, ProgressDisplay(shows_bar))
+            prompts = prompts_of_run(train_dataset, eval_dataset, args) + sample_prompts([eval_dataset, train_dataset])
+            embeddings.precompute(prompts, transformer, ProgressDisplay(shows_bar))
         self._step = self._num_evaluated = 0
         self._buffered_inputs: list[Trajectories] | None = None
         self._is_new_rollout, self._eval_prefix = False, "eval"
@@ -264,6 +265,8 @@ class TPGRPOTrainer(_BaseTrainer):
         if checkpoint is not None and checkpoints.is_finished(checkpoint, self.args):
             return checkpoints.restore_finished(self, checkpoint)
         sharding.prepare_to_train(self)
+        if self.train_dataset is not None:
+            self.accelerator.print(count(self.args, len(self.train_dataset)))
         with self.stop_on_signal.listening():
             return super().train(checkpoint and str(checkpoint), *args, **kwargs)
 

@@ -1,16 +1,16 @@
 """`trl-tpgrpo plan`: what a run will cost, whether it fits into a GPU, and what to change if it does not.
 
-Counts come from the rollout itself, run on latents of one number. Memory is arithmetic on the shapes that the config
-files of a model give, and on measured constants for what models keep while they compute.
+Counts come from the rollout itself, run on latents of one number, FLOPs from the model on tensors without values.
+Memory is arithmetic on the shapes that the config files of a model give, and on measured constants for what models
+keep while they compute.
 """
 
 import copy
 import math
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
@@ -19,16 +19,19 @@ from accelerate.commands.launch import launch_command_parser
 from peft import LoraConfig
 from trl import get_peft_config
 
-from ..algorithm.rollout import EXACT, roll_out
+from ..algorithm.rollout import EXACT
 from ..config import TPGRPOConfig
 from ..policies.base import Guidance
+from ..policies.embeddings import KEPT_IN_MEMORY
 from ..policies.loading import build_policy, prepare_transformer, run_dtype
-from ..rollouts import PROBED_GROUPS, sweeps
+from ..rollouts import PROBED_GROUPS, Counts, count, count_sampling, sweeps
 from .architectures import architecture_folder, load_architecture, load_part
+from .hours import CARDS, GIB, count_evaluated, count_flops, find_gpu, row, time_rows
+from .rewards import BUILT_IN_REWARDS
 from .train import load_prompts, make_parser, model_path, split_options
 
 
-GIB = CONTEXT = 2**30  # the latter is assumed for CUDA itself and what its allocator cannot use
+CONTEXT = GIB  # assumed for CUDA itself and what its allocator cannot use
 MARGIN = 0.95  # share of a GPU that is used: cards have a little less than their name says, and allocators gaps
 # Bytes a token (image and text) and unit of the transformer's width in bfloat16, 1.3 times as much in float32: the
 # larger of what SD3.5-medium and FLUX.1-dev take at 512 pixels. docs/models.md: how they were measured, how far off.
@@ -46,6 +49,13 @@ OPTIMIZERS = {
     "lion_8bit": (1, 0), "lion_32bit": (4, 0), "paged_lion_8bit": (1, 0), "paged_lion_32bit": (4, 0),
     "rmsprop": (4, 4), "rmsprop_bnb_8bit": (1, 0), "adagrad": (4, 4), "sgd": (0, 0), "adafactor": (0, 4),
 }  # fmt: skip
+REWARD_MODELS = {
+    "aesthetic_score": 305e6, "clip_score": 428e6, "geneval": 497e6, "hps_v2": 986e6, "image_reward": 445e6,
+    "pick_score": 986e6,
+}  # fmt: skip
+"""Weights in float32 of the built-in rewards that have any on the device."""
+OCR_SECONDS = 0.31  # of one thread for an image of 512 x 512 pixels: docs/rewards.md
+GPU = """A card, such as 4090 or H100, or the memory of one, such as 24GB, to fit into; its hours are estimated."""
 
 
 @dataclass
@@ -53,7 +63,7 @@ class PlanArguments:
     """Arguments of `trl-tpgrpo plan`, besides those of `trl-tpgrpo train`, which say what is planned."""
 
     _argument_group_name = "Plan"
-    gpu: str | None = field(default=None, metadata={"help": "Memory of each GPU, such as 24GB, to fit into."})
+    gpu: str | None = field(default=None, metadata={"help": GPU})
 
 
 @dataclass
@@ -70,15 +80,6 @@ class PlannedConfig(TPGRPOConfig):
         super().__post_init__()
 
 
-class Counts(NamedTuple):
-    """What a rollout takes over all processes, and how many updates and rollouts there are (`None`: not known)."""
-
-    rollout: dict[str, list[int]]  # a number for each window that it may have, all equally likely; empty: not known
-    updates: float  # a rollout; below 1 if several rollouts make an update
-    num_updates: int | None
-    num_rollouts: int | None
-
-
 def changed(args: TPGRPOConfig, *changes: dict[str, Any]) -> TPGRPOConfig:
     """Return a copy with other values, which are not checked."""
     args = copy.copy(args)
@@ -87,51 +88,12 @@ def changed(args: TPGRPOConfig, *changes: dict[str, Any]) -> TPGRPOConfig:
     return args
 
 
-def count(args: Any, dataset_size: int | None = None) -> Counts:
-    """Count what a run with these settings takes, with so many prompts (`None`: not known)."""
-    trajectories, accumulated = args.generation_batch_size, args.gradient_accumulation_steps
-    steps = trajectories // (args.per_device_train_batch_size * args.world_size)
-    batches = steps * (args.num_iterations + (args.beta > 0))
-    if args.recompute_old_log_probs:  # the first update can do without, unless there are more iterations
-        batches += max(0, steps - (accumulated if args.num_iterations == 1 else 0))
-    updates, total = steps * args.num_iterations / accumulated, args.max_steps if args.max_steps > 0 else None
-    num_rollouts = None if total is None else math.ceil(total / updates)
-    if dataset_size is not None:  # an epoch ends with an update, whatever has been accumulated
-        rollouts = dataset_size // args.prompts_per_generation
-        epoch = max(1, math.ceil(rollouts * updates))
-        total = total or math.ceil(args.num_train_epochs * epoch)
-        num_rollouts = total // epoch * rollouts + min(rollouts, math.ceil(total % epoch / updates))
-    evaluations, calls, images = count_sampling(args, trajectories // args.world_size, args.completion_rule)
-    rollout = {
-        "trajectories": [trajectories],
-        "evaluations in sampling": evaluations,
-        "model calls in sampling": calls if args.rollout_batch_size else [],
-        "images decoded and scored": images,
-        "transitions trained on": [trajectories * args.num_sde_steps],
-        "evaluations in training": [trajectories * args.num_sde_steps * batches // steps],
-    }
-    return Counts(rollout, updates, total, num_rollouts)
-
-
-def count_sampling(args: Any, num_rows: int, rule: Any) -> list[list[int]]:
-    """Count evaluations, calls and images of sampling so many trajectories on each process, in each window."""
-    sigmas, batch_size = torch.linspace(1, 0, args.num_inference_steps + 1), args.rollout_batch_size
-    sizes = [len(range(num_rows)[part]) for part in sweeps(num_rows, args)]
-
-    def swept(size: int, start: int) -> tuple[int, int, int]:
-        window, generators = args.window(start, start + args.num_sde_steps), [torch.Generator()] * size
-        noise = torch.zeros(size // args.num_generations if args.share_initial_noise else size, 1)
-        rollout = roll_out(lambda x, *_: torch.zeros_like(x), noise, sigmas, window, generators, rule, batch_size)
-        return rollout.num_evaluations, rollout.num_calls, len(rollout.final_latents)
-
-    numbers = torch.tensor([[swept(size, start) for size in sizes] for start in args.window_starts])
-    return (args.world_size * numbers.sum(1)).T.tolist()
-
-
 class PlannedModel:
     """The model of a run on PyTorch's meta device, with shapes but no weights."""
 
-    def __init__(self, folder: Path, args: Any, peft_config: LoraConfig | None, dtype: torch.dtype):
+    def __init__(
+        self, folder: Path, args: Any, peft_config: LoraConfig | None, dtype: torch.dtype, rewards: Sequence[str] = ()
+    ):
         scheduler, self.dtype, self.is_adapter = load_part(folder, "scheduler"), dtype, peft_config is not None
         guidance = Guidance(**{name: getattr(args, name) for name in Guidance.__dataclass_fields__})
         plain = {"beta": 0, "attention_backend": None, "compile_backend": None, "offload_reference": False}
@@ -141,6 +103,7 @@ class PlannedModel:
             self.weights = {kind: weights_size(transformer, kind) for kind in (None, *QUANTIZED)}
             self.largest = max(value.nbytes for value in transformer.parameters())
             model, _ = prepare_transformer(self.policy, peft_config, changed(args, plain))
+        self.reward_names, self.rewards = rewards, 4 * sum(REWARD_MODELS.get(name, 0) for name in rewards)
         self.vae, self.tile = weights_size(pipeline.vae), pipeline.vae.config.sample_size**2
         self.encoders = sum(weights_size(encoder) for encoder in self.policy.text_encoders().values())
         self.trained = [value.numel() for value in model.parameters() if value.requires_grad]
@@ -177,7 +140,7 @@ def optimizer_size(name: str, sizes: list[int]) -> tuple[float, float]:
 
 
 def estimate(args: Any, model: PlannedModel) -> dict[str, dict[str, float]]:
-    """Estimate the bytes that a run takes on each device by phase and purpose, reward models aside."""
+    """Estimate the bytes that a run takes on each device by phase and purpose."""
     rows, offloads = args.generation_batch_size // args.world_size, args.offload_reference
     size, batch = args.per_device_train_batch_size, args.rollout_batch_size or args.per_device_train_batch_size
     latent, itemsize, trained = math.prod(model.latent_shape), model.dtype.itemsize, 4 * sum(model.trained)
@@ -189,6 +152,7 @@ def estimate(args: Any, model: PlannedModel) -> dict[str, dict[str, float]]:
         "gradient buckets": trained if args.world_size > 1 else 0,
         "reference": model.weights[None] if args.beta > 0 and not (model.is_adapter or offloads) else 0,
         "VAE": 0 if args.offload_between_phases else model.vae,
+        "reward models": 0 if args.offload_between_phases else model.rewards,
         "CUDA context": CONTEXT,
     }
     alone = {"VAE": model.vae, "CUDA context": CONTEXT} if args.precompute_prompt_embeds else stays
@@ -208,11 +172,28 @@ def estimate(args: Any, model: PlannedModel) -> dict[str, dict[str, float]]:
         "encode": alone | {"text encoders": model.encoders, "activations": ENCODING * model.num_text_tokens},
         "rollout": stays | prompts | sampling,
         "decode": stays | {"VAE": model.vae} | prompts | decoding,
+        "score": stays | {"reward models": model.rewards} | prompts | {"trajectories": decoding["trajectories"]},
         "reference": training | {"reference": model.weights[None], "activations": model.activations(args, size)},
         "train": training | {"activations": model.activations(args, size, trains=True)},
         "update": training | {"optimizer's temporaries": optimizer_size(args.optim, model.trained)[1]},
     }
-    return {name: items for name, items in phases.items() if name != "reference" or offloads}
+    left_out = {"reference": not offloads, "score": not model.rewards}
+    return {name: items for name, items in phases.items() if not left_out.get(name)}
+
+
+def elsewhere(args: Any, model: PlannedModel, num_prompts: int | None) -> dict[str, float]:
+    """Estimate the bytes that each process keeps off the device, and all on disk, with so many encoded prompts."""
+    rows, states = args.generation_batch_size // args.world_size, 4 * math.prod(model.latent_shape)
+    on_disk, number = args.prompt_embeds_dir is not None, num_prompts or 0
+    kept = {
+        "prompt embeddings on disk": number * model.prompt_size if on_disk else 0,
+        "prompt embeddings": 0 if on_disk else min(number, KEPT_IN_MEMORY) * model.prompt_size,
+        "text encoders": 0 if args.precompute_prompt_embeds else model.encoders,
+        "states": states * rows * (args.num_sde_steps + 1) if args.offload_trajectories else 0,
+        "VAE and reward models": model.vae + model.rewards if args.offload_between_phases else 0,
+        "reference": model.weights[None] if args.offload_reference else 0,
+    }
+    return {name: size for name, size in kept.items() if size}
 
 
 def peak(memory: dict[str, dict[str, float]]) -> float:
@@ -250,66 +231,92 @@ def savings(args: Any, is_adapter: bool) -> list[dict[str, Any]]:
     return changes + [{"quantization": kind} for kind in ("int8", "nf4") if is_adapter and args.quantization is None]
 
 
-def main(argv: list[str]) -> int:
-    """Print what a run takes; nothing is trained, and no weights are loaded."""
+def read_options(argv: list[str]) -> tuple[Any, ...]:
+    """Return the options of the plan, the script, the model, the data and the run, and whether the run is sharded."""
     parser = make_parser("trl-tpgrpo plan", own_types=(PlanArguments,))
     launch_options, own_options = split_options(parser, argv)
     launch = launch_command_parser().parse_args([*launch_options, "script"])
     configured = launch.config_file and load_config_from_file(launch.config_file).num_processes
     parser.dataclass_types[-1] = PlannedConfig
     parser.set_defaults(num_processes=launch.num_processes or configured or 1)
-    own, script, chosen, data, args = parser.parse_args_and_config(own_options, fail_with_unknown_args=False)[:5]
-    limit, name, dataset = own.gpu and gpu_size(own.gpu), chosen.model_name_or_path, script.dataset_name
+    *options, args = parser.parse_args_and_config(own_options, fail_with_unknown_args=False)[:5]
+    return *options, args, bool(launch.use_fsdp or launch.use_deepspeed or args.fsdp or args.deepspeed)
+
+
+def main(argv: list[str]) -> int:
+    """Print what a run takes; nothing is trained, and no weights are loaded."""
+    own, script, chosen, data, args, is_sharded = read_options(argv)
+    name, (limit, cards) = chosen.model_name_or_path, find_gpu(own.gpu) if own.gpu else (None, list(CARDS))
     if name is None:
         raise ValueError("--model_name_or_path is missing: a Hub id, a folder, or 'testbed'.")
-    is_here = dataset is not None and not data.datasets and (dataset == "testbed" or Path(dataset).exists())
-    counts = count(args, len(load_prompts(script, data, evaluate=False)[0]) if is_here else None)
+    num_train, num_eval = _dataset_sizes(script, data, args)
+    counts = count(args, num_train)
+    num_images = count_evaluated(args, counts.num_updates, num_eval)
     peft_config, given = get_peft_config(chosen), (args.model_init_kwargs or {}).get("dtype", chosen.dtype)
     dtype = getattr(torch, str(given).removeprefix("torch.")) if given else None
     folder = architecture_folder(model_path(name), chosen.model_revision)
-    model = PlannedModel(folder, args, peft_config, dtype or (run_dtype(args) if peft_config else torch.float32))
-    memory, sharded = estimate(args, model), launch.use_fsdp or launch.use_deepspeed or args.fsdp or args.deepspeed
+    rewards = [*(script.reward_funcs or []), *(script.eval_reward_funcs or [])]
+    dtype = dtype or (run_dtype(args) if peft_config else torch.float32)
+    model = PlannedModel(folder, args, peft_config, dtype, rewards)
+    memory, notes = estimate(args, model), _notes(args, model, counts, num_images, is_sharded)
+    flops = count_flops(model.policy, model.is_adapter, args.activation_checkpointing)
     kind = args.quantization or str(model.dtype).removeprefix("torch.")
     what = f"in {kind}, trained: {'an adapter of' if peft_config else 'all'} {sum(model.trained) / 1e6:,.1f} M"
     lines = [
         f"{name}: transformer of {model.weights[None] / model.dtype.itemsize / 1e6:,.1f} M numbers {what} weights",
         f"{args.height} x {args.width} pixels, {args.num_inference_steps} steps, {model.num_text_tokens} text tokens, "
         f"{args.world_size} process{'es' if args.world_size > 1 else ''}",
-        *("", *_tables(args, counts, memory), ""),
+        *("", *_costs(args, counts, num_images), *time_rows(args, counts, num_images, flops, cards), ""),
+        *(*_memory(memory), *_elsewhere(args, model, counts, num_train, num_eval), ""),
         *([] if limit is None else [*_verdict(args, model, memory, limit), ""]),
-        *(f"- {note}" for note, applies in _notes(args, model, counts, sharded).items() if applies),
+        *(f"- {note}" for note, applies in notes.items() if applies),
     ]
     print(*lines, sep="\n")  # noqa: T201
     return 0
 
 
-def gpu_size(given: str) -> float:
-    """Return the bytes of a GPU that is sold as `24GB`; raise a `ValueError` if it is not written so."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:GB|GiB)?", given.strip(), re.IGNORECASE)
-    if match is None or not float(match[1]):
-        raise ValueError(f"--gpu must be the memory of a GPU, such as 24GB, got {given!r}.")
-    return float(match[1]) * GIB
+def _dataset_sizes(script: Any, data: Any, args: PlannedConfig) -> tuple[int | None, int | None]:
+    """Count the prompts to train on and to evaluate with, of a dataset that is on this machine."""
+    name = script.dataset_name
+    if name is None or data.datasets or not (name == "testbed" or Path(name).exists()):
+        return None, None
+    train, evaluation = load_prompts(script, data, evaluate=args.eval_strategy != "no")
+    return len(train), None if evaluation is None else len(evaluation)
 
 
-def _tables(args: PlannedConfig, counts: Counts, memory: dict[str, dict[str, float]]) -> Iterator[str]:
+def _costs(args: PlannedConfig, counts: Counts, num_images: int | None) -> Iterator[str]:
     number = counts.num_rollouts
-    yield f"{'':<28}{'a rollout':>24}{'the run' if number else '':>20}".rstrip()
+    yield row("", "a rollout", "the run" if number else "")
     for name, values in counts.rollout.items():
-        mean = sum(values) / max(len(values), 1)
-        shown = "not known" if not values else f"{mean:,.0f}"
+        shown = f"{counts.mean(name):,.0f}" if values else "not known"
         spread = f" ({min(values):,}-{max(values):,})" if len(set(values)) > 1 else ""
-        run = f"{mean * number:,.0f}" if number and values else ""
+        run = f"{counts.mean(name) * number:,.0f}" if number and values else ""
         bounded = args.sde_window_share and name != "trajectories" or args.beta == 0 and "train" in name
-        yield f"{name:<28}{shown + spread:>24}{run:>20}  {'at most' if bounded else ''}".rstrip()
-    yield f"{'updates':<28}{counts.updates:>24,g}{f'{counts.num_updates:,}' if number else '':>20}".rstrip()
+        yield row(name, shown + spread, run, "at most" if bounded else "")
+    if num_images:
+        yield row("evaluations in evaluation", "", f"{num_images * args.num_inference_steps_eval:,}")
+    yield row("updates", f"{counts.updates:,g}", f"{counts.num_updates:,}" if number else "")
     if number:
-        yield f"{'rollouts':<28}{'':>24}{number:>20,}"
-    yield f"\n{'GiB on each device':<24}" + "".join(f"{phase:>10}" for phase in memory)
+        yield row("rollouts", "", f"{number:,}")
+
+
+def _memory(memory: dict[str, dict[str, float]]) -> Iterator[str]:
+    yield f"{'GiB on each device':<24}" + "".join(f"{phase:>10}" for phase in memory)
     for name in dict.fromkeys(name for items in memory.values() for name in items):
         sizes = [items.get(name, 0) / GIB for items in memory.values()]
         if any(sizes):
             yield f"{name:<24}" + "".join(f"{size:>10.2f}" if size else f"{'-':>10}" for size in sizes)
     yield f"{'total':<24}" + "".join(f"{sum(items.values()) / GIB:>10.2f}" for items in memory.values())
+
+
+def _elsewhere(
+    args: Any, model: PlannedModel, counts: Counts, num_train: int | None, num_eval: int | None
+) -> Iterator[str]:
+    taken = [counts.num_rollouts and counts.num_rollouts * args.prompts_per_generation, num_train]
+    number = min((size for size in taken if size), default=0) + (num_eval or 0)
+    sizes = [f"{name} {size / GIB:.1f}" for name, size in elsewhere(args, model, number).items()]
+    if sizes:
+        yield f"GiB of each process elsewhere, {number:,} encoded prompts among them: {', '.join(sizes)}"
 
 
 def _verdict(args: PlannedConfig, model: PlannedModel, memory: dict[str, dict[str, float]], limit: float) -> list[str]:
@@ -324,13 +331,17 @@ def _verdict(args: PlannedConfig, model: PlannedModel, memory: dict[str, dict[st
     return [f"{answer}. With these settings it takes {peak(less) / GIB:.1f} GiB:", *(f"  {line}" for line in shown)]
 
 
-def _notes(args: PlannedConfig, model: PlannedModel, counts: Counts, sharded: bool) -> dict[str, bool]:
+def _notes(
+    args: PlannedConfig, model: PlannedModel, counts: Counts, num_images: int | None, sharded: bool
+) -> dict[str, bool]:
     rows, group = args.generation_batch_size // args.world_size, args.num_generations
     probed = min(rows, PROBED_GROUPS * group) if rows % group == 0 else rows
     probe, check = (count_sampling(args, number, EXACT) for number in (probed, min(rows, group)))
     adds, checks = ([f"{sum(values) / len(values):,.0f}" for values in counted[::2]] for counted in (probe, check))
     every, checked = args.completion_check_every, args.completion_check_every is not None
     guided, unknown = model.policy.uses_negative_prompt, counts.num_updates is None
+    own = ", ".join(name for name in model.reward_names if name not in BUILT_IN_REWARDS and "://" not in name)
+    reading = counts.mean("images decoded and scored") * OCR_SECONDS / args.world_size / 3600
     return {
         "Classifier-free guidance: each evaluation is two rows of the model's batch, or two passes.": guided,
         "beta=0: transitions whose advantage is 0 are not run, so that training may take less.": args.beta == 0,
@@ -340,9 +351,14 @@ def _notes(args: PlannedConfig, model: PlannedModel, counts: Counts, sharded: bo
         "per_device_rollout_batch_size=auto is measured on the device: calls are not known, and memory is that of "
         f"batches of {args.per_device_train_batch_size}.": args.rollout_batch_size is None,
         "The length of the run is not known: set max_steps, or name a dataset that is on this machine.": unknown,
-        "Evaluations of the model between updates (eval_strategy) are not counted.": args.eval_strategy != "no",
+        "Evaluations between updates are not counted: set eval_strategy to steps, and name a dataset that is on this "
+        "machine.": num_images is None,
         f"optim={args.optim.value}: unknown, taken for 8 bytes of states a weight.": args.optim not in OPTIMIZERS,
         "FSDP and DeepSpeed are not modelled: memory is that of a run without them.": sharded,
+        f"What {own} needs is not known: its memory and time come on top.": bool(own),
+        f"ocr reads on the CPU, beside the GPU: a rollout's images on each process take {reading:.2g} hours of a "
+        "thread, by the pace measured on one machine.": "ocr" in model.reward_names,
+        "Loading, encoding and scoring are not in the hours.": True,
         "Activations are estimates by constants that were measured without compilation; workspaces of kernels and "
-        "reward models are not in the sum. CUDA's own GiB is an assumption.": True,
+        "what reward models compute with are not in the sum. CUDA's own GiB is an assumption.": True,
     }

@@ -57,6 +57,7 @@ class TPGRPOModelConfig(ModelConfig):
         lora_alpha (`int`, *optional*, defaults to `64`): Scale of the LoRA times the rank.
         lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout of the LoRA. Only 0 works, since the trained
             policy must be the one that sampled.
+        init_lora_weights (`str`, *optional*): How the LoRA begins: `"gaussian"` is the paper's code's. `None`: PEFT's.
         lora_task_type (`str`, *optional*): Leave it out: tasks are for language models.
     """
 
@@ -67,6 +68,7 @@ class TPGRPOModelConfig(ModelConfig):
     lora_r: int = 32
     lora_alpha: int = 64
     lora_dropout: float = 0.0
+    init_lora_weights: str | None = field(default=None, metadata={"choices": ["gaussian"]})
     lora_task_type: str | None = None
 
     def __post_init__(self) -> None:
@@ -214,13 +216,16 @@ def build_trainer(
 
     from ..trainer import TPGRPOTrainer
 
+    peft_config = get_peft_config(model_args)
+    if peft_config is not None and model_args.init_lora_weights is not None:
+        peft_config.init_lora_weights = model_args.init_lora_weights
     return TPGRPOTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=reward_funcs,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=get_peft_config(model_args),
+        peft_config=peft_config,
         eval_reward_funcs=eval_reward_funcs,
     )
 

@@ -147,6 +147,11 @@ class FlowPolicy(ABC):
         shape = (self.t5_length, config.joint_attention_dim)
         return {"prompt_embeds": shape, "pooled_prompt_embeds": (config.pooled_projection_dim,)}
 
+    def empty_conditioning(self) -> Conditioning:
+        """Return the conditioning of one prompt, of zeros, from configs alone."""
+        tensors = {name: torch.zeros(1, *shape, dtype=self.dtype) for name, shape in self.text_shapes().items()}
+        return Conditioning(tensors, Conditioning(tensors) if self.uses_negative_prompt else None)
+
     @abstractmethod
     def initial_noise(self, generators: list[torch.Generator]) -> Tensor:
         """Draw one latent of pure noise from each generator, in the pipeline's dtype: (N, ...)."""

@@ -5,6 +5,8 @@ A prompt is always encoded alone, so that its encoding does not depend on those 
 
 import hashlib
 import json
+import logging
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,7 +20,10 @@ from torch import Tensor, nn
 from .base import Conditioning, FlowPolicy, on_device
 
 
+logger = logging.getLogger(__name__)
+
 KEPT_IN_MEMORY = 1024  # prompts; one of FLUX.1-dev takes 4 MB
+MUCH = 10e9  # bytes of prompts, of which a run should know before it fills a disk with them
 
 
 class PromptEmbeddings:
@@ -44,11 +49,15 @@ class PromptEmbeddings:
         return conditioning.to(self.policy.device)
 
     def precompute(self, prompts: list[str], transformer: nn.Module, display: Any) -> None:
-        """Encode the prompts of all datasets while the transformer is not on the device, and drop the encoders."""
+        """Encode the prompts of a run while the transformer is not on the device, and drop the encoders."""
         distinct = list(dict.fromkeys(prompts))
         if self.folder is None and len(distinct) > KEPT_IN_MEMORY:
             number = f"{len(distinct)} prompts, more than the {KEPT_IN_MEMORY} that are kept in memory"
             raise ValueError(f"precompute_prompt_embeds: {number}: set prompt_embeds_dir, a folder to keep them in.")
+        each = self.policy.dtype.itemsize * sum(map(math.prod, self.policy.text_shapes().values()))
+        if each * len(distinct) > MUCH:
+            size = f"{len(distinct):,} prompts of {each / 1e6:.1f} MB take {each * len(distinct) / 1e9:.1f} GB in"
+            logger.warning("%s %s: lower max_steps or max_sequence_length if that is too much.", size, self.folder)
         loaded_onto = next(transformer.parameters()).device  # for a quantised one the GPU
         transformer.to("cpu")
         with display.phase("encode prompts", len(distinct), alone=True) as advance:
@@ -65,7 +74,7 @@ class PromptEmbeddings:
         encoders = self.policy.text_encoders().values()
         if not encoders:
             reason = "has not been encoded before, and precompute_prompt_embeds has dropped the text encoders"
-            remedy = "pass all datasets to the trainer, or leave precompute_prompt_embeds out"
+            remedy = "give the trainer all datasets and max_steps, or leave precompute_prompt_embeds out"
             raise ValueError(f"The prompt {missing[0]!r} {reason}: {remedy}.")
         on_prompt(len(prompts) - len(missing))  # -1, where the negative prompt comes on top
         with on_device(encoders, self.policy.device):
