@@ -102,10 +102,8 @@ class TPGRPOModelConfig(ModelConfig):
 def main(argv: list[str]) -> int:
     """Train in this process, or through `accelerate launch` if its options are given or there are several GPUs."""
     parser = make_parser()
-    launch_options, own_options = split_options(parser, argv)
-    if "LOCAL_RANK" not in os.environ and (launch_options or torch.cuda.device_count() > 1):
-        launch = launch_command_parser().parse_args([*launch_options, "--module", "trl_tpgrpo", "train", *own_options])
-        launch_command(launch)
+    own_options = launch("train", parser, argv)
+    if own_options is None:
         return 0
     options = parser.parse_args_and_config(own_options, fail_with_unknown_args=False)[:4]  # a namespace follows
     script_args, model_args, dataset_args, training_args = options
@@ -118,6 +116,16 @@ def main(argv: list[str]) -> int:
         raise SystemExit(f"trl-tpgrpo train: error: {error}") from error
     trainer.end()
     return 0
+
+
+def launch(command: str, parser: TrlParser, argv: list[str]) -> list[str] | None:
+    """Return the command's own options, or run it through `accelerate launch` and return `None`: see `main`."""
+    launch_options, own_options = split_options(parser, argv)
+    if "LOCAL_RANK" in os.environ or not (launch_options or torch.cuda.device_count() > 1):
+        return own_options
+    arguments = [*launch_options, "--module", "trl_tpgrpo", command, *own_options]
+    launch_command(launch_command_parser().parse_args(arguments))
+    return None
 
 
 def split_options(parser: TrlParser, argv: list[str]) -> tuple[list[str], list[str]]:
@@ -134,7 +142,7 @@ def split_options(parser: TrlParser, argv: list[str]) -> tuple[list[str], list[s
     _, refused = launch_command_parser().parse_known_args([*launch_options, "script"])
     if refused:
         options = " ".join(refused)
-        raise ValueError(f"Unknown options: {options}. See trl-tpgrpo train --help and accelerate launch --help.")
+        raise ValueError(f"Unknown options: {options}. See {parser.prog} --help and accelerate launch --help.")
     return launch_options, _without(argv, unknown)
 
 
@@ -202,8 +210,12 @@ def build_trainer(
     model_args: TPGRPOModelConfig,
     dataset_args: DatasetMixtureConfig,
     training_args: TPGRPOConfig,
+    prompts: tuple[Dataset | None, Dataset | None] | None = None,
 ) -> TPGRPOTrainer:
-    """Return a trainer with the model, rewards and data of the options; raise ValueError if one is missing."""
+    """Return a trainer with the model, rewards and data of the options; raise ValueError if one is missing.
+
+    `prompts`, if they are loaded already, are those of training and of evaluation.
+    """
     if script_args.dataset_streaming:
         raise ValueError("--dataset_streaming is not supported: a rollout draws its prompts by number.")
     if model_args.model_name_or_path is None:
@@ -213,7 +225,8 @@ def build_trainer(
     chosen = {"revision": model_args.model_revision, "dtype": model_args.dtype}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     training_args.model_init_kwargs = chosen | (training_args.model_init_kwargs or {})
-    train_dataset, eval_dataset = load_prompts(script_args, dataset_args, training_args.eval_strategy != "no")
+    evaluate = training_args.eval_strategy != "no"
+    train_dataset, eval_dataset = prompts or load_prompts(script_args, dataset_args, evaluate)
     return TPGRPOTrainer(
         model=model_path(model_args.model_name_or_path),
         reward_funcs=list(map(load_reward, script_args.reward_funcs)),
@@ -252,5 +265,6 @@ def load_prompts(
     wanted = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluate else [])
     for split in wanted:
         if split not in splits:
-            raise ValueError(f"The dataset has no split {split!r}, only {list(splits)}: see --dataset_train_split.")
+            options = "--dataset_train_split and --dataset_test_split"
+            raise ValueError(f"The dataset has no split {split!r}, only {list(splits)}: see {options}.")
     return splits[wanted[0]], splits[wanted[1]] if evaluate else None
