@@ -20,6 +20,7 @@ from trl_tpgrpo.algorithm.comparison import compare, student_quantile
 from trl_tpgrpo.callbacks.checkpoints import INCOMPLETE
 from trl_tpgrpo.commands import evaluate, sample, train
 from trl_tpgrpo.commands.results import Results
+from trl_tpgrpo.policies.weights import LORA_FILE
 from trl_tpgrpo.rewards import RewardError
 from trl_tpgrpo.testbed import prompt_dataset
 
@@ -243,7 +244,7 @@ def test_other_settings_and_other_weights_are_refused_by_name(adapter: str, tmp_
     prompt_dataset("heldout", 8).to_json(tmp_path / "data/test.jsonl")
     other = tmp_path / "other"
     trained(options(other.parent, "other", output_dir=str(other), learning_rate=2e-2, save_strategy="no"))
-    shutil.copy(other / sample.weights.LORA_FILE, copied)
+    shutil.copy(other / LORA_FILE, copied)
     with pytest.raises(ValueError, match=f"begun with {copied}='.*choose another --output_dir, or delete"):
         evaluate.main(arguments)
 
@@ -318,6 +319,6 @@ def test_wrong_calls_name_the_option(changes: list[str], message: str, tmp_path:
     folders = {"whole": tmp_path / "whole", "lora": tmp_path / "lora"}
     (folders["whole"] / "transformer").mkdir(parents=True)
     folders["lora"].mkdir()
-    (folders["lora"] / sample.weights.LORA_FILE).touch()
+    (folders["lora"] / LORA_FILE).touch()
     with pytest.raises(ValueError, match=message):
         evaluate.main([*options(tmp_path), *(one.format(**folders) for one in changes)])

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..algorithm.comparison import compare
 from ..callbacks.pictures import grid
+from ..policies.weights import load_weights
 from . import sample, train
 from .results import BASE, Results, as_json
 
@@ -35,11 +36,6 @@ SETTINGS = (
 """What images and rewards depend on, besides the prompts and the weights."""
 SDE_SETTINGS = ("num_inference_steps", "sde_type", "noise_level", "sde_window_size", "sde_window_range")
 
-ADAPTER = """Trained weights to compare with the model: Hub ids or folders of a LoRA, folders with a trained
-`transformer`, or runs' output folders; of a run that was interrupted, its newest whole checkpoint is taken."""
-SAMPLER = """`ode`: `num_inference_steps_eval` steps, as in the trainer's evaluation. `sde`: `num_inference_steps`
-steps, those of the first SDE window by the SDE, as in training."""
-
 
 @dataclass
 class EvaluateArguments:
@@ -47,10 +43,15 @@ class EvaluateArguments:
 
     _argument_group_name = "Evaluate"
 
-    adapter: list[str] | None = field(default=None, metadata={"help": ADAPTER})
+    adapter: list[str] | None = field(
+        default=None,
+        metadata={"help": "What was trained: folders or Hub ids of LoRAs, folders with a `transformer`, or runs."},
+    )
     by: str | None = field(default=None, metadata={"help": "Column by whose values results are given too."})
-    num_prompts: int | None = field(default=None, metadata={"help": "Prompts, from the first. None: all."})
-    sampler: str = field(default="ode", metadata={"choices": ["ode", "sde"], "help": SAMPLER})
+    num_prompts: int | None = field(default=None, metadata={"help": "Prompts, from the first. `None`: all."})
+    sampler: str = field(
+        default="ode", metadata={"choices": ["ode", "sde"], "help": "`ode` as in evaluation, or `sde` as in training."}
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> int:
 
 def build_trainer(
     own: EvaluateArguments, adapters: list[str], script_args: Any, model_args: Any, dataset_args: Any, args: Any
-) -> train.TPGRPOTrainer:
+) -> Any:  # a TPGRPOTrainer
     """Return the trainer whose evaluation is used, with the prompts; raise ValueError for what does not fit."""
     whole = [adapter for adapter in adapters if sample.is_whole(adapter)]
     if whole and (model_args.use_peft or len(whole) < len(adapters)):
@@ -103,7 +104,7 @@ def build_trainer(
 
 
 def settings_of(
-    trainer: train.TPGRPOTrainer, own: EvaluateArguments, script_args: Any, model_args: Any, _: Any, args: Any
+    trainer: Any, own: EvaluateArguments, script_args: Any, model_args: Any, _: Any, args: Any
 ) -> dict[str, Any]:
     """Return what images and rewards depend on by name, as JSON gives it back."""
     known = {**vars(script_args), **vars(model_args), **vars(args), **vars(own)}
@@ -113,11 +114,11 @@ def settings_of(
     return as_json({**found, "prompts": hashlib.sha256(rows.encode()).hexdigest()})
 
 
-def activate(trainer: train.TPGRPOTrainer, source: str, name: str) -> None:
+def activate(trainer: Any, source: str, name: str) -> None:
     """Put trained weights into the model: all of them, or a LoRA under a name beside those that are there."""
     pipeline = trainer.policy.pipeline
     if sample.is_whole(source):
-        return sample.weights.load_weights(trainer.model, source)
+        return load_weights(trainer.model, source)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of an adapter not in use then
         pipeline.load_lora_weights(source, adapter_name=name)
@@ -129,7 +130,7 @@ def activate(trainer: train.TPGRPOTrainer, source: str, name: str) -> None:
 
 
 @torch.no_grad()
-def evaluate(trainer: train.TPGRPOTrainer, results: Results, name: str, window: Any) -> None:
+def evaluate(trainer: Any, results: Results, name: str, window: Any) -> None:
     """Sample and score what is missing of a model's images, batch by batch as `trainer.evaluate()` does."""
     process, batches = trainer.accelerator, trainer.get_eval_dataloader()
     whole = trainer.args.eval_batch_size * process.num_processes
@@ -146,7 +147,7 @@ def evaluate(trainer: train.TPGRPOTrainer, results: Results, name: str, window: 
             results.append(name, rewards)
 
 
-def report(trainer: train.TPGRPOTrainer, results: Results, by: str | None) -> None:
+def report(trainer: Any, results: Results, by: str | None) -> None:
     """Print the table, and write `evaluation.json` and, where models differ, `differences.png`."""
     prompts, names, output_dir = trainer.eval_dataset, trainer.eval_reward_func_names, results.folder.parent
     rewards, number = results.rewards, len(trainer.reward_funcs)
