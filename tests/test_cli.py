@@ -30,7 +30,8 @@ SMALL = ["--num_generations", "2", "--per_device_train_batch_size", "4", "--max_
 
 def recipe(tmp_path: Path, **changes: object) -> str:
     settings = yaml.safe_load((ROOT / "examples/recipes/testbed.yaml").read_text())
-    settings.update(output_dir=str(tmp_path / "out"), use_cpu=True, num_inference_steps=4, **changes)
+    settings.update(output_dir=str(tmp_path / "out"), use_cpu=True, num_inference_steps=4)
+    settings.update(eval_strategy="no", eval_on_start=False, **changes)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
     return str(path)

@@ -203,7 +203,7 @@ WRONG = [
         "so that updates and rollouts end together",
     ),
     (
-        {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 3},
+        {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 3, "num_generations_eval": 2},
         "must be a multiple of num_generations_eval",
     ),
     ({"beta": -1.0}, "beta must be at least 0"),

@@ -25,7 +25,7 @@ from transformers import HfArgumentParser
 
 from trl_tpgrpo.algorithm.completion import CompletionRule
 from trl_tpgrpo.cli import COMMANDS
-from trl_tpgrpo.commands import demo, fidelity, plan, sample
+from trl_tpgrpo.commands import demo, evaluate, fidelity, plan, sample
 from trl_tpgrpo.commands.rewards import BUILT_IN_REWARDS
 from trl_tpgrpo.rewards.serving.program import make_parser as make_serving_parser
 
@@ -65,7 +65,12 @@ SCRIPTS = [
         *(block for block in inline_code(page) if WITHIN_A_SENTENCE.match(block.text)),
     ]
 ]
-RECIPES = {"train": (), "plan": (plan.PlanArguments,), "fidelity": (fidelity.FidelityArguments,)}
+RECIPES = {
+    "train": (),
+    "plan": (plan.PlanArguments,),
+    "fidelity": (fidelity.FidelityArguments,),
+    "evaluate": (evaluate.EvaluateArguments,),
+}
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "sample": sample.make_parser,
     "serve-reward": make_serving_parser,

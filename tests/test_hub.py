@@ -376,6 +376,10 @@ def arguments(tmp_path: Path, *options: str) -> list[str]:
         "1",
         "--disable_tqdm",
         "true",
+        "--eval_strategy",
+        "no",
+        "--eval_on_start",
+        "false",
     ]
     recipe = str(ROOT / "examples/recipes/testbed.yaml")
     return ["--config", recipe, "--output_dir", str(tmp_path / "shapes"), "--use_cpu", "true", *small, *options]

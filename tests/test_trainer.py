@@ -369,6 +369,26 @@ def test_evaluation_reports_rewards_and_repeats_itself(tmp_path: Path) -> None:
     assert first["eval_num_evaluations"] == 4 * 3 * 3
 
 
+def test_every_image_of_an_evaluation_counts_once(tmp_path: Path) -> None:
+    """Also where the last batch is smaller, or the number of prompts is no multiple of a batch."""
+    seen: list[float] = []
+
+    def recorded(images: list[Image.Image], **columns: object) -> list[float]:
+        seen.extend(brightness(images))
+        return seen[-len(images) :]
+
+    for size in (3, 6, 9):
+        trainer = build(
+            tmp_path, reward_funcs=recorded, eval_dataset=prompts(4), num_generations_eval=3,
+            per_device_eval_batch_size=size,
+        )  # fmt: skip
+        seen.clear()
+        metrics = trainer.evaluate()
+        assert len(seen) == 12
+        assert metrics["eval_reward"] == pytest.approx(np.mean(seen), rel=1e-6)
+        assert metrics["eval_reward_std"] == pytest.approx(np.std(seen), rel=1e-4)
+
+
 def test_rewards_for_evaluation_are_logged_and_change_nothing(tmp_path: Path) -> None:
     seen = []
 

@@ -1,4 +1,4 @@
-"""The command line: `trl-tpgrpo train | plan | sample | fidelity | serve-reward | demo`."""
+"""The command line: `trl-tpgrpo train | plan | sample | evaluate | fidelity | serve-reward | demo`."""
 
 import argparse
 import importlib
@@ -15,6 +15,7 @@ from .commands.options import TRAININGS, help_text, near
 COMMANDS = {
     "train": "fine-tune a model, with a YAML recipe or options, on one device or many",
     "sample": "make images with a model, with or without a trained adapter",
+    "evaluate": "did it work? compare a model with and without what was trained, prompt by prompt",
     "fidelity": "measure how faithful cheap completions are on a model, its prompts and its reward",
     "plan": "what a run will cost: evaluations, memory per device, and what to change if it does not fit",
     "serve-reward": "serve reward functions over HTTP, from a machine or an environment of their own",

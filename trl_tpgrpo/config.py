@@ -85,10 +85,10 @@ class TPGRPOConfig(_BaseConfig):
         > Parameters that control the data
         remove_unused_columns (`bool`, *optional*, defaults to `False`): Whether reward functions see only `"prompt"`.
         num_generations (`int`, *optional*, defaults to `24`): Images per prompt; must divide `generation_batch_size`.
-        num_generations_eval (`int`, *optional*): Images per prompt in evaluation. `None`: `num_generations`.
+        num_generations_eval (`int`, *optional*, defaults to `1`): Images per prompt in evaluation.
         shuffle_dataset (`bool`, *optional*, defaults to `True`): Whether to shuffle the training prompts.
         per_device_train_batch_size (`int`, *optional*, defaults to `9`): Images per micro-batch, trained step by step.
-        per_device_eval_batch_size (`int`, *optional*): Images per evaluation batch. `None`: `num_generations_eval`.
+        per_device_eval_batch_size (`int`, *optional*): Images per evaluation batch. `None`: up to `num_generations`.
         generation_batch_size (`int`, *optional*): Images per rollout over all processes; excludes
             `steps_per_generation`. `None`: as that or `gradient_accumulation_steps` says, or 48 prompts (the paper's).
         steps_per_generation (`int`, *optional*): Micro-batches per rollout. `None`: `gradient_accumulation_steps`.
@@ -220,7 +220,7 @@ class TPGRPOConfig(_BaseConfig):
     model_init_kwargs: dict[str, Any] | None = None
     remove_unused_columns: bool | None = False
     num_generations: Annotated[int, "at least 1"] = 24
-    num_generations_eval: Annotated[int | None, "at least 1"] = None
+    num_generations_eval: Annotated[int, "at least 1"] = 1
     shuffle_dataset: bool = True
     per_device_train_batch_size: Annotated[int, "at least 1"] = 9
     per_device_eval_batch_size: Annotated[int | None, "at least 1"] = None
@@ -305,15 +305,14 @@ class TPGRPOConfig(_BaseConfig):
         return self._given | changed
 
     def _set_derived_defaults(self) -> None:
-        evaluated = self.num_generations if self.num_generations_eval is None else self.num_generations_eval
+        evaluated = self.num_generations_eval or 1  # 0 is refused later
         derived = {
             "activation_checkpointing": True if self.gradient_checkpointing is None else None,
             "bf16": not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available(),
             "epsilon_high": self.epsilon,
             "gradient_accumulation_steps": 1,  # until _settle_batch_sizes, for TrainingArguments
             "log_prob_type": "squared_error" if self.sde_type == "cps" else "gaussian",
-            "num_generations_eval": evaluated,
-            "per_device_eval_batch_size": evaluated,
+            "per_device_eval_batch_size": evaluated * max(1, self.num_generations // evaluated),
             "per_device_rollout_batch_size": self.per_device_train_batch_size,
         }
         for name, value in derived.items():
@@ -376,7 +375,7 @@ class TPGRPOConfig(_BaseConfig):
             yield f"sde_window_share ({self.sde_window_share}) measures the size: leave out sde_window_size ({size})."
         if size is not None and not 1 <= size <= stop - start:
             yield f"sde_window_size must be between 1 and {stop - start}, the steps of [{start}, {stop}), got {size}."
-        evaluated, group = (self.per_device_eval_batch_size or 0) * self.world_size, self.num_generations_eval or 1
+        evaluated, group = (self.per_device_eval_batch_size or 0) * self.world_size, self.num_generations_eval
         if self.eval_strategy != "no" and evaluated % group:
             yield f"Global eval batch size ({evaluated}) must be a multiple of num_generations_eval ({group})."
 

@@ -201,11 +201,17 @@ class Rollouts:
         for name, value in fidelity.overall().items():
             self.metrics["train"].record(f"completion_check/{name}", value, "nanmean")
 
-    def evaluate(self, rows: Rows, first: int) -> None:
-        """Sample B rows, of which the first is row `first` of the dataset, by the ODE, and record their rewards."""
+    def evaluate(
+        self, rows: Rows, first: int, num_rows: int, window: Window | None = None
+    ) -> tuple[list[Image.Image], Tensor]:
+        """Sample B rows, of which the first is row `first` of `num_rows`, and record their rewards.
+
+        The ODE samples, or the SDE in `window`. Return this process's B images and the rewards (N, F) of all, without
+        rows that only fill the last batches up.
+        """
         generators = self.generators(EVALUATION, 0, len(rows), first)
         functions = [*self.reward_funcs, *self.eval_reward_funcs]
-        sampled = self._scored(self._sample(rows, generators, None, None, functions), "eval")
+        sampled = self._scored(self._sample(rows, generators, window, None, functions), "eval")
         rewards, trained, error = sampled.rewards, len(self.reward_funcs), sampled.error
         prompts = [row["prompt"] for row in rows]
         try:
@@ -213,15 +219,18 @@ class Rollouts:
         except RewardError as inapplicable:  # on this process alone
             error = error or inapplicable
         self._stop_together(error)
-        self.samples.keep_evaluated(prompts, sampled.images, self._weighted(rewards[:, :trained, -1]))
-        final = self.accelerator.gather_for_metrics(rewards[:, :, -1].to(self.args.device)).cpu()  # (N, F)
+        self.samples.keep_evaluated(prompts, sampled.images, self.weighted(rewards[:, :trained, -1]))
+        # Not by gather_for_metrics, which takes the dataset's length for the number of rows.
+        num_left = num_rows - first + self.accelerator.process_index * len(rows)
+        final = self.accelerator.gather(rewards[:, :, -1].to(self.args.device)).cpu()[:num_left]
         metrics = self.metrics["eval"]
         for name, values in zip(self._names, final.unbind(1), strict=True):
             metrics.record(f"rewards/{name}/mean", values, "nanmean")
             metrics.record(f"rewards/{name}/std", values, "std")
-        reward = self._weighted(final[:, :trained])
+        reward = self.weighted(final[:, :trained])
         metrics.record("reward", reward, "nanmean")
         metrics.record("reward_std", reward, "std")
+        return sampled.images, final
 
     def sample_and_score(
         self,
@@ -382,8 +391,8 @@ class Rollouts:
         # Of the model itself: transformers leaves the mode of DeepSpeed's engine as it is.
         return "train" if self.accelerator.unwrap_model(self._model()).training else "eval"
 
-    def _weighted(self, rewards: Tensor) -> Tensor:
-        """Sum rewards (N, F) that apply: (N,); NaN where none does."""
+    def weighted(self, rewards: Tensor) -> Tensor:
+        """Sum rewards (N, F) of the functions that are trained on, where they apply: (N,); NaN where none does."""
         return (rewards * self.reward_weights).nansum(1).where(~rewards.isnan().all(1), torch.nan)
 
     def draw_window(self, generation: int) -> Window:

@@ -399,7 +399,8 @@ class TPGRPOTrainer(_BaseTrainer):
         """Sample and score a batch of an evaluation; there is no loss."""
         first = self._num_evaluated + self.accelerator.process_index * len(inputs)
         self._num_evaluated += self.accelerator.num_processes * len(inputs)
-        self.rollouts.evaluate(inputs, first)
+        num_prompts = len(self.callback_handler.eval_dataloader.dataset)
+        self.rollouts.evaluate(inputs, first, num_prompts * self.args.num_generations_eval)
         return None, None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

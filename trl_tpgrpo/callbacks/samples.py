@@ -129,7 +129,7 @@ class Samples:
             if prompt not in self._evaluated and len(self._evaluated) == NUM_EVALUATION_PROMPTS:
                 return
             kept = self._evaluated.setdefault(prompt, [])
-            if len(kept) < min(NUM_EVALUATION_IMAGES, self._args.num_generations_eval or 1):
+            if len(kept) < min(NUM_EVALUATION_IMAGES, self._args.num_generations_eval):
                 kept.append((image, reward))
 
     def evaluation_ends(self, prefix: str, state: TrainerState, control: TrainerControl) -> None:

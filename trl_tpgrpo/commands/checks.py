@@ -33,9 +33,9 @@ def check_training(command: str, argv: list[str]) -> None:
     if command == "train":
         _check_output_dir(values)
     if command != "plan":
-        _check_what_is_needed(values)
+        _check_what_is_needed(command, values)
     elif "dataset_name" in values:
-        _check_prompts(values)
+        _check_prompts(command, values)
 
 
 def given(argv: list[str]) -> dict[str, list[str]]:
@@ -55,7 +55,7 @@ def _first(values: dict[str, list[Any]], name: str) -> str:
     return next(iter(values.get(name, [])), "")
 
 
-def _check_what_is_needed(values: dict[str, list[str]]) -> None:
+def _check_what_is_needed(command: str, values: dict[str, list[str]]) -> None:
     name = _first(values, "model_name_or_path")
     if not name:
         raise ValueError("--model_name_or_path is missing: a Hub id, a folder, a file, or 'testbed'.")
@@ -68,7 +68,7 @@ def _check_what_is_needed(values: dict[str, list[str]]) -> None:
     if not values.get("reward_funcs"):
         raise ValueError(f"--reward_funcs is missing: any of {list(BUILT_IN_REWARDS)}, import paths, or URLs.")
     if "datasets" not in values:
-        _check_prompts(values)
+        _check_prompts(command, values)
     for name in [*values["reward_funcs"], *values.get("eval_reward_funcs", [])]:
         if name.startswith(("http://", "https://")):
             _check_server(name)
@@ -98,13 +98,14 @@ def _check_server(url: str) -> None:
         raise ConnectionError(f"The reward server {url} cannot be reached: {error}. Is it running?") from error
 
 
-def _check_prompts(values: dict[str, list[str]]) -> None:
-    from .prompts import is_local, read_prompts  # with datasets
+def _check_prompts(command: str, values: dict[str, list[str]]) -> None:
+    from .prompts import is_local, read_prompts, split_of  # with datasets
 
     name, evaluates = _first(values, "dataset_name"), _first(values, "eval_strategy").lower() not in ("", *NO)
     if not name:
         raise ValueError("--dataset_name is missing: a Hub id, a folder, a file, or 'testbed' (or `datasets`).")
-    if name != "testbed" and is_local(name):
-        splits = [_first(values, "dataset_train_split") or "train"]
-        splits += [_first(values, "dataset_test_split") or "test"] if evaluates else []
-        read_prompts(name, _first(values, "dataset_config") or None, splits, _first(values, "prompt_column") or None)
+    if name == "testbed" or not is_local(name):
+        return
+    train, test = _first(values, "dataset_train_split") or "train", _first(values, "dataset_test_split") or "test"
+    splits = [split_of(name, test)] if command == "evaluate" else [train, test] if evaluates else [train]
+    read_prompts(name, _first(values, "dataset_config") or None, splits, _first(values, "prompt_column") or None)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 
-TRAININGS = ("train", "fidelity", "plan")
+TRAININGS = ("train", "evaluate", "fidelity", "plan")
 """Commands that take the options of a training."""
 
 # Classes whose fields are options, in the order of `--help`, with their heading there; the first with a field counts.

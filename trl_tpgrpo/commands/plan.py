@@ -8,7 +8,7 @@ keep while they compute.
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from peft import LoraConfig
 from trl import get_peft_config
 
 from ..algorithm.rollout import EXACT
-from ..config import TPGRPOConfig
+from ..config import TPGRPOConfig, described
 from ..policies.base import Guidance
 from ..policies.embeddings import KEPT_IN_MEMORY
 from ..policies.loading import build_policy, prepare_transformer, run_dtype
@@ -55,15 +55,22 @@ REWARD_MODELS = {
 }  # fmt: skip
 """Weights in float32 of the built-in rewards that have any on the device."""
 OCR_SECONDS = 0.31  # of one thread for an image of 512 x 512 pixels: docs/rewards.md
-GPU = """A card, such as 4090 or H100, or the memory of one, such as 24GB, to fit into; its hours are estimated."""
 
 
+@described
 @dataclass
 class PlanArguments:
-    """Arguments of `trl-tpgrpo plan`, besides those of `trl-tpgrpo train`, which say what is planned."""
+    """
+    Arguments of `trl-tpgrpo plan`, besides those of `trl-tpgrpo train`, which say what is planned.
+
+    Parameters:
+        gpu (`str`, *optional*): A card, such as 4090 or H100, or the memory of one, such as 24GB, to fit into; its
+            hours are estimated.
+    """
 
     _argument_group_name = "Plan"
-    gpu: str | None = field(default=None, metadata={"help": GPU})
+
+    gpu: str | None = None
 
 
 @dataclass

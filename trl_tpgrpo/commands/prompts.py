@@ -18,6 +18,11 @@ def is_local(name: str) -> bool:
     return Path(name).exists() or Path(name).suffix in FORMATS or name.startswith((".", "/", "~")) or is_file_name
 
 
+def split_of(name: str | None, split: str) -> str:
+    """Return the split to evaluate on: of a file, which has one, that one, whatever it is called."""
+    return "train" if name and Path(name).expanduser().is_file() else split
+
+
 def read_prompts(name: str, config: str | None, splits: list[str], column: str | None) -> list[Dataset]:
     """Load splits of a dataset, with `column` renamed to `prompt`; a local one is read without progress bars.
 

@@ -30,10 +30,8 @@ def main(argv: list[str]) -> int:
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts:
         raise ValueError("There is no prompt: use --prompt or --prompts_file.")
-    folder = Path(args.adapter or "")
-    if args.adapter and folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("transformer")]:
-        raise FileNotFoundError(f"--adapter: {folder} holds neither a LoRA (.safetensors) nor a folder transformer.")
-    pipeline = build_pipeline(args.model_name_or_path, args.adapter, args.dtype, args.device)
+    adapter = args.adapter and find_weights(args.adapter)
+    pipeline = build_pipeline(args.model_name_or_path, adapter, args.dtype, args.device)
     options = {**PIPELINE_KWARGS} if args.model_name_or_path == "testbed" else {}
     options |= {name: value for name, value in vars(args).items() if name in SAMPLING_OPTIONS and value is not None}
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -51,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-tpgrpo sample", description=description)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="Hub id or folder of a pipeline, or 'testbed'")
-    add("--adapter", help="Hub id or folder of a LoRA, or a folder with a trained transformer")
+    add("--adapter", help="Hub id or folder of a LoRA, folder with a trained transformer, or of a run")
     add("--prompt", action="append", default=[], help="a prompt; may be repeated")
     add("--prompts_file", type=Path, help="text file with a prompt a line")
     add("--output_dir", type=Path, default=Path("samples"), help="folder of the PNG files (default: %(default)s)")
@@ -73,13 +71,41 @@ def build_pipeline(model: str, adapter: str | None, dtype: str | None, device: s
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     pipeline = load_pipeline(model, dtype)
-    if adapter is not None and (Path(adapter) / "transformer").is_dir():
+    if adapter is not None and is_whole(adapter):
         load = type(pipeline.transformer).from_pretrained
         pipeline.register_modules(transformer=load(adapter, subfolder="transformer", dtype=getattr(torch, dtype)))
     elif adapter is not None:
         pipeline.load_lora_weights(adapter)
     pipeline.set_progress_bar_config(leave=False)
     return pipeline.to(device)
+
+
+def is_whole(adapter: str) -> bool:
+    """Say whether it is a folder with all weights of a transformer, rather than a LoRA."""
+    return (Path(adapter) / "transformer").is_dir()
+
+
+def find_weights(adapter: str) -> str:
+    """Return the Hub id or the folder of the weights: of a run that was interrupted, its newest whole checkpoint.
+
+    A folder without any, or one that was not written to its end, raises a FileNotFoundError.
+    """
+    from ..callbacks import checkpoints  # imports torch
+
+    folder = Path(adapter)
+    if (folder / checkpoints.INCOMPLETE).exists():
+        raise FileNotFoundError(
+            f"--adapter: the checkpoint {adapter} was not written to its end: take an earlier one."
+        )
+    if not folder.is_dir() or is_whole(adapter) or any(folder.glob("*.safetensors")):
+        return adapter
+    try:
+        found = checkpoints.last_complete(folder)
+    except FileNotFoundError as error:
+        sought = "neither a LoRA (.safetensors), a folder transformer, nor a whole checkpoint"
+        raise FileNotFoundError(f"--adapter: {adapter} holds {sought}.") from error
+    tqdm.write(f"{adapter} has no weights of its own, so those of its newest checkpoint are taken: {found}")
+    return str(found)
 
 
 def sample(pipeline: Any, prompt: str, number: int, seed: int, options: dict) -> list[Image.Image]:

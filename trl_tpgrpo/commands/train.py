@@ -1,6 +1,5 @@
 """`trl-tpgrpo train`: arguments as those of `trl grpo`, from a YAML recipe, the command line, or both."""
 
-import argparse
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,10 +79,9 @@ class TPGRPOModelConfig(ModelConfig):
 def main(argv: list[str]) -> int:
     """Train in this process, or through `accelerate launch` if its options are given or there are several GPUs."""
     parser = make_parser()
-    launch_options, own_options = split_options(parser, argv)
-    if "LOCAL_RANK" not in os.environ and (launch_options or torch.cuda.device_count() > 1):
-        launch = launch_command_parser().parse_args([*launch_options, "--module", "trl_tpgrpo", "train", *own_options])
-        return run_launcher(launch)
+    own_options = launch("train", parser, argv)
+    if isinstance(own_options, int):
+        return own_options
     options = parser.parse_args_and_config(own_options, fail_with_unknown_args=False)[:4]  # a namespace follows
     script_args, model_args, dataset_args, training_args = options
     settings = non_defaults(script_args) | non_defaults(model_args) | non_defaults(dataset_args) | training_args.given
@@ -94,11 +92,15 @@ def main(argv: list[str]) -> int:
     return exit_code
 
 
-def run_launcher(launch: argparse.Namespace) -> int:
-    """Run `accelerate launch`; return its exit code, of failed processes, which have said why, the first one's."""
+def launch(command: str, parser: TrlParser, argv: list[str]) -> list[str] | int:
+    """Return the command's own options, or run it through `accelerate launch` and return the exit code: see `main`."""
+    launch_options, own_options = split_options(parser, argv)
+    if "LOCAL_RANK" in os.environ or not (launch_options or torch.cuda.device_count() > 1):
+        return own_options
+    arguments = [*launch_options, "--module", "trl_tpgrpo", command, *own_options]
     try:
-        launch_command(launch)
-    except ChildFailedError as error:
+        launch_command(launch_command_parser().parse_args(arguments))
+    except ChildFailedError as error:  # which has said why
         return error.get_first_failure()[1].exitcode
     except SignalException as error:
         return 128 + error.sigval
@@ -119,7 +121,7 @@ def split_options(parser: TrlParser, argv: list[str]) -> tuple[list[str], list[s
     _, refused = launch_command_parser().parse_known_args([*launch_options, "script"])
     if refused:
         hint = near(refused[0].removeprefix("--"), names)
-        raise ValueError(f"Unknown options: {' '.join(refused)}{hint} See trl-tpgrpo train --help.")
+        raise ValueError(f"Unknown options: {' '.join(refused)}{hint} See {parser.prog} --help.")
     return launch_options, _without(argv, unknown)
 
 
@@ -204,9 +206,14 @@ def build_trainer(
     model_args: TPGRPOModelConfig,
     dataset_args: DatasetMixtureConfig,
     training_args: TPGRPOConfig,
+    prompts: tuple[Dataset | None, Dataset | None] | None = None,
 ) -> Any:  # a TPGRPOTrainer
-    """Return a trainer with the data, rewards and model of the options, loaded in this order."""
-    train_dataset, eval_dataset = load_prompts(script_args, dataset_args, training_args.eval_strategy != "no")
+    """Return a trainer with the data, rewards and model of the options, loaded in this order.
+
+    `prompts`, if they are loaded already, are those of training and of evaluation.
+    """
+    evaluates = training_args.eval_strategy != "no"
+    train_dataset, eval_dataset = prompts or load_prompts(script_args, dataset_args, evaluates)
     reward_funcs = list(map(load_reward, script_args.reward_funcs or []))
     eval_reward_funcs = list(map(load_reward, script_args.eval_reward_funcs or []))
     chosen_args = {"revision": model_args.model_revision, "dtype": model_args.dtype}
