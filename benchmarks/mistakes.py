@@ -24,6 +24,7 @@ FILES = {
     "flux1-dev-Q4_0.gguf": "GGUF",
     "weights.safetensors": "not weights",
     "folder/notes.txt": "no model",
+    "used/checkpoint-5/trainer_state.json": "{}",
 }
 """Files that the calls name, with their text."""
 
@@ -71,7 +72,7 @@ MISTAKES = {
     f"train {MODEL} {REWARD} --dataset_name broken.jsonl": "broken.jsonl cannot be read: JSON parse error",
     f"train {MODEL} {REWARD} --dataset_name my_rewards.py": "my_rewards.py must end in one of .csv, .json",
     f"train {MODEL} {REWARD} --dataset_name prompts.csv --eval_strategy steps": "no split 'test', only ['train']: see "
-    "--dataset_test_split",
+    "--dataset_train_split and --dataset_test_split.",
     f"train {MODEL} {REWARD} --dataset_name prompts.csv {SIZES} --generation_batch_size 8": "train_dataset has 2 "
     "prompts, but one rollout takes 4",
     f"{RUN} --credit turningpoint": "argument --credit: invalid choice: 'turningpoint'",
@@ -82,10 +83,11 @@ MISTAKES = {
     f"{RUN} --reward_weights 1 2": "reward_weights has 2 entries for 1 reward functions.",
     f"{RUN} --lora_dropout 0.1": "peft_config.lora_dropout must be 0, got 0.1",
     f"{RUN} --output_dir nothing --resume_from_checkpoint true": "nothing holds no checkpoint to resume from.",
+    f"{RUN} --output_dir used": "used holds checkpoints of another run (checkpoint-5): go on with it by",
     f"{RUN} --resume_from_checkpoint out/checkpoint-5": "there is no checkpoint out/checkpoint-5.",
     "sample --model_name_or_path testbed": "There is no prompt: use --prompt or --prompts_file.",
     "sample --model_name_or_path testbed --prompt x --adapter folder": "folder holds neither a LoRA",
-    f"plan {MODEL} {SIZES} --gpu large": "--gpu must be the memory of a GPU, such as 24GB, got 'large'.",
+    f"plan {MODEL} {SIZES} --gpu large": "--gpu must be one of 3090, 4090, 5090",
     "serve-reward --reward_funcs brightnes": "No reward function 'brightnes': did you mean brightness?",
 }
 """Calls as users type them, with a part of what they are told."""
@@ -93,7 +95,7 @@ MISTAKES = {
 
 def write_files(folder: Path) -> None:
     for name, text in FILES.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
 
 

@@ -1,7 +1,7 @@
 """What `trl-tpgrpo plan` says, against what runs log, what PyTorch allocates, and what is published of the models."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
 from trl_tpgrpo.algorithm.rollout import EXACT, roll_out
 from trl_tpgrpo.batches import Trajectories
-from trl_tpgrpo.cli import one_recipe
 from trl_tpgrpo.commands import plan as command
 from trl_tpgrpo.commands.architectures import FOLDERS, architecture_folder, load_architecture, load_part
 from trl_tpgrpo.commands.hours import GIB, UTILISATION, Flops, count_evaluated, count_flops, find_gpu, time_rows
@@ -640,16 +639,16 @@ SIZES = {"1x24gb": "4090", "1x80gb": "A100-80GB", "paper": "H100"}
 MODELS = ["sd3.5-medium", "flux.1-dev"]
 
 
-def recipe(*names: str) -> Iterator:
-    return one_recipe(["--output_dir", "x", "--config", *(str(RECIPES / f"{name}.yaml") for name in names)])
+def recipe(*names: str) -> list[str]:
+    return ["--output_dir", "x", "--config", *(str(RECIPES / f"{name}.yaml") for name in names)]
 
 
 @pytest.mark.parametrize("task", ["composition", "text", "preference"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("model", MODELS)
 def test_recipes_are_the_same_run_on_any_number_of_processes(model: str, size: str, task: str) -> None:
-    with recipe(model, f"{model}_{size}", f"task_{task}") as argv:
-        runs = {number: read_options([*argv, "--num_processes", str(number)])[4] for number in (1, 2, 8)}
+    argv = recipe(model, f"{model}_{size}", f"task_{task}")
+    runs = {number: read_options([*argv, "--num_processes", str(number)])[4] for number in (1, 2, 8)}
     counts = [count(args) for args in runs.values()]
     assert [args.world_size for args in runs.values()] == [1, 2, 8]
     assert all(each.updates == 2 and each.num_updates == runs[1].max_steps for each in counts)
@@ -667,8 +666,8 @@ def test_the_recipe_of_the_testbed_is_planned_on_any_number_of_processes(number:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_papers_recipe_is_the_papers_run(model: str, tmp_path: Path) -> None:
-    with recipe(model, f"{model}_paper", "task_text") as argv:
-        _, script, chosen, _, args, _ = read_options(argv)
+    argv = recipe(model, f"{model}_paper", "task_text")
+    _, script, chosen, _, args, _ = read_options(argv)
     paper = TPGRPOConfig(str(tmp_path), use_cpu=True)
     same = ("credit", "completion", "sde_type", "noise_level", "beta", "epsilon", "learning_rate", "ema_decay")
     assert all(getattr(args, name) == getattr(paper, name) for name in same)
@@ -684,8 +683,8 @@ def test_the_recipes_of_a_day_end_within_it_on_their_card(model: str, size: str,
     """Evaluations included, on as many prompts as the largest of the examples' test sets has."""
     for split, number in {"train": 12_000, "test": 500}.items():
         Dataset.from_dict({"prompt": [f"a cat, {n}" for n in range(number)]}).to_parquet(tmp_path / f"{split}.parquet")
-    with recipe(model, f"{model}_{size}", "task_preference") as argv:
-        command.main([*argv, "--dataset_name", str(tmp_path), "--gpu", SIZES[size]])
+    argv = recipe(model, f"{model}_{size}", "task_preference")
+    command.main([*argv, "--dataset_name", str(tmp_path), "--gpu", SIZES[size]])
     text = capsys.readouterr().out
     assert 12 < float(row(text, f"hours on {SIZES[size]}")[1]) <= 24
     assert f"it fits into {size[2:4]} GiB" in text

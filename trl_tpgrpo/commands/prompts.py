@@ -55,8 +55,8 @@ def chosen(found: DatasetDict, splits: list[str], column: str | None = None) -> 
     """Return splits of what has been loaded, with prompts in the column `prompt`; raise ValueError if one lacks."""
     for split in splits:
         if split not in found:
-            option = "--dataset_train_split" if split == splits[0] else "--dataset_test_split"
-            raise ValueError(f"The dataset has no split {split!r}, only {list(found)}: see {option}.")
+            options = "--dataset_train_split and --dataset_test_split"
+            raise ValueError(f"The dataset has no split {split!r}, only {list(found)}: see {options}.")
     return [_with_prompts(found[split], column) for split in splits]
 
 
