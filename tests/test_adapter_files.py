@@ -132,7 +132,8 @@ def test_another_alpha_makes_the_same_model_of_a_file(tmp_path: Path) -> None:
 
 def save_as_version_0_1_0(model: PeftModel, folder: Path) -> None:
     """Unscaled weights, with the trained config as the header."""
-    layers = {name.removeprefix("base_model.model."): value for name, value in get_peft_model_state_dict(model).items()}
+    weights = get_peft_model_state_dict(model)
+    layers = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
     config = model.peft_config["default"].to_dict()
     type(tiny_sd3()).save_lora_weights(folder, layers, transformer_lora_adapter_metadata=config)
 

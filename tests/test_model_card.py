@@ -124,7 +124,7 @@ def test_the_recipe_of_a_run_in_python_makes_the_same_settings(tmp_path: Path) -
     assert script.reward_funcs == ["test_trainer.brightness"]
     assert (model.use_peft, model.lora_r, model.lora_alpha) == (True, 4, 8)
     assert set(model.lora_target_modules) == set(trainer.model.peft_config["default"].target_modules)
-    other = {"output_dir", "hub_token", "disable_tqdm", "ddp_find_unused_parameters", "logging_dir"}
+    other = {"output_dir", "hub_token", "disable_tqdm", "ddp_find_unused_parameters", "logging_dir", "derived"}
     for name in set(TPGRPOConfig.__dataclass_fields__) - other:
         assert getattr(args, name) == getattr(trainer.args, name), name
 

@@ -45,7 +45,7 @@ def check_datasets(
         if dataset is not None:
             _check_dataset(name, dataset)
             for reward_func in reward_funcs if dataset is train else [*reward_funcs, *eval_only]:
-                check_signature(reward_func, [column for column in dataset.column_names if column != "prompt"])
+                check_signature(reward_func, [column for column in dataset.format["columns"] if column != "prompt"])
     if evaluation is None and eval_only and train is not None:
         raise ValueError("eval_reward_funcs are called in evaluation only: pass an eval_dataset too.")
     if evaluation is None and args.eval_strategy != "no":
@@ -58,11 +58,11 @@ def check_datasets(
 def _check_dataset(name: str, dataset: Dataset) -> None:
     if not isinstance(dataset, Dataset):
         raise TypeError(f"{name} must be a datasets.Dataset, got {type(dataset).__name__}.")
-    if "prompt" not in dataset.column_names:
-        raise ValueError(f"{name} needs a column 'prompt', got {dataset.column_names}.")
+    if "prompt" not in (columns := dataset.format["columns"]):  # those that with_format() leaves
+        raise ValueError(f"{name} needs a column 'prompt', got {columns}.")
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty.")
-    for column in set(RESERVED_COLUMNS) & set(dataset.column_names):
+    for column in set(RESERVED_COLUMNS) & set(columns):
         raise ValueError(f"{name} has a column {column!r}, which reward functions get as something else: rename it.")
     for row, prompt in enumerate(dataset["prompt"]):
         if not isinstance(prompt, str):

@@ -5,7 +5,9 @@ A function that waits for something else (a server, native code that releases th
 are called as images are handed in.
 """
 
+import copy
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -121,11 +123,14 @@ class Scoring:
 
     def _call(self, index: int, rows: slice) -> _Call:
         function, batch = self.reward_funcs[index], self.batch
-        columns: dict[str, list] = {"images": batch.images, "prompts": batch.prompts, **batch.columns}
-        arguments: dict[str, Any] = {name: values[rows] for name, values in columns.items()}
+        columns = {"prompts": batch.prompts, **batch.columns}
+        # Copies: what a function does to them is not what the next one sees, or what is logged
+        arguments: dict[str, Any] = {name: copy.deepcopy(values[rows]) for name, values in columns.items()}
         if declared(function).image_type == "pt":
             assert batch.pixels is not None
             arguments["images"] = batch.pixels[rows].float() / 255
+        else:
+            arguments["images"] = [image.copy() for image in batch.images[rows]]
         metrics: list[tuple[str, float]] = []
         extra: dict[str, list] = {}
         arguments |= self._extra
@@ -191,7 +196,8 @@ def runs_beside(reward_func: RewardFunc) -> bool:
 def save_evidence(error: RewardError, folder: Path, step: int, process: int) -> None:
     """Write what is known of a failure at an update (`step`), and its image if it has one, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"step_{step:06d}_{error.name.replace('/', '_')}" + (f"_{process}" if process else "")
+    function = re.sub(r"[^\w.-]+", "_", error.name)  # a "<lambda>" is no name for a file
+    name = f"step_{step:06d}_{function}" + (f"_{process}" if process else "")
     told = {"reward_func": error.name, "what": error.what, "row": error.row, "prompt": error.prompt, "update": step}
     (folder / f"{name}.json").write_text(json.dumps(told, indent=1))
     if error.image is not None:
