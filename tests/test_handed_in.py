@@ -338,6 +338,7 @@ def test_an_alpha_that_trains_nothing_is_refused(changes: dict, tmp_path: Path) 
 def test_columns_that_a_format_hides_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train_dataset needs a column 'prompt', got \['topic'\]"):
         build(tmp_path, train_dataset=prompts().with_format(columns=["topic"]))
+    build(tmp_path, train_dataset=prompts().with_format(columns=["topic"], output_all_columns=True))
 
     def narrow(
         images: list, prompts: list, trainer_state: object, log_metric: object, log_extra: object

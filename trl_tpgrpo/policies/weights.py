@@ -1,7 +1,6 @@
 """Trained weights on disk in diffusers' format, whole, also where each process holds a part of them (FSDP2)."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,7 +34,7 @@ def save_weights(
     if not is_main_process:
         return
     if isinstance(model, PeftModel):
-        scales = _scales(model, weights)
+        scales = {name: _scale(model, name) for name in weights}
         scaled = {name: value * scales[name] for name, value in weights.items()}
         layers = {name.removeprefix(PEFT_PREFIX): value for name, value in scaled.items()}
         config = model.peft_config["default"]
@@ -75,18 +74,19 @@ def load_weights(model: Model, input_dir: str | Path) -> None:
     _write(parameters, saved)
 
 
-def _scales(model: PeftModel, names: Iterable[str]) -> dict[str, float]:
-    """Return what each tensor of an adapter, by PEFT's names, is multiplied by so that its layer's scale is 1."""
-    layers = {name: model.get_submodule(name.split(".lora_B.")[0]) for name in names if ".lora_B." in name}
-    return {name: layers[name].scaling["default"] if name in layers else 1.0 for name in names}
+def _scale(model: PeftModel, name: str) -> float:
+    """Return what a tensor of an adapter, by its name in PEFT, is multiplied by so that its layer's scale is 1."""
+    layer, is_second, _ = name.partition(".lora_B.")
+    return model.get_submodule(layer).scaling["default"] if is_second else 1.0
 
 
 def _undo_scale(model: PeftModel, saved: dict[str, Tensor], unscaled_file: Path) -> None:
     """Turn an adapter's tensors into what is trained, to the bit where a file has it that belongs to them."""
     unscaled = load_file(unscaled_file) if unscaled_file.exists() else {}
-    for name, scale in _scales(model, saved).items():
-        exact = unscaled.get(name, saved[name] / scale)
-        saved[name] = exact if torch.equal(exact * scale, saved[name]) else saved[name] / scale
+    for name, value in saved.items():
+        scale = _scale(model, name)
+        exact = unscaled.get(name, value / scale)
+        saved[name] = exact if torch.equal(exact * scale, value) else value / scale
 
 
 def _check_same_scale(model: PeftModel, header: dict[str, Any], input_dir: str | Path) -> None:

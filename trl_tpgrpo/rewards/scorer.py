@@ -66,7 +66,7 @@ class Scorer:
 
     def submit(self, reward_func: RewardFunc, arguments: dict[str, Any]) -> Future:
         """Call a function where it runs; the future is cancelled if the call takes longer than its timeout."""
-        timeout, call = declared(reward_func).timeout, partial(reward_func, **arguments)
+        timeout, call = declared(reward_func).timeout, partial(_call_on_copies, reward_func, arguments)
         if is_async(reward_func):
             return self._event_loop.submit(call, timeout)
         if runs_beside(reward_func) or timeout is not None:
@@ -123,14 +123,11 @@ class Scoring:
 
     def _call(self, index: int, rows: slice) -> _Call:
         function, batch = self.reward_funcs[index], self.batch
-        columns = {"prompts": batch.prompts, **batch.columns}
-        # Copies: what a function does to them is not what the next one sees, or what is logged
-        arguments: dict[str, Any] = {name: copy.deepcopy(values[rows]) for name, values in columns.items()}
+        columns: dict[str, list] = {"images": batch.images, "prompts": batch.prompts, **batch.columns}
+        arguments: dict[str, Any] = {name: values[rows] for name, values in columns.items()}
         if declared(function).image_type == "pt":
             assert batch.pixels is not None
             arguments["images"] = batch.pixels[rows].float() / 255
-        else:
-            arguments["images"] = [image.copy() for image in batch.images[rows]]
         metrics: list[tuple[str, float]] = []
         extra: dict[str, list] = {}
         arguments |= self._extra
@@ -186,6 +183,12 @@ class Scoring:
         for metric, value in call.metrics:
             self._extra["log_metric"](metric, value)
         return rewards
+
+
+def _call_on_copies(reward_func: RewardFunc, arguments: dict[str, Any]) -> Any:
+    """Call a function on lists of its own: what it does to images and columns, no other function and no log sees."""
+    own = {name: copy.deepcopy(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    return reward_func(**own)
 
 
 def runs_beside(reward_func: RewardFunc) -> bool:
