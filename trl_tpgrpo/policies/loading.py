@@ -73,10 +73,11 @@ def _check_as_loaded(transformer: nn.Module) -> None:
     """Raise a `ValueError` for a transformer that was changed in a way by which training or saving goes wrong."""
     modules, is_quantized = dict(transformer.named_modules()), getattr(transformer, "hf_quantizer", None) is not None
     marks = {mark for module in modules.values() for mark, value in vars(module).items() if value is not None}
+    is_compiled = "_orig_mod" in modules or "_compiled_call_impl" in marks
     hooks = [vars(module).get("_diffusers_hook") for module in modules.values()]
     for is_wrong, what in (
-        (not isinstance(transformer, ModelMixin), f"is wrapped in a {type(transformer).__name__}"),
-        ("_compiled_call_impl" in marks, "is compiled (compile_backend='inductor' does that, when the adapter is in)"),
+        (is_compiled, "is compiled, which compile_backend='inductor' does where it works with training"),
+        (not isinstance(transformer, ModelMixin), f"is wrapped in {type(transformer).__name__}"),
         (any(name.endswith(("to_qkv", "to_added_qkv")) for name in modules), "had its projections fused"),
         ("_hf_hook" in marks and not is_quantized, "has hooks of accelerate (offloading, a device_map)"),
         (any(one is not None and one.hooks for one in hooks), "has hooks of diffusers (a cache, a cast, offloading)"),
