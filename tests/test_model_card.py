@@ -1,5 +1,6 @@
 """The card and the recipe of a run: what they tell, that the Hub takes the one and the command line the other."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import yaml
 from datasets import Dataset
 from hub_server import WRITE, HubServer, metadata_problems
 from huggingface_hub import ModelCard
-from test_trainer import build, config, prompts
+from test_trainer import build, config, lora, prompts
+from tiny import tiny_sd3
 
 from trl_tpgrpo import TPGRPOConfig
 from trl_tpgrpo.commands import train
@@ -124,9 +126,40 @@ def test_the_recipe_of_a_run_in_python_makes_the_same_settings(tmp_path: Path) -
     assert script.reward_funcs == ["test_trainer.brightness"]
     assert (model.use_peft, model.lora_r, model.lora_alpha) == (True, 4, 8)
     assert set(model.lora_target_modules) == set(trainer.model.peft_config["default"].target_modules)
-    other = {"output_dir", "hub_token", "disable_tqdm", "ddp_find_unused_parameters", "logging_dir"}
+    other = {"output_dir", "hub_token", "disable_tqdm", "ddp_find_unused_parameters", "logging_dir", "derived"}
     for name in set(TPGRPOConfig.__dataclass_fields__) - other:
         assert getattr(args, name) == getattr(trainer.args, name), name
+
+
+def test_the_recipe_names_what_of_the_adapter_it_cannot_hold(tmp_path: Path) -> None:
+    more = {
+        "exclude_modules": ["attn.to_add_out", "attn.add_v_proj"], "rank_pattern": {"attn.to_q": 2},
+        "alpha_pattern": {"attn.to_q": 3}, "layers_to_transform": [0], "layers_pattern": "transformer_blocks",
+        "init_lora_weights": "gaussian",
+    }  # fmt: skip
+    build(tmp_path / "run", peft_config=lora(**more)).create_model_card()
+    text = (tmp_path / "run/recipe.yaml").read_text()
+    told = re.fullmatch(r"# The adapter had more, .* Python alone: LoraConfig\((.*)\)", text.splitlines()[0])[1]
+    assert eval(f"dict({told})") == more | {"exclude_modules": ["attn.add_v_proj", "attn.to_add_out"]}
+    assert parsed(tmp_path / "run/recipe.yaml", "--output_dir", str(tmp_path / "again"))[1].lora_r == 4
+    build(tmp_path / "plain").create_model_card()
+    assert "LoraConfig" not in (tmp_path / "plain/recipe.yaml").read_text()
+
+
+def test_a_base_with_a_fused_adapter_is_not_named(tmp_path: Path) -> None:
+    """Nobody else has it, as the refusal of a pipeline with an adapter advises to make it."""
+    build(tmp_path / "first").save_model()
+    pipeline = tiny_sd3()
+    pipeline.register_to_config(_name_or_path="someone/base")
+    trainer = build(tmp_path / "plain", copy.deepcopy(pipeline))
+    assert trainer.card._base_model == "someone/base"
+    pipeline.load_lora_weights(tmp_path / "first")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    trainer = build(tmp_path / "run", pipeline)
+    trainer.create_model_card()
+    assert "base_model" not in ModelCard((tmp_path / "run/README.md").read_text()).data.to_dict()
+    assert "someone/base" not in (tmp_path / "run/README.md").read_text() + (tmp_path / "run/recipe.yaml").read_text()
 
 
 def test_the_recipe_of_a_plain_config_is_empty(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import functools
 import os
 import re
 import signal
@@ -425,6 +426,14 @@ def test_names_must_be_urls() -> None:
         ServedReward(Recorder(image_type="np"))
     with pytest.raises(ValueError, match=r"need different names, .* \['redness', 'redness'\]"):
         RewardServer(("127.0.0.1", 0), [ServedReward(redness), ServedReward(redness)], Limits())
+
+
+def test_what_is_set_on_a_partial_comes_before_what_its_function_has() -> None:
+    served = functools.partial(Recorder("inner", image_type="pt"), a=1)
+    assert (ServedReward(served).name, ServedReward(served).image_type) == ("inner", "pt")
+    served.__name__, served.batch_size, served.image_type = "outer", 3, "pil"
+    outer = ServedReward(served)
+    assert (outer.name, outer.batch_size, outer.image_type) == ("outer", 3, "pil")
 
 
 def test_functions_are_found_by_path_and_built_in_name(tmp_path: Path, monkeypatch) -> None:

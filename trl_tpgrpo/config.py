@@ -1,6 +1,7 @@
 """Every setting of a run, in the order in which the data travels. The defaults are the paper's."""
 
 import inspect
+import math
 import operator
 import re
 from collections.abc import Iterator
@@ -212,6 +213,10 @@ class TPGRPOConfig(_BaseConfig):
         gradient_checkpointing (`bool`, *optional*): Former name of `activation_checkpointing`.
         logging_steps (`float`, *optional*, defaults to `1`): Updates between two logs; below 1 their share of all.
         logging_nan_inf_filter (`bool`, *optional*, defaults to `False`): Whether to hide NaN and infinite losses.
+
+        > Parameters that are not set by hand
+        derived (`dict`, *optional*): What has followed from other settings. In a config that is made from this one, by
+            `dataclasses.replace(config, ...)` or `TPGRPOConfig(**config.to_dict())`, it follows anew.
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]
@@ -280,15 +285,17 @@ class TPGRPOConfig(_BaseConfig):
     num_completions_to_print: Annotated[int | None, "at least 1, or None"] = None
     log_images_steps: Annotated[int | None, "at least 1, or None"] = 20
     bf16: bool | None = None
-    learning_rate: float = 3e-4
-    weight_decay: float = 1e-4
+    learning_rate: Annotated[float, "at least 0"] = 3e-4
+    weight_decay: Annotated[float, "at least 0"] = 1e-4
     lr_scheduler_type: str = "constant"
     activation_checkpointing: bool | None = None
     gradient_checkpointing: bool | None = None
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False
+    derived: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        self._forget_derived()
         given = non_defaults(self)
         self._set_derived_defaults()
         super().__post_init__()
@@ -296,7 +303,21 @@ class TPGRPOConfig(_BaseConfig):
         sizes = self._settle_batch_sizes("gradient_accumulation_steps" in given)
         for message in chain(sizes, self._sampling_errors(), self._credit_errors()):
             raise ValueError(message)
+        derived = non_defaults(self).keys() - given
+        self.derived = {name: value for name, value in self.to_dict().items() if name in derived}
         self._given, self._settled = given, {name: getattr(self, name) for name in _defaults(self)}
+
+    def _forget_derived(self) -> None:
+        """Set what followed from other settings, where this config was made from, back to its default."""
+        derived, values, defaults = self.derived or {}, self.to_dict(), _defaults(self)
+        self.__dict__ |= {name: defaults[name] for name in derived if values[name] == derived[name]}
+        self.__dict__ |= {name: None for name, value in vars(self).items() if value == f"<{name.upper()}>"}  # tokens
+        self.derived = None
+
+    def settle_changes(self) -> None:
+        """Derive and check anew if a setting was changed since the config was made."""
+        if any(getattr(self, name) != value for name, value in self._settled.items()):
+            self.__post_init__()
 
     @property
     def given(self) -> dict[str, Any]:
@@ -385,6 +406,8 @@ class TPGRPOConfig(_BaseConfig):
         for name in ("completion", "completion_check_every", "advantage_baseline") if self.credit == "outcome" else ():
             if (value := getattr(self, name)) != getattr(TPGRPOConfig, name):
                 yield f"credit='outcome' computes no completions: leave out {name}, got {value!r}."
+        if not all(map(math.isfinite, self.reward_weights or ())):
+            yield f"reward_weights must be finite numbers, got {self.reward_weights}."
         if self.num_generations == 1 and "group" in (self.advantage_baseline, self.scale_rewards):
             yield "num_generations=1 needs advantage_baseline='completion' and scale_rewards='batch' or 'none'."
         if self.offload_reference and self.beta == 0:

@@ -47,7 +47,7 @@ def check_datasets(
         if dataset is not None:
             _check_dataset(name, dataset)
             for reward_func in reward_funcs if dataset is train else [*reward_funcs, *eval_only]:
-                check_signature(reward_func, [column for column in dataset.column_names if column != "prompt"])
+                check_signature(reward_func, [column for column in _columns(dataset) if column != "prompt"])
     if evaluation is None and eval_only and train is not None:
         raise ValueError("eval_reward_funcs are called in evaluation only: pass an eval_dataset too.")
     if evaluation is None and args.eval_strategy != "no":
@@ -57,14 +57,19 @@ def check_datasets(
         raise ValueError(f"train_dataset has {len(train)} prompts, but one rollout takes {needed} ({sizes}).")
 
 
+def _columns(dataset: Dataset) -> list[str]:
+    """List the columns that rows have, which `with_format` may make fewer."""
+    return dataset.column_names if dataset.format["output_all_columns"] else dataset.format["columns"]
+
+
 def _check_dataset(name: str, dataset: Dataset) -> None:
     if not isinstance(dataset, Dataset):
         raise TypeError(f"{name} must be a datasets.Dataset, got {type(dataset).__name__}.")
-    if "prompt" not in dataset.column_names:
-        raise ValueError(f"{name} needs a column 'prompt', got {dataset.column_names}.")
+    if "prompt" not in (columns := _columns(dataset)):
+        raise ValueError(f"{name} needs a column 'prompt', got {columns}.")
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty.")
-    for column in set(RESERVED_COLUMNS) & set(dataset.column_names):
+    for column in set(RESERVED_COLUMNS) & set(columns):
         raise ValueError(f"{name} has a column {column!r}, which reward functions get as something else: rename it.")
     for row, prompt in enumerate(dataset["prompt"]):
         if not isinstance(prompt, str):

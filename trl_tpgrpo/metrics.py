@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 
@@ -26,6 +26,7 @@ REDUCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tenso
     "max": (torch.amax, torch.amax),
     "std": (_spread, torch.nanmean),
     "seconds": (torch.sum, torch.amax),
+    "logged": (torch.mean, torch.mean),
 }
 """Reduction within a process, and of the results of all processes that have recorded a name."""
 
@@ -36,7 +37,7 @@ class Metrics:
     """Values by name and reduction, kept on their device until `flush`, so that recording waits for nothing.
 
     A NaN is not averaged away, but for rewards that do not apply, which `"nanmean"` and `"std"` skip. `"std"` is for
-    values that all processes have; `"seconds"` are those of the slowest process.
+    values that all processes have; `"seconds"` are those of the slowest process; `"logged"` are reward functions' own.
     """
 
     def __init__(self) -> None:
@@ -54,11 +55,15 @@ class Metrics:
         yield
         self.record(f"seconds/{phase}", time.perf_counter() - start, "seconds")
 
-    def flush(self) -> dict[str, float]:
-        """Return what has been recorded since the last flush, reduced over all processes."""
+    def flush(self, taken: Collection[str] = ()) -> dict[str, float]:
+        """Return what has been recorded since the last flush, reduced over all processes.
+
+        Raises:
+            ValueError: If a reward function has logged a metric by a name that is `taken`, or the trainer's own.
+        """
         values = dict(self._values)
         self.clear()
-        return _reduced(values)
+        return _reduced(values, taken)
 
     def clear(self) -> None:
         """Forget what has been recorded, such as by a call that has failed."""
@@ -72,7 +77,7 @@ class Metrics:
         return _reduced({key: recorded for key, recorded in values.items() if recorded})
 
 
-def _reduced(values: dict[tuple[str, str], list[Tensor]]) -> dict[str, float]:
+def _reduced(values: dict[tuple[str, str], list[Tensor]], taken: Collection[str] = ()) -> dict[str, float]:
     local = {}
     for (name, reduction), recorded in values.items():
         within, _ = REDUCTIONS[reduction]
@@ -81,6 +86,10 @@ def _reduced(values: dict[tuple[str, str], list[Tensor]]) -> dict[str, float]:
     for process in gather_object([local]):
         for key, number in process.items():
             gathered[key].append(number)
+    own = {name for name, reduction in gathered if reduction != "logged"}
+    for name, reduction in gathered:
+        if reduction == "logged" and (name in own or name in taken):
+            raise ValueError(f"log_metric: {name!r} is a metric of the trainer: the function needs another name.")
     return {
         name: REDUCTIONS[reduction][1](torch.tensor(numbers)).item()
         for (name, reduction), numbers in sorted(gathered.items())

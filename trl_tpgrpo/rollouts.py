@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from .config import TPGRPOConfig
 from .metrics import Metrics, image_variety
 from .policies.base import Conditioning, FlowPolicy, on_device, to_images
 from .policies.embeddings import PromptEmbeddings
-from .rewards.contract import RewardError, RewardFunc, check_applicability, declared, reward_names
+from .rewards.contract import RewardError, RewardFunc, check_applicability, declared, innermost, reward_names
 from .rewards.scorer import ImageBatch, Scorer, Scoring, runs_beside, save_evidence
 
 
@@ -88,10 +89,11 @@ class Rollouts:
         self._names = reward_names(functions)
         self._trained_names = self._names[: len(reward_funcs)]
         self._scores_tensors = any(declared(function).image_type == "pt" for function in functions)
-        self._offloaded = [one for one in functions if hasattr(one, "to") and not runs_beside(one)]
-        for function in functions:
-            if hasattr(function, "to") and not (args.offload_between_phases and function in self._offloaded):
-                function.to(args.device)
+        movable = [one for one in functions if hasattr(innermost(one), "to")]
+        self._offloaded = [innermost(one) for one in movable if not runs_beside(one)]
+        for reward_model in map(innermost, movable):
+            if not (args.offload_between_phases and reward_model in self._offloaded):
+                reward_model.to(args.device)
         if args.offload_between_phases:
             policy.pipeline.vae.to("cpu")
         fixed = args.rollout_batch_size
@@ -304,7 +306,8 @@ class Rollouts:
             columns = {name: [row[name] for row in shown] for name in rows[0] if name != "prompt"}
             prompts_shown, tensors = [row["prompt"] for row in shown], pixels if self._scores_tensors else None
             batch = ImageBatch(images, tensors, prompts_shown, columns)
-            extra = {"trainer_state": self._state(), "log_metric": metrics.record}
+            log_metric = partial(metrics.record, reduction="logged")
+            extra = {"trainer_state": self._state(), "log_metric": log_metric}
             with on_device(self._offloaded, self.args.device, self.args.offload_between_phases):
                 scoring = self.scorer.start(reward_funcs, batch, extra, advance)
         return Pending(rollout, images, scoring)

@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -99,7 +99,10 @@ class TPGRPOTrainer(_BaseTrainer):
         peft_config: LoraConfig | None = None,
         eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
     ):
-        args = args or TPGRPOConfig("tp-grpo")
+        args = TPGRPOConfig("tp-grpo") if args is None else args
+        if not isinstance(args, TPGRPOConfig):
+            raise TypeError(f"args must be a TPGRPOConfig, got {type(args).__name__}: the settings are others.")
+        args.settle_changes()
         self.reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         eval_only = eval_reward_funcs if isinstance(eval_reward_funcs, list) else [eval_reward_funcs]
         self.eval_reward_funcs = [function for function in eval_only if function is not None]
@@ -290,6 +293,7 @@ class TPGRPOTrainer(_BaseTrainer):
                 losses.append(self._backward_of_one_step(model, transitions, is_last=position == max(chosen)))
                 advance()
             total = torch.stack(losses).sum()
+        sharding.check_gradients(self.accelerator, self.model)
         if self._is_new_rollout:
             self._report_rollout(inputs, trajectories)
         if not torch.isfinite(total):
@@ -301,6 +305,7 @@ class TPGRPOTrainer(_BaseTrainer):
         self._step += 1
         return total
 
+    @torch.enable_grad()  # a reward function may have switched gradients off
     def _backward_of_one_step(self, model: torch.nn.Module, transitions: Transitions, is_last: bool) -> Tensor:
         with sharding.gradient_sync(self.accelerator, model, is_last):
             with self.compute_loss_context_manager():
@@ -392,6 +397,12 @@ class TPGRPOTrainer(_BaseTrainer):
         self.samples.evaluation_ends(metric_key_prefix, self.state, self.control)
         return metrics
 
+    def predict(
+        self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Evaluate on another dataset; the rewards are in the result's `metrics`, and there are no predictions."""
+        return PredictionOutput(None, None, self.evaluate(test_dataset, ignore_keys, metric_key_prefix))
+
     @torch.no_grad()
     def prediction_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any
@@ -407,7 +418,8 @@ class TPGRPOTrainer(_BaseTrainer):
         """Add the metrics recorded since the last log, with the evaluation's prefix if they belong to one."""
         mode = "train" if self.model.training else "eval"
         prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
-        logs.update({f"{prefix}{name}": value for name, value in self._metrics[mode].flush().items()})
+        taken = {name.removeprefix(prefix) for name in logs}
+        logs.update({f"{prefix}{name}": value for name, value in self._metrics[mode].flush(taken).items()})
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

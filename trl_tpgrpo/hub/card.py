@@ -27,6 +27,9 @@ PERSONAL = {"push_to_hub", "report_to", "run_name", "project", "disable_tqdm", "
             "resume_with_changes", "ddp_find_unused_parameters", "local_rank", "debug"}  # fmt: skip
 """Settings not of the method but of who ran it, like all `hub_*` and `trackio_*`."""
 
+ADAPTER_OPTIONS = {"r", "lora_alpha", "target_modules", "use_rslora", "use_dora"}
+"""Settings of an adapter that are options of the command line."""
+
 LOCAL = object()  # stands for a value that means something on one machine only
 HEADER = """# The settings of this run that differ from the defaults.
 # trl-tpgrpo train --config recipe.yaml --output_dir FOLDER
@@ -71,7 +74,7 @@ class RunCard:
         options = self._options(dataset) | self.args.given if options is None else options
         settings = self.args.to_dict()  # enums as their values
         recipe = to_yaml({option: settings.get(option, value) for option, value in options.items()})
-        (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
+        (folder / RECIPE_FILE).write_text(self._adapter_note + recipe, encoding="utf-8")
 
     def _card(self, state: TrainerState, name: str, repo: str, dataset: str | None, tags: list[str]) -> ModelCard:
         """Return the card, with metadata in the Hub's conventions for diffusers."""
@@ -113,10 +116,19 @@ class RunCard:
         return options
 
     @property
+    def _adapter_note(self) -> str:
+        """Comment with the adapter's settings for which the command line has no options."""
+        defaults, adapter = LoraConfig().to_dict(), {} if self.adapter is None else self.adapter.to_dict()
+        others = {name: adapter[name] for name in adapter.keys() - ADAPTER_OPTIONS if adapter[name] != defaults[name]}
+        told = ", ".join(f"{name}={_ordered(value)!r}" for name, value in sorted(others.items()))
+        return f"# The adapter had more, which can be given in Python alone: LoraConfig({told})\n" if told else ""
+
+    @property
     def _base_model(self) -> str | None:
-        """Hub id of the pipeline; `None` for a model that nobody else could load."""
+        """Hub id of the pipeline; `None` for a model that nobody else could load, as with an adapter fused into it."""
         name = self.pipeline.config.get("_name_or_path")
-        return None if not name or is_local(name) or Path(name).exists() else name
+        is_private = not name or is_local(name) or Path(name).exists() or self.pipeline.num_fused_loras
+        return None if is_private else name
 
 
 def rewards_by_update(log_history: list[dict[str, Any]], pattern: str) -> dict[str, list[tuple[int, float]]]:
@@ -155,6 +167,10 @@ def import_paths(functions: list[Callable]) -> Any:
     """Return where functions are imported from, if all are at the top of a module that has a name, else `LOCAL`."""
     paths = [f"{getattr(one, '__module__', None)}.{getattr(one, '__qualname__', '<')}" for one in functions]
     return LOCAL if any("<" in path or path.startswith(("__main__.", "None.")) for path in paths) else paths
+
+
+def _ordered(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
 
 
 def _portable_items(settings: dict[str, Any]) -> dict[str, Any]:

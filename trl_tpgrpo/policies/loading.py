@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import types
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,27 @@ def build_policy(pipeline: DiffusionPipeline, guidance: Guidance) -> FlowPolicy:
     """Wrap a pipeline in the policy of its family, or raise a `ValueError` if its class is not supported."""
     for policy in POLICIES:
         if isinstance(pipeline, policy.pipeline_class):
+            _check_as_loaded(pipeline.transformer)
             return policy(pipeline, guidance)
     supported = ", ".join(policy.pipeline_class.__name__ for policy in POLICIES)
     raise ValueError(f"{type(pipeline).__name__} is not supported. Supported pipeline classes: {supported}.")
+
+
+def _check_as_loaded(transformer: nn.Module) -> None:
+    """Raise a `ValueError` for a transformer that was changed in a way by which training or saving goes wrong."""
+    modules, is_quantized = dict(transformer.named_modules()), getattr(transformer, "hf_quantizer", None) is not None
+    marks = {mark for module in modules.values() for mark, value in vars(module).items() if value is not None}
+    is_compiled = "_orig_mod" in modules or "_compiled_call_impl" in marks
+    hooks = [vars(module).get("_diffusers_hook") for module in modules.values()]
+    for is_wrong, what in (
+        (is_compiled, "is compiled, which compile_backend='inductor' does where it works with training"),
+        (not isinstance(transformer, ModelMixin), f"is wrapped in {type(transformer).__name__}"),
+        (any(name.endswith(("to_qkv", "to_added_qkv")) for name in modules), "had its projections fused"),
+        ("_hf_hook" in marks and not is_quantized, "has hooks of accelerate (offloading, a device_map)"),
+        (any(one is not None and one.hooks for one in hooks), "has hooks of diffusers (a cache, a cast, offloading)"),
+    ):
+        if is_wrong:
+            raise ValueError(f"The pipeline's transformer {what}: pass the pipeline as it was loaded.")
 
 
 def load_policy(model: str | Path | DiffusionPipeline, args: Any, use_lora: bool) -> FlowPolicy:
@@ -185,6 +204,9 @@ def checked_peft_config(peft_config: LoraConfig, default_targets: list[str]) -> 
         value = getattr(peft_config, name)
         if value not in allowed:
             raise ValueError(f"peft_config.{name} must be {right}, got {value!r}: {reason}.")
+    for alpha in (peft_config.lora_alpha, *peft_config.alpha_pattern.values()):
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"peft_config.lora_alpha and alpha_pattern must be above 0, got {alpha}.")
     peft_config = copy.deepcopy(peft_config)
     if peft_config.target_modules is None:
         peft_config.target_modules = default_targets
@@ -241,6 +263,9 @@ def _activation_checkpointing_enable(
         got = f"every_n_layers={every_n_layers}, offload={offload}"
         raise ValueError(f"activation_checkpointing_kwargs: not available for diffusers' models, got {got}.")
     kwargs = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+    if kwargs["use_reentrant"]:
+        reason = "a block whose inputs need no gradient would give its adapter none"
+        raise ValueError(f"activation_checkpointing_kwargs: use_reentrant must be False, got True: {reason}.")
     transformer.enable_gradient_checkpointing(
         lambda block, *inputs: torch.utils.checkpoint.checkpoint(block.__call__, *inputs, **kwargs)
     )

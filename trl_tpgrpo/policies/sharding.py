@@ -104,6 +104,21 @@ def prepare_to_train(trainer: Trainer) -> None:
         trainer.model_wrapped = trainer.model
 
 
+def check_gradients(accelerator: Accelerator, model: nn.Module) -> None:
+    """Raise a `RuntimeError` after a backward if something that is to be trained has no gradient.
+
+    FSDP2 has gradients once they are exchanged, DeepSpeed none that others see.
+    """
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and not accelerator.sync_gradients):
+        return
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    without = [name for name, parameter in trained.items() if parameter.grad is None]
+    if without:
+        what = f"{len(without)} of {len(trained)} tensors that are to be trained have no gradient"
+        raise RuntimeError(f"{what}: {', '.join(without[:8])}{' ...' * (len(without) > 8)}.")
+
+
 @contextmanager
 def gradient_sync(accelerator: Accelerator, model: nn.Module, is_last: bool) -> Iterator[None]:
     """Let gradients be exchanged only in the last backward of the last micro-batch of an update.

@@ -8,12 +8,14 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+UNSCALED_FILE = "unscaled_lora.safetensors"  # as it is trained, where dividing by the scale would round
 PEFT_PREFIX = "base_model.model."
 TRANSFORMER_FOLDER = "transformer"
 Model: TypeAlias = ModelMixin | PeftModel
@@ -24,16 +26,23 @@ def save_weights(
 ) -> None:
     """Write what was trained; called by all processes, of which the main one writes.
 
-    A LoRA goes to `LORA_FILE`, with its alpha, for `pipeline.load_lora_weights(output_dir)`; all weights go to
-    the folder `transformer`, for `from_pretrained(output_dir, subfolder="transformer")`.
+    A LoRA goes to `LORA_FILE`, for `pipeline.load_lora_weights(output_dir)`. Its scale is in the weights, and alpha is
+    the rank in every layer, so that a loader that knows nothing of alpha makes the same model. All weights go to the
+    folder `transformer`, for `from_pretrained(output_dir, subfolder="transformer")`.
     """
     weights = trained_weights(model)
     if not is_main_process:
         return
     if isinstance(model, PeftModel):
-        layers = {name.removeprefix(PEFT_PREFIX): value for name, value in weights.items()}
-        metadata = model.peft_config["default"].to_dict()
+        scales = {name: _scale(model, name) for name in weights}
+        scaled = {name: value * scales[name] for name, value in weights.items()}
+        layers = {name.removeprefix(PEFT_PREFIX): value for name, value in scaled.items()}
+        config = model.peft_config["default"]
+        scale_of_1 = {"lora_alpha": config.r, "alpha_pattern": config.rank_pattern, "use_rslora": False}
+        metadata = config.to_dict() | scale_of_1
         pipeline_class.save_lora_weights(output_dir, layers, transformer_lora_adapter_metadata=metadata)
+        if any(not torch.equal(scaled[name] / scales[name], value) for name, value in weights.items()):
+            save_file(weights, Path(output_dir) / UNSCALED_FILE)
         return
     with torch.device("meta"):
         whole = type(model).from_config(model.config)
@@ -53,13 +62,38 @@ def load_weights(model: Model, input_dir: str | Path) -> None:
     parameters = get_peft_model_state_dict(model, state_dict=dict(model.named_parameters()))
     with safe_open(source, framework="pt") as file:
         saved = {PEFT_PREFIX + name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}
-        saved_alpha = json.loads(file.metadata()["lora_adapter_metadata"])["transformer.lora_alpha"]
+        header = json.loads(file.metadata()["lora_adapter_metadata"])
     if {name: value.shape for name, value in saved.items()} != {name: one.shape for name, one in parameters.items()}:
         raise ValueError(f"The adapter in {input_dir} does not have the layers and ranks of the one that is trained.")
-    alpha = model.peft_config["default"].lora_alpha
-    if alpha != saved_alpha:
-        raise ValueError(f"The adapter in {input_dir} has lora_alpha={saved_alpha}, the one that is trained {alpha}.")
+    config = {name.removeprefix("transformer."): value for name, value in header.items()}
+    alphas, ranks = (config["lora_alpha"], config["alpha_pattern"]), (config["r"], config["rank_pattern"])
+    if alphas == ranks and not config["use_rslora"]:
+        _undo_scale(model, saved, Path(input_dir) / UNSCALED_FILE)
+    else:  # of version 0.1.0, whose files have the scale in the header alone
+        _check_same_scale(model, config, input_dir)
     _write(parameters, saved)
+
+
+def _scale(model: PeftModel, name: str) -> float:
+    """Return what a tensor of an adapter, by its name in PEFT, is multiplied by so that its layer's scale is 1."""
+    layer, is_second, _ = name.partition(".lora_B.")
+    return model.get_submodule(layer).scaling["default"] if is_second else 1.0
+
+
+def _undo_scale(model: PeftModel, saved: dict[str, Tensor], unscaled_file: Path) -> None:
+    """Turn an adapter's tensors into what is trained, to the bit where a file has it that belongs to them."""
+    unscaled = load_file(unscaled_file) if unscaled_file.exists() else {}
+    for name, value in saved.items():
+        scale = _scale(model, name)
+        exact = unscaled.get(name, value / scale)
+        saved[name] = exact if torch.equal(exact * scale, value) else value / scale
+
+
+def _check_same_scale(model: PeftModel, header: dict[str, Any], input_dir: str | Path) -> None:
+    for name in ("lora_alpha", "alpha_pattern", "use_rslora"):
+        here = getattr(model.peft_config["default"], name)
+        if header[name] != here:
+            raise ValueError(f"The adapter in {input_dir} has {name}={header[name]}, the one that is trained {here}.")
 
 
 def trained_weights(model: Model) -> dict[str, Tensor]:

@@ -56,9 +56,15 @@ class Declaration:
 
 
 def declared(reward_func: RewardFunc) -> Declaration:
-    """Return what a function declares; raise a `ValueError` if an attribute has a value that does not exist."""
-    function, names = _innermost(reward_func), Declaration.__dataclass_fields__
-    declaration = Declaration(**{name: getattr(function, name) for name in names if name in dir(function)})
+    """Return what a function declares, a partial before the function in it.
+
+    Raises:
+        ValueError: If an attribute has a value that does not exist.
+    """
+    attributes: dict[str, Any] = {}
+    for layer in reversed(_layers(reward_func)):
+        attributes |= {name: getattr(layer, name) for name in Declaration.__dataclass_fields__ if name in dir(layer)}
+    declaration = Declaration(**attributes)
     choices = {"image_type": ("pil", "pt"), "runs_in": ("main", "thread")}
     for name, value in vars(declaration).items():
         allowed = f"one of {choices[name]}" if name in choices else "above 0, or None"
@@ -68,21 +74,28 @@ def declared(reward_func: RewardFunc) -> Declaration:
     return declaration
 
 
-def _innermost(reward_func: RewardFunc) -> RewardFunc:
-    while isinstance(reward_func, functools.partial):
-        reward_func = reward_func.func
-    return reward_func
+def _layers(reward_func: RewardFunc) -> list[Any]:
+    """List partials from the outermost to the function in them."""
+    layers: list[Any] = [reward_func]
+    while isinstance(layers[-1], functools.partial):
+        layers.append(layers[-1].func)
+    return layers
+
+
+def innermost(reward_func: RewardFunc) -> Any:
+    """Return the function, or callable object, that partials are of."""
+    return _layers(reward_func)[-1]
 
 
 def reward_name(reward_func: RewardFunc) -> str:
-    """Return the `__name__` of a function, a partial's function or a callable object, or else the object's class's."""
-    function = _innermost(reward_func)
-    return getattr(function, "__name__", type(function).__name__)
+    """Return the `__name__` of a function, a partial or else its function, or else the callable object's class's."""
+    names = (getattr(layer, "__name__", None) for layer in _layers(reward_func))
+    return next(filter(None, names), type(innermost(reward_func)).__name__)
 
 
 def is_async(reward_func: RewardFunc) -> bool:
     """Say whether a function returns something to be awaited."""
-    function = _innermost(reward_func)
+    function = innermost(reward_func)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
@@ -129,7 +142,7 @@ def _number(value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"returned {value!r}, no number,") from None
-    if not math.isfinite(number):
+    if not abs(number) <= torch.finfo(torch.float32).max:  # as which rewards are kept
         raise ValueError(f"returned {number} (None is for where a reward does not apply)")
     return number
 

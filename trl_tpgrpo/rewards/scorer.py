@@ -5,7 +5,9 @@ A function that waits for something else (a server, native code that releases th
 are called as images are handed in.
 """
 
+import copy
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -64,7 +66,7 @@ class Scorer:
 
     def submit(self, reward_func: RewardFunc, arguments: dict[str, Any]) -> Future:
         """Call a function where it runs; the future is cancelled if the call takes longer than its timeout."""
-        timeout, call = declared(reward_func).timeout, partial(reward_func, **arguments)
+        timeout, call = declared(reward_func).timeout, partial(_call_on_copies, reward_func, arguments)
         if is_async(reward_func):
             return self._event_loop.submit(call, timeout)
         if runs_beside(reward_func) or timeout is not None:
@@ -183,6 +185,12 @@ class Scoring:
         return rewards
 
 
+def _call_on_copies(reward_func: RewardFunc, arguments: dict[str, Any]) -> Any:
+    """Call a function on lists of its own: what it does to images and columns, no other function and no log sees."""
+    own = {name: copy.deepcopy(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    return reward_func(**own)
+
+
 def runs_beside(reward_func: RewardFunc) -> bool:
     """Say whether calls of a function may be under way while the next images are sampled."""
     return is_async(reward_func) or declared(reward_func).runs_in == "thread"
@@ -191,7 +199,8 @@ def runs_beside(reward_func: RewardFunc) -> bool:
 def save_evidence(error: RewardError, folder: Path, step: int, process: int) -> None:
     """Write what is known of a failure at an update (`step`), and its image if it has one, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"step_{step:06d}_{error.name.replace('/', '_')}" + (f"_{process}" if process else "")
+    function = re.sub(r"[^\w.-]+", "_", error.name)  # a "<lambda>" is no name for a file
+    name = f"step_{step:06d}_{function}" + (f"_{process}" if process else "")
     told = {"reward_func": error.name, "what": error.what, "row": error.row, "prompt": error.prompt, "update": step}
     (folder / f"{name}.json").write_text(json.dumps(told, indent=1))
     if error.image is not None:

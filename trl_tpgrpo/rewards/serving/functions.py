@@ -23,6 +23,7 @@ from .protocol import Refusal
 logger = logging.getLogger(__name__)
 
 RESERVED_NAMES = ("health",)
+DECLARED = {"__name__", "batch_size", "image_type", "to"}
 
 
 class Outcome(NamedTuple):
@@ -39,18 +40,19 @@ class ServedReward:
     def __init__(self, function: Any, device: str | None = None):
         self.function: Any = function() if inspect.isclass(function) else function
         self.device = device
-        innermost = self.function
-        while isinstance(innermost, functools.partial):
-            innermost = innermost.func
-        self.name: str = getattr(innermost, "__name__", type(innermost).__name__)
-        self.batch_size: int | None = getattr(innermost, "batch_size", None)
-        self.image_type: str = getattr(innermost, "image_type", "pil")
+        layers = [self.function]  # what is set on a partial comes before what its function has
+        while isinstance(layers[-1], functools.partial):
+            layers.append(layers[-1].func)
+        found = {name: getattr(layer, name) for layer in reversed(layers) for name in DECLARED & set(dir(layer))}
+        self.name: str = found.get("__name__", type(layers[-1]).__name__)
+        self.batch_size: int | None = found.get("batch_size")
+        self.image_type: str = found.get("image_type", "pil")
         if not (self.name.isidentifier() and self.name.isascii()) or self.name in RESERVED_NAMES:
             raise ValueError(f"The reward function's name {self.name!r} cannot be part of an URL: set its __name__.")
         if self.image_type not in ("pil", "pt"):
             wrong = f"image_type={self.image_type!r}, not 'pil' or 'pt'"
             raise ValueError(f"The reward function {self.name!r} has {wrong}.")
-        move = getattr(innermost, "to", None)
+        move = found.get("to")
         if device is not None and move is not None:
             move(device)
 
