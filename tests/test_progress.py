@@ -100,8 +100,8 @@ def test_a_file_gets_lines_and_no_control_characters(
     written = capsys.readouterr()
     lines = written.out.splitlines()
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", written.out) and "\r" not in written.err
-    assert [line.split()[0] for line in lines] == ["update", "update", "evaluation", "finished"]
-    assert re.match(r"update 1/2  \S+ s left  reward 0\.", lines[0]) and "left" not in lines[1]
+    assert [line.split()[0] for line in lines] == ["rollout:", "run:", "update", "update", "evaluation", "finished"]
+    assert re.match(r"update 1/2  \S+ s left  reward 0\.", lines[2]) and "left" not in lines[3]
     assert all(len(line) <= WIDTH for line in lines)
 
 

@@ -446,6 +446,7 @@ class Counts(NamedTuple):
     updates: float  # a rollout; below 1 if several rollouts make an update
     num_updates: int | None
     num_rollouts: int | None
+    are_bounds: bool = False  # a measured window is shorter, and with beta=0 transitions without advantage are not run
 
     def mean(self, name: str) -> float:
         """Return a number of a rollout, averaged over the windows that it may have."""
@@ -454,10 +455,10 @@ class Counts(NamedTuple):
     def __str__(self) -> str:
         sampling, training = self.mean("evaluations in sampling"), self.mean("evaluations in training")
         return (
-            f"A rollout: {self.mean('trajectories'):,.0f} trajectories, {self.mean('images decoded and scored'):,.0f} "
-            f"images, {sampling:,.0f} evaluations of the model in sampling, {training:,.0f} in training. The run: "
-            f"{self.num_updates:,} updates, {self.num_rollouts:,} rollouts, "
-            f"{(sampling + training) * (self.num_rollouts or 0):,.0f} evaluations."
+            f"rollout: {self.mean('trajectories'):,.0f} trajectories, {self.mean('images decoded and scored'):,.0f} "
+            f"images, {sampling:,.0f} evaluations in sampling, {training:,.0f} in training\n"
+            f"run: {self.num_updates:,} updates, {self.num_rollouts:,} rollouts, "
+            f"{'at most ' * self.are_bounds}{(sampling + training) * (self.num_rollouts or 0):,.0f} evaluations"
         )
 
 
@@ -484,7 +485,7 @@ def count(args: Any, dataset_size: int | None = None) -> Counts:
         "transitions trained on": [trajectories * args.num_sde_steps],
         "evaluations in training": [trajectories * args.num_sde_steps * batches // steps],
     }
-    return Counts(rollout, updates, total, num_rollouts)
+    return Counts(rollout, updates, total, num_rollouts, args.beta == 0 or args.sde_window_share is not None)
 
 
 def count_sampling(args: Any, num_rows: int, rule: Any) -> list[list[int]]:
