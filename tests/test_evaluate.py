@@ -274,6 +274,16 @@ def test_two_processes_equal_one(adapter: str, tmp_path: Path) -> None:
         assert theirs["mean"] == pytest.approx(mine["mean"], abs=0.01)
 
 
+def test_launch_options_go_to_accelerate(tmp_path: Path, monkeypatch: Any) -> None:
+    launched: list[Any] = []
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(train, "launch_command", launched.append)
+    arguments = [*options(tmp_path), "--adapter", "a", "b"]
+    evaluate.main([*arguments, "--num_processes", "2"])
+    assert launched[0].num_processes == 2 and launched[0].training_script == "trl_tpgrpo"
+    assert launched[0].training_script_args == ["evaluate", *arguments]
+
+
 # ---------------------------------------------------------------------------------------------------- weights
 
 
@@ -309,6 +319,7 @@ def test_weights_of_an_interrupted_run_are_those_of_its_newest_whole_checkpoint(
     [
         (["--by", "colour"], r"--by must be a column of the dataset, one of \['prompt', 'kind'\], got 'colour'"),
         (["--dataset_test_split", "tests"], "no split 'tests'.*--dataset_test_split"),
+        (["--num_prompts", "0"], "--num_prompts must be at least 1, got 0"),
         (["--bf16_full_eval", "true"], "bf16_full_eval is not supported"),
         (["--adapter", "{whole}"], "has all weights of a transformer: leave out --use_peft"),
         (["--adapter", "{whole}", "{lora}", "--use_peft", "false"], "evaluate LoRAs by themselves"),

@@ -92,6 +92,8 @@ def build_trainer(
     if whole and (model_args.use_peft or len(whole) < len(adapters)):
         remedy = "leave out --use_peft, and evaluate LoRAs by themselves: their base has another precision"
         raise ValueError(f"--adapter {whole[0]} has all weights of a transformer: {remedy}.")
+    if own.num_prompts is not None and own.num_prompts < 1:
+        raise ValueError(f"--num_prompts must be at least 1, got {own.num_prompts}.")
     for name in ("fp16_full_eval", "bf16_full_eval"):
         if getattr(args, name):
             raise ValueError(f"{name} is not supported: models are evaluated in the precision that they train in.")
