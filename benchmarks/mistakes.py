@@ -66,7 +66,7 @@ MISTAKES = {
     f"train {MODEL} {REWARD} --dataset_name captions.csv": "no column 'prompt', only ['captoin', 'kind']",
     f"train {MODEL} {REWARD} --dataset_name captions.csv --prompt_column caption": "no column 'caption', only "
     "['captoin', 'kind']: did you mean captoin?",
-    f"train {MODEL} {REWARD} --dataset_name numbers.csv": "The prompt of row 0 must be a string, got int: 1.",
+    f"train {MODEL} {REWARD} --dataset_name numbers.csv": "no prompts that are strings, but of the type int64",
     f"train {MODEL} {REWARD} --dataset_name empty.txt": "empty.txt is empty",
     f"train {MODEL} {REWARD} --dataset_name broken.jsonl": "broken.jsonl cannot be read: JSON parse error",
     f"train {MODEL} {REWARD} --dataset_name my_rewards.py": "my_rewards.py must end in one of .csv, .json",

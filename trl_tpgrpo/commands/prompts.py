@@ -35,10 +35,8 @@ def read_prompts(name: str, config: str | None, splits: list[str], column: str |
         raise ValueError(f"--dataset_name: {name} is empty.")
     disable_progress_bars()
     try:
-        is_file = path.is_file()
-        found = (
-            load_dataset(FORMATS[path.suffix], data_files=str(path)) if is_file else load_dataset(str(path), config)
-        )
+        kind, files = (FORMATS[path.suffix], str(path)) if path.is_file() else (str(path), None)
+        found = load_dataset(kind, name=config, data_files=files)
     except DatasetGenerationError as error:
         raise ValueError(f"--dataset_name: {name} cannot be read: {error.__cause__ or error}") from error
     finally:
@@ -66,9 +64,6 @@ def _with_prompts(dataset: Dataset, column: str | None) -> Dataset:
     elif column not in (None, "prompt"):
         dataset = dataset.remove_columns("prompt") if "prompt" in names else dataset
         dataset = dataset.rename_column(column, "prompt")
-    if not len(dataset):
-        raise ValueError("The dataset has no prompts.")
-    wrong = next(((row, value) for row, value in enumerate(dataset["prompt"]) if not isinstance(value, str)), None)
-    if wrong is not None:
-        raise ValueError(f"The prompt of row {wrong[0]} must be a string, got {type(wrong[1]).__name__}: {wrong[1]}.")
+    if (kind := getattr(dataset.features["prompt"], "dtype", "list")) not in ("string", "large_string"):
+        raise ValueError(f"The dataset has no prompts that are strings, but of the type {kind}.")
     return dataset
