@@ -2,8 +2,8 @@
 
 import re
 import socket
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -26,13 +26,14 @@ def check_training(command: str, argv: list[str]) -> None:
             raise ValueError(f"Unknown {what} {sign}{name}{hint} See trl-tpgrpo {command} --help.")
     listed = {name: value if isinstance(value, list) else [value] for name, value in recipe.items()}
     values = {name: [str(value) for value in items if value is not None] for name, items in (listed | call).items()}
+    first = defaultdict(str, {name: items[0] for name, items in values.items() if items})
     for name in REFUSED.keys() & values.keys():
-        if _first(values, name).lower() not in NO:
+        if first[name].lower() not in NO:
             raise ValueError(f"{name} {REFUSED[name]}.")
     if command != "plan":
-        _check_what_is_needed(values)
-    elif "dataset_name" in values:
-        _check_prompts(values)
+        _check_what_is_needed(values, first)
+    elif "dataset_name" in first:
+        _check_prompts(first)
 
 
 def given(argv: list[str]) -> dict[str, list[str]]:
@@ -48,12 +49,8 @@ def given(argv: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def _first(values: dict[str, list[Any]], name: str) -> str:
-    return next(iter(values.get(name, [])), "")
-
-
-def _check_what_is_needed(values: dict[str, list[str]]) -> None:
-    name, output_dir = _first(values, "model_name_or_path"), Path(_first(values, "output_dir"))
+def _check_what_is_needed(values: dict[str, list[str]], first: defaultdict[str, str]) -> None:
+    name, output_dir = first["model_name_or_path"], Path(first["output_dir"])
     if not name:
         raise ValueError("--model_name_or_path is missing: a Hub id, a folder, a file, or 'testbed'.")
     model, is_hub_id = Path(name), re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.gguf)", name)
@@ -65,17 +62,16 @@ def _check_what_is_needed(values: dict[str, list[str]]) -> None:
     if not values.get("reward_funcs"):
         raise ValueError(f"--reward_funcs is missing: any of {list(BUILT_IN_REWARDS)}, import paths, or URLs.")
     if "datasets" not in values:
-        _check_prompts(values)
+        _check_prompts(first)
     for name in [*values["reward_funcs"], *values.get("eval_reward_funcs", [])]:
         if name.startswith(("http://", "https://")):
             _check_server(name)
         elif name not in BUILT_IN_REWARDS:
             find_reward(name)
-    resumed = _first(values, "resume_from_checkpoint")
-    if resumed.lower() == "true" and not any(output_dir.glob("checkpoint-*")):
-        raise FileNotFoundError(f"--resume_from_checkpoint: {output_dir} holds no checkpoint to resume from.")
-    if resumed.lower() not in ("", "true", *NO) and not Path(resumed).is_dir():
-        raise FileNotFoundError(f"--resume_from_checkpoint: there is no checkpoint {resumed}.")
+    resumed = first["resume_from_checkpoint"]
+    folders = [*output_dir.glob("checkpoint-*")] if resumed.lower() == "true" else [Path(resumed)]
+    if resumed.lower() not in ("", *NO) and not any(folder.is_dir() for folder in folders):
+        raise FileNotFoundError(f"--resume_from_checkpoint {resumed}: there is none (output_dir: {output_dir}).")
 
 
 def _check_server(url: str) -> None:
@@ -88,13 +84,13 @@ def _check_server(url: str) -> None:
         raise ConnectionError(f"The reward server {url} cannot be reached: {error}. Is it running?") from error
 
 
-def _check_prompts(values: dict[str, list[str]]) -> None:
+def _check_prompts(first: defaultdict[str, str]) -> None:
     from .prompts import is_local, read_prompts  # with datasets
 
-    name, evaluates = _first(values, "dataset_name"), _first(values, "eval_strategy").lower() not in ("", *NO)
+    name, evaluates = first["dataset_name"], first["eval_strategy"].lower() not in ("", *NO)
     if not name:
         raise ValueError("--dataset_name is missing: a Hub id, a folder, a file, or 'testbed' (or `datasets`).")
     if name != "testbed" and is_local(name):
-        splits = [_first(values, "dataset_train_split") or "train"]
-        splits += [_first(values, "dataset_test_split") or "test"] if evaluates else []
-        read_prompts(name, _first(values, "dataset_config") or None, splits, _first(values, "prompt_column") or None)
+        splits = [first["dataset_train_split"] or "train"]
+        splits += [first["dataset_test_split"] or "test"] if evaluates else []
+        read_prompts(name, first["dataset_config"] or None, splits, first["prompt_column"] or None)

@@ -19,10 +19,7 @@ def is_local(name: str) -> bool:
 
 
 def read_prompts(name: str, config: str | None, splits: list[str], column: str | None) -> list[Dataset]:
-    """Load splits of a dataset, with `column` renamed to `prompt`; a local one is read without progress bars.
-
-    A `ValueError` or `FileNotFoundError` names the file, split or column that is missing, and one that is like it.
-    """
+    """Load splits of a dataset, with `column` renamed to `prompt`; an error names the file, split or column."""
     if not is_local(name):
         return chosen(load_dataset(name, name=config), splits, column)
     path = Path(name).expanduser()
@@ -62,8 +59,7 @@ def _with_prompts(dataset: Dataset, column: str | None) -> Dataset:
         hint = near(column or "prompt", names) + ("" if column else " Say it with --prompt_column.")
         raise ValueError(f"The dataset has no column {column or 'prompt'!r}, only {names}{hint}")
     elif column not in (None, "prompt"):
-        dataset = dataset.remove_columns("prompt") if "prompt" in names else dataset
-        dataset = dataset.rename_column(column, "prompt")
+        dataset = dataset.remove_columns([name for name in names if name == "prompt"]).rename_column(column, "prompt")
     if (kind := getattr(dataset.features["prompt"], "dtype", "list")) not in ("string", "large_string"):
         raise ValueError(f"The dataset has no prompts that are strings, but of the type {kind}.")
     return dataset
