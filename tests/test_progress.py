@@ -173,8 +173,9 @@ def test_prompts_that_are_encoded_first_have_a_bar(tmp_path: Path, monkeypatch: 
 
 
 def test_the_updates_on_a_rollout_share_a_line_and_constants_are_shown_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     trainer = build(
         tmp_path, disable_tqdm=True, max_steps=5, num_iterations=2, eval_dataset=prompts(4), eval_strategy="steps",
         eval_steps=3,
