@@ -325,7 +325,7 @@ def test_weights_of_an_interrupted_run_are_those_of_its_newest_whole_checkpoint(
         (["--adapter", "{whole}", "{lora}", "--use_peft", "false"], "evaluate LoRAs by themselves"),
         (
             ["--lerning_rate", "1"],
-            "--lerning_rate: did you mean learning_rate. See trl-tpgrpo evaluate --help",
+            "Unknown options: --lerning_rate. See trl-tpgrpo evaluate --help",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a run writes: to a terminal a live bar and one line a log, to a file the lines alone."""
+"""What a run writes: to a terminal a live bar and one line a rollout, to a file the lines alone."""
 
 import fcntl
 import os
@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from test_trainer import build, prompts
-from transformers import PrinterCallback, ProgressCallback, TrainerState
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 
-from trl_tpgrpo.callbacks.progress import ProgressDisplay, duration, log_line
+from trl_tpgrpo.callbacks.progress import ProgressDisplay, duration, log_line, merged
 
 
 WIDTH = 120
@@ -170,3 +170,55 @@ def test_prompts_that_are_encoded_first_have_a_bar(tmp_path: Path, monkeypatch: 
         lambda: build(tmp_path, disable_tqdm=False, train_dataset=many, precompute_prompt_embeds=True),
     )
     assert "encode prompts:   0%" in written and "0/2" in written
+
+
+def test_the_updates_on_a_rollout_share_a_line_and_constants_are_shown_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    trainer = build(
+        tmp_path, disable_tqdm=True, max_steps=5, num_iterations=2, eval_dataset=prompts(4), eval_strategy="steps",
+        eval_steps=3,
+    )  # fmt: skip
+    capsys.readouterr()
+    trainer.train()
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.match(r"(updates? [\d-]+/5|\w+)", line)[1] for line in lines] == [
+        "updates 1-2/5", "evaluation", "updates 3-4/5", "update 5/5", "evaluation", "finished",
+    ]  # fmt: skip
+    assert all("reward 0." in lines[place] for place in (0, 2, 3))
+    assert "lr 0." in lines[0] and not any(" lr " in line for line in lines[1:])
+
+
+def test_seconds_of_updates_are_added_and_other_numbers_averaged() -> None:
+    first = {"loss": 1.0, "reward": 0.5, "clip_ratio": 0.1, "seconds/train": 2.0, "ratio/max_deviation": 0.5}
+    second = {"loss": 2.0, "clip_ratio": 0.3, "seconds/train": 3.0, "ratio/max_deviation": 0.25}
+    expected = {"loss": 1.5, "reward": 0.5, "clip_ratio": 0.2, "seconds/train": 5.0, "ratio/max_deviation": 0.5}
+    assert merged([first, second]) == pytest.approx(expected)
+
+
+def test_a_run_that_is_stopped_within_a_rollout_shows_its_last_update(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            control.should_training_stop = True
+
+    trainer = build(tmp_path, disable_tqdm=True, max_steps=4, num_iterations=2)
+    trainer.add_callback(Stop())
+    capsys.readouterr()
+    trainer.train()
+    assert capsys.readouterr().out.startswith("update 1/4")
+
+
+def test_a_notebook_has_these_lines_instead_of_a_table_of_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.utils.notebook import NotebookProgressCallback
+
+    for module in ("transformers.trainer", "trl_tpgrpo.trainer"):
+        monkeypatch.setattr(f"{module}.DEFAULT_PROGRESS_CALLBACK", NotebookProgressCallback)
+    trainer = build(tmp_path, disable_tqdm=False)
+    callbacks = trainer.callback_handler.callbacks
+    assert trainer.progress in callbacks
+    assert not any(isinstance(callback, NotebookProgressCallback) for callback in callbacks)

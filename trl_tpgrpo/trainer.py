@@ -19,7 +19,8 @@ from huggingface_hub import CommitInfo
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
@@ -161,7 +162,7 @@ class TPGRPOTrainer(_BaseTrainer):
         """Create the trainer's own parts and callbacks, in the order in which the callbacks are called."""
         args = self.args
         self.progress = ProgressDisplay(shows_bar=False)
-        if self.pop_callback(ProgressCallback) is not None:  # there is another one in notebooks
+        if self.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:  # in notebooks a table of the loss
             self.progress = ProgressDisplay()
             self.add_callback(self.progress)
         if self.pop_callback(PrinterCallback) is not None:

@@ -1,4 +1,4 @@
-"""What a terminal shows of a run: one line for each log, and one live bar with the phase under way."""
+"""What a terminal shows of a run: one line for each rollout, and one live bar with the phase under way."""
 
 import shutil
 import sys
@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
@@ -30,12 +32,13 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 59.95 else tqdm.format_interval(round(seconds)).lstrip("0")
 
 
-def log_line(logs: dict[str, Any], state: TrainerState, left: str = "") -> str:
-    """Return the line of a log: of updates, with the time `left`, of an evaluation or of the end."""
+def log_line(logs: dict[str, Any], state: TrainerState, left: str = "", num_updates: int = 1) -> str:
+    """Return the line of a log: of the last updates, with the time `left`, of an evaluation or of the end."""
     kind = next((name.removesuffix("runtime") for name in logs if name.endswith("_runtime")), "")
     if kind == "train_":
         return f"finished after update {state.global_step}, in {duration(logs['train_runtime'])}"
-    parts = [f"update {state.global_step}/{state.max_steps}", *([left] if left else [])]
+    title = f"updates {state.global_step - num_updates + 1}-" if num_updates > 1 else "update "
+    parts = [f"{title}{state.global_step}/{state.max_steps}", *([left] if left else [])]
     if kind:  # "eval_", or "eval_{name}_" for one of several datasets
         name, images = kind.partition("_")[2].rstrip("_"), logs.get(f"{kind}num_scored_images", 0)
         title = f"evaluation{' of ' if name else ''}{name} after update {state.global_step}"
@@ -50,21 +53,44 @@ def log_line(logs: dict[str, Any], state: TrainerState, left: str = "") -> str:
     return "  ".join(parts)
 
 
+def merged(logs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Merge the logs of several updates: seconds are added up, of maxima the largest is taken, else the mean."""
+    values = {name: [log[name] for log in logs if name in log] for name in chain(*logs)}
+    kinds = [sum if name.startswith("seconds/") else max if "max" in name else fmean for name in values]
+    return {name: kind(values[name]) for name, kind in zip(values, kinds, strict=True)}
+
+
 class LogLines(PrinterCallback):
-    """One line for each log, with the time left unless a bar shows it, in place of transformers' PrinterCallback."""
+    """A line for all updates on a rollout, without what has not changed since the first line, and each evaluation."""
 
     def __init__(self, shows_time_left: bool = True) -> None:
         self._shows_time_left, self._began, self._first_step = shows_time_left, time.perf_counter(), 0
+        self._pending: list[dict[str, Any]] = []  # logs of updates on a rollout that has more of them
+        self._constant: dict[str, Any] = {}  # values in the first line; None: there was another one since
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._began, self._first_step = time.perf_counter(), state.global_step
+        self._pending, self._constant = [], {}
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        logs, num_updates = logs or {}, 1
+        if "loss" in logs and args.logging_steps == 1:
+            self._pending.append(logs)
+            updates = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
+            goes_on = state.global_step < state.max_steps and not control.should_training_stop
+            if state.global_step % max(1, updates) and goes_on:
+                return
+            logs, num_updates, self._pending = merged(self._pending), len(self._pending), []
+        if "loss" in logs:
+            constant = {name for name in ITEMS.keys() & logs.keys() if self._constant.get(name) == logs[name]}
+            shown = ITEMS.keys() & logs.keys() - constant
+            self._constant |= {name: None if name in self._constant else logs[name] for name in shown}
+            logs = {name: value for name, value in logs.items() if name not in constant}
         done, remaining = state.global_step - self._first_step, state.max_steps - state.global_step
         seconds = (time.perf_counter() - self._began) / max(1, done) * remaining
         left = f"{duration(seconds)} left" if self._shows_time_left and done > 0 and remaining > 0 else ""
         if state.is_world_process_zero:
-            show(log_line(logs or {}, state, left))
+            show(log_line(logs, state, left, num_updates))
 
 
 class ProgressDisplay(ProgressCallback):

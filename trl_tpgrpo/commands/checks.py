@@ -3,8 +3,8 @@
 import os
 import re
 import socket
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -27,15 +27,16 @@ def check_training(command: str, argv: list[str]) -> None:
             raise ValueError(f"Unknown {what} {sign}{name}{hint} See trl-tpgrpo {command} --help.")
     listed = {name: value if isinstance(value, list) else [value] for name, value in recipe.items()}
     values = {name: [str(value) for value in items if value is not None] for name, items in (listed | call).items()}
+    first = defaultdict(str, {name: items[0] for name, items in values.items() if items})
     for name in REFUSED.keys() & values.keys():
-        if _first(values, name).lower() not in NO:
+        if first[name].lower() not in NO:
             raise ValueError(f"{name} {REFUSED[name]}.")
     if command == "train":
-        _check_output_dir(values)
+        _check_output_dir(Path(first["output_dir"]), first["resume_from_checkpoint"])
     if command != "plan":
-        _check_what_is_needed(command, values)
-    elif "dataset_name" in values:
-        _check_prompts(command, values)
+        _check_what_is_needed(command, values, first)
+    elif "dataset_name" in first:
+        _check_prompts(command, first)
 
 
 def given(argv: list[str]) -> dict[str, list[str]]:
@@ -51,12 +52,19 @@ def given(argv: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def _first(values: dict[str, list[Any]], name: str) -> str:
-    return next(iter(values.get(name, [])), "")
+def _check_output_dir(output_dir: Path, resumed: str) -> None:
+    found = sorted(path.parent.name for path in output_dir.glob("checkpoint-*/trainer_state.json"))
+    if found and resumed.lower() in ("", *NO) and "LOCAL_RANK" not in os.environ:
+        what = f"--output_dir: {output_dir} holds checkpoints of another run ({', '.join(found[:3])})"
+        raise ValueError(f"{what}: go on with it by --resume_from_checkpoint true, or choose another folder.")
+    if (resumed.lower() == "true" and not found) or not (
+        resumed.lower() in ("", "true", *NO) or Path(resumed).is_dir()
+    ):
+        raise FileNotFoundError(f"--resume_from_checkpoint {resumed}: there is none (output_dir: {output_dir}).")
 
 
-def _check_what_is_needed(command: str, values: dict[str, list[str]]) -> None:
-    name = _first(values, "model_name_or_path")
+def _check_what_is_needed(command: str, values: dict[str, list[str]], first: defaultdict[str, str]) -> None:
+    name = first["model_name_or_path"]
     if not name:
         raise ValueError("--model_name_or_path is missing: a Hub id, a folder, a file, or 'testbed'.")
     model, is_hub_id = Path(name), re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.gguf)", name)
@@ -68,24 +76,12 @@ def _check_what_is_needed(command: str, values: dict[str, list[str]]) -> None:
     if not values.get("reward_funcs"):
         raise ValueError(f"--reward_funcs is missing: any of {list(BUILT_IN_REWARDS)}, import paths, or URLs.")
     if "datasets" not in values:
-        _check_prompts(command, values)
+        _check_prompts(command, first)
     for name in [*values["reward_funcs"], *values.get("eval_reward_funcs", [])]:
         if name.startswith(("http://", "https://")):
             _check_server(name)
         elif name not in BUILT_IN_REWARDS:
             find_reward(name)
-
-
-def _check_output_dir(values: dict[str, list[str]]) -> None:
-    output_dir, resumed = _first(values, "output_dir"), _first(values, "resume_from_checkpoint")
-    found = sorted(path.parent.name for path in Path(output_dir).glob("checkpoint-*/trainer_state.json"))
-    if output_dir and found and resumed.lower() in ("", *NO) and "LOCAL_RANK" not in os.environ:
-        what = f"--output_dir: {output_dir} holds checkpoints of another run ({', '.join(found[:3])})"
-        raise ValueError(f"{what}: go on with it by --resume_from_checkpoint true, or choose another folder.")
-    if resumed.lower() == "true" and not found:
-        raise FileNotFoundError(f"--resume_from_checkpoint: {output_dir} holds no checkpoint to resume from.")
-    if resumed.lower() not in ("", "true", *NO) and not Path(resumed).is_dir():
-        raise FileNotFoundError(f"--resume_from_checkpoint: there is no checkpoint {resumed}.")
 
 
 def _check_server(url: str) -> None:
@@ -98,14 +94,13 @@ def _check_server(url: str) -> None:
         raise ConnectionError(f"The reward server {url} cannot be reached: {error}. Is it running?") from error
 
 
-def _check_prompts(command: str, values: dict[str, list[str]]) -> None:
+def _check_prompts(command: str, first: defaultdict[str, str]) -> None:
     from .prompts import is_local, read_prompts, split_of  # with datasets
 
-    name, evaluates = _first(values, "dataset_name"), _first(values, "eval_strategy").lower() not in ("", *NO)
+    name, evaluates = first["dataset_name"], first["eval_strategy"].lower() not in ("", *NO)
     if not name:
         raise ValueError("--dataset_name is missing: a Hub id, a folder, a file, or 'testbed' (or `datasets`).")
-    if name == "testbed" or not is_local(name):
-        return
-    train, test = _first(values, "dataset_train_split") or "train", _first(values, "dataset_test_split") or "test"
-    splits = [split_of(name, test)] if command == "evaluate" else [train, test] if evaluates else [train]
-    read_prompts(name, _first(values, "dataset_config") or None, splits, _first(values, "prompt_column") or None)
+    if name != "testbed" and is_local(name):
+        train, test = first["dataset_train_split"] or "train", first["dataset_test_split"] or "test"
+        splits = [split_of(name, test)] if command == "evaluate" else [train, test] if evaluates else [train]
+        read_prompts(name, first["dataset_config"] or None, splits, first["prompt_column"] or None)

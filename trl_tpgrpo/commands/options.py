@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 
-TRAININGS = ("train", "evaluate", "fidelity", "plan")
-"""Commands that take the options of a training."""
+TRAININGS = ("train", "evaluate", "fidelity", "plan")  # commands that take the options of a training
 
 # Classes whose fields are options, in the order of `--help`, with their heading there; the first with a field counts.
 CLASSES = {
@@ -130,10 +129,7 @@ def _plain(text: str) -> str:
 
 
 def read_recipes(paths: Iterable[str]) -> dict[str, Any]:
-    """Read recipes, later over earlier; a boolean is the word that is written, which may mean something else.
-
-    A `ValueError` or `FileNotFoundError` names the recipe that cannot be read.
-    """
+    """Read recipes, later over earlier, with the words that are written for booleans; an error names the recipe."""
     merged: dict[str, Any] = {}
     for path in map(Path, paths):
         if not path.is_file():

@@ -24,10 +24,7 @@ def split_of(name: str | None, split: str) -> str:
 
 
 def read_prompts(name: str, config: str | None, splits: list[str], column: str | None) -> list[Dataset]:
-    """Load splits of a dataset, with `column` renamed to `prompt`; a local one is read without progress bars.
-
-    A `ValueError` or `FileNotFoundError` names the file, split or column that is missing, and one that is like it.
-    """
+    """Load splits of a dataset, with `column` renamed to `prompt`; an error names the file, split or column."""
     if not is_local(name):
         return chosen(load_dataset(name, name=config), splits, column)
     path = Path(name).expanduser()
@@ -40,10 +37,8 @@ def read_prompts(name: str, config: str | None, splits: list[str], column: str |
         raise ValueError(f"--dataset_name: {name} is empty.")
     disable_progress_bars()
     try:
-        is_file = path.is_file()
-        found = (
-            load_dataset(FORMATS[path.suffix], data_files=str(path)) if is_file else load_dataset(str(path), config)
-        )
+        kind, files = (FORMATS[path.suffix], str(path)) if path.is_file() else (str(path), None)
+        found = load_dataset(kind, name=config, data_files=files)
     except DatasetGenerationError as error:
         raise ValueError(f"--dataset_name: {name} cannot be read: {error.__cause__ or error}") from error
     finally:
@@ -69,11 +64,7 @@ def _with_prompts(dataset: Dataset, column: str | None) -> Dataset:
         hint = near(column or "prompt", names) + ("" if column else " Say it with --prompt_column.")
         raise ValueError(f"The dataset has no column {column or 'prompt'!r}, only {names}{hint}")
     elif column not in (None, "prompt"):
-        dataset = dataset.remove_columns("prompt") if "prompt" in names else dataset
-        dataset = dataset.rename_column(column, "prompt")
-    if not len(dataset):
-        raise ValueError("The dataset has no prompts.")
-    wrong = next(((row, value) for row, value in enumerate(dataset["prompt"]) if not isinstance(value, str)), None)
-    if wrong is not None:
-        raise ValueError(f"The prompt of row {wrong[0]} must be a string, got {type(wrong[1]).__name__}: {wrong[1]}.")
+        dataset = dataset.remove_columns([name for name in names if name == "prompt"]).rename_column(column, "prompt")
+    if (kind := getattr(dataset.features["prompt"], "dtype", "list")) not in ("string", "large_string"):
+        raise ValueError(f"The dataset has no prompts that are strings, but of the type {kind}.")
     return dataset

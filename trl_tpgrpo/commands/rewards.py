@@ -37,10 +37,7 @@ def load_reward(name: str) -> Any:
 
 
 def find_reward(name: str) -> Any:
-    """Find the function or class of a built-in name or import path, or raise ValueError.
-
-    `my_rewards.mine`, `my_rewards:mine`, `my_rewards.py:mine` and `./my_rewards.mine` are the same.
-    """
+    """Find what a built-in name or a path such as `a.b`, `a:b` or `./a.py:b` stands for, or raise ValueError."""
     path = BUILT_IN_REWARDS.get(name) or re.sub(r"\.py:|[:/]", ".", name.removeprefix("./"))
     if "." not in path:
         known = f"one of {list(BUILT_IN_REWARDS)}, an import path such as my_rewards.mine, or a URL"

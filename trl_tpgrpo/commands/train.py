@@ -15,7 +15,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..config import TPGRPOConfig, described, non_defaults
 from ..testbed import TESTBED, prompt_dataset
-from .options import near, read_recipes
+from .options import read_recipes
 from .prompts import chosen, read_prompts
 from .rewards import load_reward
 
@@ -120,8 +120,7 @@ def split_options(parser: TrlParser, argv: list[str]) -> tuple[list[str], list[s
     launch_options = resolve_accelerate_config_argument(others + unknown)
     _, refused = launch_command_parser().parse_known_args([*launch_options, "script"])
     if refused:
-        hint = near(refused[0].removeprefix("--"), names)
-        raise ValueError(f"Unknown options: {' '.join(refused)}{hint} See {parser.prog} --help.")
+        raise ValueError(f"Unknown options: {' '.join(refused)}. See {parser.prog} --help.")
     return launch_options, _without(argv, unknown)
 
 
@@ -181,7 +180,7 @@ def make_parser(prog: str = "trl-tpgrpo train", own_types: tuple[type, ...] = ()
 def run(trainer: Any, dataset_name: str | None) -> int:
     """Train, save and, if asked to, push; return the exit code: 128 + the number of a signal that stopped the run."""
     resume = trainer.args.resume_from_checkpoint  # a path, "true" or one of YAML's words for false
-    words = {"true": True, **dict.fromkeys(("false", "no", "off"))}
+    words = {"true": True, "false": None, "no": None, "off": None}
     trainer.train(resume_from_checkpoint=words.get(str(resume).lower(), resume))
     trainer.save_model(_internal_call=True)
     if signal := trainer.stop_on_signal.stopped:
@@ -216,9 +215,9 @@ def build_trainer(
     train_dataset, eval_dataset = prompts or load_prompts(script_args, dataset_args, evaluates)
     reward_funcs = list(map(load_reward, script_args.reward_funcs or []))
     eval_reward_funcs = list(map(load_reward, script_args.eval_reward_funcs or []))
-    chosen_args = {"revision": model_args.model_revision, "dtype": model_args.dtype}
-    chosen_args = {name: value for name, value in chosen_args.items() if value is not None}
-    training_args.model_init_kwargs = chosen_args | (training_args.model_init_kwargs or {})
+    dtype = {} if model_args.dtype is None else {"dtype": model_args.dtype}
+    kwargs = {"revision": model_args.model_revision} | dtype | (training_args.model_init_kwargs or {})
+    training_args.model_init_kwargs = kwargs
     from trl import get_peft_config  # with diffusers, which a mistake in the options need not wait for
 
     from ..trainer import TPGRPOTrainer

@@ -23,8 +23,7 @@ from .sd3 import SD3Policy
 
 
 POLICIES = (SD3Policy, FluxPolicy)
-SINGLE_FILES = ("sd3", "sd35_medium", "sd35_large", "flux-dev", "flux-schnell")
-"""What diffusers calls the models whose transformer it can load from one file."""
+SINGLE_FILES = ("sd3", "sd35_medium", "sd35_large", "flux-dev", "flux-schnell")  # diffusers' names of originals
 
 
 def load_pipeline(
