@@ -32,7 +32,7 @@ def check_training(command: str, argv: list[str]) -> None:
         if first[name].lower() not in NO:
             raise ValueError(f"{name} {REFUSED[name]}.")
     if command == "train":
-        _check_output_dir(Path(first["output_dir"]), first["resume_from_checkpoint"])
+        _check_output_dir(Path(first["output_dir"] or "trainer_output"), first["resume_from_checkpoint"])
     if command != "plan":
         _check_what_is_needed(command, values, first)
     elif "dataset_name" in first:
