@@ -4,13 +4,21 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test check docs package lock
+FLOORS := .floors
+# Rollouts, policies of both families, training, evaluation, checkpoints, what is saved, the command line
+CORE := tests/test_config.py tests/test_rollout.py tests/test_policies.py tests/test_trainer.py tests/test_cli.py::test_recipe_trains_and_options_override_it
+
+.PHONY: demo test test-floors check docs package lock
 
 demo: $(READY)          ## train the embedded model for a few minutes and show what it learned, in demo/
 	$(VENV)/bin/trl-tpgrpo demo
 
 test: $(READY)          ## run the tests
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+
+test-floors: package    ## run the core tests on the oldest versions, in the environment that make package leaves
+	$(FLOORS)/bin/python -m pip install --quiet $$(grep -E "^(hypothesis|pytest|pytest-xdist|tensorboard)==" requirements.lock)
+	OMP_NUM_THREADS=1 $(FLOORS)/bin/pytest -n 2 --dist loadfile $(CORE)
 
 check: $(READY)         ## lint and types
 	$(VENV)/bin/ruff check .
@@ -20,7 +28,7 @@ check: $(READY)         ## lint and types
 docs: $(READY)          ## build the site into outputs/site; a broken link or anchor is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
-package: $(READY)       ## build sdist and wheel in dist/, and try them in an environment of their own
+package: $(READY)       ## build sdist and wheel in dist/, and try them beside the oldest versions of what they need
 	.ci/package
 
 lock: $(READY)          ## write the versions that are installed to requirements.lock

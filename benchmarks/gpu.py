@@ -4,8 +4,9 @@ Builds the true architecture of FLUX.1-dev or SD3.5-medium with random weights, 
 int8, fp8; each also compiled) loads and trains it in a process of its own, through the trainer, with the settings of a
 recipe and fewer prompts. Memory and time do not depend on what weights say. Results go to benchmarks/results/.
 
+    python benchmarks/gpu.py --quick  # both models in eight minutes on one card of 80 GB, in smaller groups
     python benchmarks/gpu.py --model flux.1-dev --machine 1x80gb --bases bf16 nf4 int8 --compile no yes
-    # the same on a CPU: one layer, small images, float32
+    # the same on a CPU: one narrow layer, small images, float32
     python benchmarks/gpu.py --model sd3.5-medium --reduced --bases bf16 int8
 
 FLOPs are those that the mathematics takes, counted on the architecture as `trl-tpgrpo plan` counts them: of an
@@ -23,9 +24,10 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +40,11 @@ from trl import get_peft_config
 
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
 from trl_tpgrpo.commands.architectures import FOLDERS, load_architecture
-from trl_tpgrpo.commands.hours import Flops, count_flops
+from trl_tpgrpo.commands.hours import GIB, Flops, count_flops
+from trl_tpgrpo.commands.plan import PlannedConfig, PlannedModel, estimate
 from trl_tpgrpo.commands.train import make_parser
 from trl_tpgrpo.policies.base import FlowPolicy
-from trl_tpgrpo.policies.loading import build_policy
+from trl_tpgrpo.policies.loading import build_policy, run_dtype
 
 
 ROOT = Path(__file__).parents[1]
@@ -49,12 +52,24 @@ RECIPES = ROOT / "examples/recipes"
 ARCHITECTURES = {folder.name: folder for folder in FOLDERS.values()}
 BASES = ("bf16", "nf4", "int8", "fp8")
 REDUCED = {"num_layers": 1, "num_single_layers": 1, "num_hidden_layers": 1, "dual_attention_layers": [0],
-           "vocab_size": 512, "d_ff": 1024, "block_out_channels": [32] * 4, "layers_per_block": 1}  # fmt: skip
+           "num_attention_heads": 4, "caption_projection_dim": 256, "vocab_size": 512, "d_ff": 1024,
+           "block_out_channels": [32] * 4, "layers_per_block": 1}  # fmt: skip
 SMALL = {"height": 64, "width": 64, "num_generations": 4, "per_device_train_batch_size": 2, "max_sequence_length": 32,
          "num_inference_steps": 3, "sde_window_size": None, "completion": "exact", "use_cpu": True,
          "bf16": False}  # fmt: skip
 ROOM = 48 * 2**30
 """Bytes for the weights of FLUX.1-dev with its text encoders, 34 GB, and what drawing them takes."""
+
+QUICK_SECONDS = 480
+QUICK = [
+    ("sd3.5-medium", "1x80gb", "bf16", False),
+    ("sd3.5-medium", "1x80gb", "bf16", True),
+    ("flux.1-dev", "1x24gb", "nf4", False),
+    ("flux.1-dev", "1x80gb", "bf16", False),
+    ("flux.1-dev", "1x80gb", "bf16", True),
+]
+"""Model, machine of the recipe (`1x24gb` has 8-bit Adam), base, compiled."""
+QUICK_SETTINGS = {"num_generations": 4, "per_device_train_batch_size": 4}
 
 ROLLOUTS = 2
 """The last is measured; the one before it warms up and compiles."""
@@ -66,8 +81,9 @@ def main() -> None:
     parser.add_argument("--machine", default="1x80gb", help="of the recipe (default: %(default)s)")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=["bf16", "nf4"], help="(default: %(default)s)")
     parser.add_argument("--compile", nargs="+", choices=["no", "yes"], default=["no"], help="(default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="both models in groups of 4, in at most eight minutes")
     parser.add_argument("--prompts", type=int, default=1, help="a rollout, of a group of images each (default: 1)")
-    parser.add_argument("--reduced", action="store_true", help="one layer and small images in float32, for a CPU")
+    parser.add_argument("--reduced", action="store_true", help="a narrow layer and small images in float32, for a CPU")
     parser.add_argument(
         "--options", nargs=argparse.REMAINDER, default=[], help="of trl-tpgrpo train, over the recipe's"
     )
@@ -79,28 +95,42 @@ def main() -> None:
     if args.variant:
         print(json.dumps(run_variant(args, **json.loads(args.variant))))  # noqa: T201
         return
-    with tempfile.TemporaryDirectory() as folder:
-        build_pipeline(args.model, args.reduced).save_pretrained(folder)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # the variants are processes of their own
-        variants = [{"base": b, "compiled": c == "yes", "folder": folder} for b in args.bases for c in args.compile]
-        rows = [in_a_process(variant) for variant in variants]
+    variants = [(args.model, args.machine, base, c == "yes") for base in args.bases for c in args.compile]
+    if args.quick:  # on a CPU diffusers refuses NF4, and compiling takes minutes
+        variants = [case for case in QUICK if not args.reduced or case[2:] == ("bf16", False)]
+    end = time.monotonic() + QUICK_SECONDS if args.quick else None
+    rows = [row for _, cases in groupby(variants, lambda case: case[0]) for row in rows_of_a_model(args, cases, end)]
     results = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **machine(), "rows": rows}
-    (args.results / f"gpu_{args.model}.json").write_text(json.dumps(results, indent=1))
+    name = "gpu_quick" if args.quick else f"gpu_{args.model}"
+    (args.results / f"{name}.json").write_text(json.dumps(results, indent=1))
     print(report(results))  # noqa: T201
 
 
-def in_a_process(variant: dict) -> dict:
+def rows_of_a_model(args: argparse.Namespace, cases: Iterable[tuple], end: float | None) -> list[dict]:
+    """Build a model, save it, and try its variants one after another, until the monotonic clock says `end`."""
+    names, cases = ("model", "machine", "base", "compiled"), list(cases)
+    with tempfile.TemporaryDirectory() as folder:
+        build_pipeline(cases[0][0], args.reduced).save_pretrained(folder)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the variants are processes of their own
+        return [in_a_process(args, {**dict(zip(names, case, strict=True)), "folder": folder}, end) for case in cases]
+
+
+def in_a_process(args: argparse.Namespace, variant: dict, end: float | None) -> dict:
     """The result of a variant, or what it failed with, which must not keep the others from running."""
     command = [sys.executable, *sys.argv, "--variant", json.dumps(variant)]
     if "--options" in command:  # takes all that follows it
         place = command.index("--options")
         command = [*command[:place], "--variant", json.dumps(variant), *command[place:-2]]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     shown = {name: value for name, value in variant.items() if name != "folder"}
+    left = None if end is None else max(end - time.monotonic(), 0.0)
+    try:
+        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=left)
+    except subprocess.TimeoutExpired:
+        return {**shown, "failed": "out of time"}
     if run.returncode:
         return {**shown, "failed": f"exit status {run.returncode}, see the output above"}
-    return {**shown, **json.loads(run.stdout.splitlines()[-1])}
+    return {**shown, **json.loads(run.stdout.splitlines()[-1]), "planned_gib": planned(args, **variant)}
 
 
 def machine() -> dict:
@@ -154,10 +184,10 @@ def t5_tokenizer() -> T5TokenizerFast:
 # ------------------------------------------------------------------------------------------------------ the variants
 
 
-def run_variant(args: argparse.Namespace, base: str, compiled: bool, folder: str) -> dict:
+def run_variant(args: argparse.Namespace, model: str, machine: str, base: str, compiled: bool, folder: str) -> dict:
     """Train for `ROLLOUTS` rollouts and say what the last one took."""
     phases = Phases()
-    model_args, config = settings(args, base, compiled)
+    model_args, config = settings(args, model, machine, base, compiled)
     dataset = Dataset.from_dict({"prompt": [f"a {letter}" for letter in "abcdefghijklmnop"[: args.prompts]]})
     with phases.measure("load"):
         trainer = TPGRPOTrainer(folder, brightness, config, dataset, peft_config=get_peft_config(model_args))
@@ -177,6 +207,7 @@ def run_variant(args: argparse.Namespace, base: str, compiled: bool, folder: str
     return {
         "seconds": seconds,
         "peak_gib": phases.peaks,
+        "ratio_deviation_before_the_first_update": trainer.state.log_history[0]["ratio/max_deviation"],
         **counts,
         "evaluations_per_second": counts["num_evaluations"] / seconds["rollout"],
         "tflops_of_an_evaluation": flops.evaluation / 1e12,
@@ -191,25 +222,37 @@ def run_variant(args: argparse.Namespace, base: str, compiled: bool, folder: str
     }  # fmt: skip
 
 
-def settings(args: argparse.Namespace, base: str, compiled: bool) -> tuple:
+def settings(
+    args: argparse.Namespace, model: str, machine: str, base: str, compiled: bool, kind: type = TPGRPOConfig
+) -> tuple:
     """Of the recipe, but for what a variant and the number of prompts change."""
     recipe: dict = {}
-    for name in (args.model, f"{args.model}_{args.machine}"):
+    for name in (model, f"{model}_{machine}"):
         recipe |= yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     recipe |= {"quantization": None if base == "bf16" else base, "prompt_embeds_dir": None}
     recipe |= {"compile_backend": "inductor" if compiled else None, "save_strategy": "no", "disable_tqdm": True}
+    recipe |= QUICK_SETTINGS if args.quick else {}
     recipe |= SMALL if args.reduced else {}
     recipe |= {"generation_batch_size": args.prompts * recipe["num_generations"], "report_to": "none"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(yaml.safe_dump({name: value for name, value in recipe.items() if value is not None}))
         arguments = ["--config", str(path), "--output_dir", str(Path(folder) / "run"), *args.options]
-        parsed = make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False)
+        parser = make_parser()
+        parser.dataclass_types[-1] = kind
+        parsed = parser.parse_args_and_config(arguments, fail_with_unknown_args=False)
     config = parsed[3]
     dtype = "float32" if args.reduced else "bfloat16"  # a CPU without products in bfloat16 takes ten minutes for them
     config.model_init_kwargs = {"dtype": dtype}
     config.max_steps = ROLLOUTS * updates_of(config)
     return parsed[1], config
+
+
+def planned(args: argparse.Namespace, folder: str, **variant: object) -> dict[str, float]:
+    """What `trl-tpgrpo plan` says of each phase, in GiB, but for CUDA's own, which is not PyTorch's to count."""
+    model_args, config = settings(args, **variant, kind=PlannedConfig)
+    memory = estimate(config, PlannedModel(Path(folder), config, get_peft_config(model_args), run_dtype(config)))
+    return {phase: (sum(items.values()) - items["CUDA context"]) / GIB for phase, items in memory.items()}
 
 
 def updates_of(config: TPGRPOConfig) -> int:
@@ -281,26 +324,25 @@ def matmul_flops(device: torch.device) -> float:
 
 
 def report(results: dict) -> str:
-    """A row for each variant, in Markdown."""
-    lines = [
-        f"{results['device']}, {results['date']}",
-        "",
-        "| base | compiled | peak GiB: load | rollout | decode | train | seconds: rollout | decode | train "
-        "| evaluations/s | utilisation: rollout | train |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """A row for each variant, in Markdown; memory as measured and, after the stroke, as planned."""
+    phases = ("encode", "rollout", "decode", "train")
+    columns = [
+        "model", "base", "compiled", *(f"GiB: {phase}" for phase in phases), "seconds: rollout", "decode", "train",
+        "evaluations/s", "utilisation: rollout", "train", "ratio - 1",
+    ]  # fmt: skip
+    rows = [columns, ["---"] * len(columns)]
     for row in results["rows"]:
-        name = f"| {row['base']} | {'yes' if row['compiled'] else 'no'} | "
+        shown = [row["model"], row["base"], "yes" if row["compiled"] else "no"]
         if "failed" in row:
-            lines.append(f"{name}{row['failed']} |")
+            rows.append([*shown, row["failed"]])
             continue
-        peaks = " | ".join(f"{row['peak_gib'][phase]:.1f}" for phase in ("load", "rollout", "decode", "train"))
-        seconds = " | ".join(f"{row['seconds'][phase]:.1f}" for phase in ("rollout", "decode", "train"))
-        lines.append(
-            f"{name}{peaks} | {seconds} | {row['evaluations_per_second']:.2f} | {row['rollout_utilisation']:.0%} | "
-            f"{row['train_utilisation']:.0%} |"
-        )
-    return "\n".join(lines)
+        shown += [f"{row['peak_gib'][phase]:.1f} / {row['planned_gib'][phase]:.1f}" for phase in phases]
+        shown += [f"{row['seconds'][phase]:.1f}" for phase in ("rollout", "decode", "train")]
+        shown += [f"{row['evaluations_per_second']:.2f}", f"{row['rollout_utilisation']:.0%}"]
+        shown += [f"{row['train_utilisation']:.0%}", f"{row['ratio_deviation_before_the_first_update']:.1e}"]
+        rows.append(shown)
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{results['device']}, {results['date']}; memory as measured / planned\n\n{table}"
 
 
 if __name__ == "__main__":

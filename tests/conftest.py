@@ -16,6 +16,15 @@ from tiny import tiny_flux, tiny_sd3
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests for a GPU where there is none, unless they are asked for: `-m gpu`."""
+    if torch.accelerator.is_available() or config.getoption("markexpr"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def sd3() -> StableDiffusion3Pipeline:
     """To be left as it is: a test that trains or saves adapters builds its own."""

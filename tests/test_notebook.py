@@ -1,6 +1,7 @@
 """The notebook of the examples: it runs on the CPU, and its half for a GPU is a run that fits one."""
 
 import ast
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,20 @@ def test_it_runs_on_the_cpu_and_the_reward_rises(tmp_path: Path) -> None:
     (before, after), (without, trained) = (found.values() for found in numbers)
     assert after > before + 0.01 and trained > without + 0.01
     assert len(results) - len(numbers) == 3  # before and after, a trajectory, the plain pipeline's images
+
+
+def test_it_installs_from_the_clone_that_it_is_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (cell,) = [cell for cell in read().cells if "%pip" in cell.source]
+    command = r'%pip install --quiet "{clones[0]}[testbed]"'
+    assert command in cell.source
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(NOTEBOOK.parent)
+    exec(cell.source.replace(command, "pass"), names)
+    assert names["clones"][0] == NOTEBOOK.parents[1]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="not in a clone of the repository"):
+        exec(cell.source.replace(command, "pass"), names)
 
 
 def test_its_half_for_a_gpu_fits_one_of_24_gib(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ def test_reward_rises(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer.train()
     rewards = logged(trainer, "reward")
-    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.01
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.005
 
 
 @pytest.mark.parametrize("family", [tiny_sd3, tiny_flux])
@@ -242,6 +242,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
     for checkpointing in (False, True):
         trainer = build(tmp_path, activation_checkpointing=checkpointing)
         trainer.train()
+        assert trainer.policy.pipeline.transformer.is_gradient_checkpointing == checkpointing
         weights.append(trained(trainer))
     assert_same(*weights)
 

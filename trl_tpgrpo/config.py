@@ -328,7 +328,7 @@ class TPGRPOConfig(_BaseConfig):
     def _set_derived_defaults(self) -> None:
         evaluated = self.num_generations_eval or 1  # 0 is refused later
         derived = {
-            "activation_checkpointing": True if self.gradient_checkpointing is None else None,
+            "activation_checkpointing": self.gradient_checkpointing is not False,
             "bf16": not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available(),
             "epsilon_high": self.epsilon,
             "gradient_accumulation_steps": 1,  # until _settle_batch_sizes, for TrainingArguments
@@ -339,6 +339,7 @@ class TPGRPOConfig(_BaseConfig):
         for name, value in derived.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        self.gradient_checkpointing = self.activation_checkpointing  # which transformers reads before 5.23
         # The command line gives strings where a field takes several types
         scale, size = str(self.scale_rewards), str(self.per_device_rollout_batch_size)
         self.scale_rewards = {"true": "group", "false": "none"}.get(scale.lower(), scale)

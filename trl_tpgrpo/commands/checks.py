@@ -57,9 +57,8 @@ def _check_output_dir(output_dir: Path, resumed: str) -> None:
     if found and resumed.lower() in ("", *NO) and "LOCAL_RANK" not in os.environ:
         what = f"--output_dir: {output_dir} holds checkpoints of another run ({', '.join(found[:3])})"
         raise ValueError(f"{what}: go on with it by --resume_from_checkpoint true, or choose another folder.")
-    if (resumed.lower() == "true" and not found) or not (
-        resumed.lower() in ("", "true", *NO) or Path(resumed).is_dir()
-    ):
+    is_there = bool(found) if resumed.lower() == "true" else Path(resumed).is_dir()
+    if resumed.lower() not in ("", *NO) and not is_there:
         raise FileNotFoundError(f"--resume_from_checkpoint {resumed}: there is none (output_dir: {output_dir}).")
 
 

@@ -66,14 +66,15 @@ def build_pipeline(model: str, adapter: str | None, dtype: str | None, device: s
     """Load a pipeline and the trained weights into it: a LoRA, or a transformer in the folder `transformer`."""
     import torch  # here, and not for a mistake in the options
 
-    from ..policies.loading import load_pipeline
+    from ..policies.loading import DTYPE, load_pipeline
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     pipeline = load_pipeline(model, dtype)
     if adapter is not None and is_whole(adapter):
         load = type(pipeline.transformer).from_pretrained
-        pipeline.register_modules(transformer=load(adapter, subfolder="transformer", dtype=getattr(torch, dtype)))
+        transformer = load(adapter, subfolder="transformer", **{DTYPE: getattr(torch, dtype)})
+        pipeline.register_modules(transformer=transformer)
     elif adapter is not None:
         pipeline.load_lora_weights(adapter)
     pipeline.set_progress_bar_config(leave=False)

@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     trainer = build_trainer(*options)
     trainer.recipe_settings = settings
     exit_code = run(trainer, script_args.dataset_name)
-    trainer.end()
+    trainer.accelerator.end_training()
     return exit_code
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import types
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffusers import BitsAndBytesConfig, DiffusionPipeline, ModelMixin, Pipelin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders import single_file_utils
 from diffusers.quantizers.quantization_config import QuantizationMethod
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -24,6 +26,8 @@ from .sd3 import SD3Policy
 
 POLICIES = (SD3Policy, FluxPolicy)
 SINGLE_FILES = ("sd3", "sd35_medium", "sd35_large", "flux-dev", "flux-schnell")  # diffusers' names of originals
+DTYPE = "dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype"
+"""Name that `DiffusionPipeline.from_pretrained` has for it; another one it ignores."""
 
 
 def load_pipeline(
@@ -57,7 +61,7 @@ def load_pipeline(
         model_init_kwargs["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
     parts = DiffusionPipeline.load_config(str(model), **model_init_kwargs)
     absent = {name: None for name, part in parts.items() if part == [None, None]}
-    return DiffusionPipeline.from_pretrained(str(model), dtype=torch_dtype, **{**absent, **model_init_kwargs})
+    return DiffusionPipeline.from_pretrained(str(model), **{DTYPE: torch_dtype, **absent, **model_init_kwargs})
 
 
 def _load_transformer(file: Path, dtype: torch.dtype, base: str | None) -> tuple[str, ModelMixin]:
@@ -74,7 +78,7 @@ def _load_transformer(file: Path, dtype: torch.dtype, base: str | None) -> tuple
         base = single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
     kind = DiffusionPipeline.load_config(base)["transformer"][1]
     load = getattr(diffusers, kind).from_single_file
-    return base, load(str(file), config=base, subfolder="transformer", dtype=dtype)
+    return base, load(str(file), config=base, subfolder="transformer", **{DTYPE: dtype})
 
 
 def _quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig | TorchAoConfig:
@@ -157,6 +161,7 @@ def prepare_transformer(
     _check_weights(transformer, are_trained=peft_config is None)
     transformer._internal_dict.__class__ = TrainerConfig
     transformer.activation_checkpointing_enable = types.MethodType(_activation_checkpointing_enable, transformer)
+    transformer.gradient_checkpointing_enable = types.MethodType(_gradient_checkpointing_enable, transformer)
     if args.attention_backend is not None:
         _set_attention_backend(transformer, args.attention_backend)
     if peft_config is None:
@@ -268,3 +273,10 @@ def _activation_checkpointing_enable(
     transformer.enable_gradient_checkpointing(
         lambda block, *inputs: torch.utils.checkpoint.checkpoint(block.__call__, *inputs, **kwargs)
     )
+
+
+def _gradient_checkpointing_enable(
+    transformer: ModelMixin, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+) -> None:
+    """Switch it on under the name by which transformers before 5.23 calls it."""
+    _activation_checkpointing_enable(transformer, gradient_checkpointing_kwargs)

@@ -13,12 +13,17 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx2
-import tenacity
 from PIL import Image
 
 from .contract import RewardUnavailable
 from .serving.protocol import is_loopback
+
+
+try:
+    import httpx2
+    import tenacity
+except ImportError as error:
+    raise ImportError(f"Remote rewards need {error.name}: pip install 'trl-tpgrpo[remote]'.") from error
 
 
 TOKEN_VARIABLE = "TRL_TPGRPO_REWARD_TOKEN"
