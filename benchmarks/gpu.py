@@ -239,7 +239,9 @@ def settings(
         path.write_text(yaml.safe_dump({name: value for name, value in recipe.items() if value is not None}))
         arguments = ["--config", str(path), "--output_dir", str(Path(folder) / "run"), *args.options]
         parser = make_parser()
-        parser.dataclass_types[-1] = kind
+        if kind is PlannedConfig:  # which has a field more
+            parser.dataclass_types[-1] = kind
+            parser.set_defaults(num_processes=1)
         parsed = parser.parse_args_and_config(arguments, fail_with_unknown_args=False)
     config = parsed[3]
     dtype = "float32" if args.reduced else "bfloat16"  # a CPU without products in bfloat16 takes ten minutes for them
