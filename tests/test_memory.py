@@ -14,11 +14,11 @@ from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuan
 from test_trainer import PROMPTS, assert_same, brightness, build, config, logged, lora, prompts, trained
 from tiny import tiny_flux, tiny_sd3
 
-from trl_tpgrpo import TPGRPOTrainer, rollouts
+from trl_tpgrpo import TPGRPOTrainer, batches
+from trl_tpgrpo.batches import sweeps
 from trl_tpgrpo.policies.base import FlowPolicy, on_device
 from trl_tpgrpo.policies.loading import load_policy
 from trl_tpgrpo.policies.sharding import check_sharded_optimizer
-from trl_tpgrpo.rollouts import sweeps
 from trl_tpgrpo.testbed import TESTBED
 
 
@@ -353,7 +353,7 @@ def test_a_rollout_in_several_sweeps_is_the_same(changes: dict, tmp_path: Path, 
     """To the bit, if the model is given one latent at a time however many are under way."""
     runs, images = [], []
     for size in (64, 2):
-        monkeypatch.setattr(rollouts, "SWEEP", size)
+        monkeypatch.setattr(batches, "SWEEP", size)
         seen: list[int] = []
 
         def reward(images: list, seen: list[int] = seen, **columns: object) -> list[float]:

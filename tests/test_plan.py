@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
 from trl_tpgrpo.algorithm.rollout import EXACT, roll_out
 from trl_tpgrpo.batches import Trajectories
+from trl_tpgrpo.callbacks.costs import Counts, count, count_sampling
 from trl_tpgrpo.commands import plan as command
 from trl_tpgrpo.commands.architectures import FOLDERS, architecture_folder, load_architecture, load_part
 from trl_tpgrpo.commands.hours import GIB, UTILISATION, Flops, count_evaluated, count_flops, find_gpu, time_rows
@@ -40,7 +41,6 @@ from trl_tpgrpo.commands.plan import (
 )
 from trl_tpgrpo.policies.base import Guidance
 from trl_tpgrpo.policies.loading import build_policy, prepare_transformer
-from trl_tpgrpo.rollouts import Counts, count, count_sampling
 
 
 SD3, FLUX = FOLDERS

@@ -135,7 +135,7 @@ def on_a_terminal(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) ->
 
 
 def test_a_terminal_has_a_bar_with_the_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trl_tpgrpo.rollouts.SWEEP", 2)
+    monkeypatch.setattr("trl_tpgrpo.batches.SWEEP", 2)
 
     def run() -> None:
         trainer = build(

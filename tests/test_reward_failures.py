@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from test_trainer import assert_same, brightness, build, logged, prompts, trained
 
-from trl_tpgrpo import rollouts
+from trl_tpgrpo import batches
 from trl_tpgrpo.rewards import RewardError
 
 
@@ -187,7 +187,7 @@ def test_two_processes_stop_together_in_every_case(tmp_path: Path) -> None:
 
 def test_scoring_goes_on_while_the_next_sweep_is_sampled(tmp_path: Path, monkeypatch) -> None:
     """Rewards of the first sweep wait until the second is sampled: one after the other this would never end."""
-    monkeypatch.setattr(rollouts, "SWEEP", 4)
+    monkeypatch.setattr(batches, "SWEEP", 4)
     sampled, seen = threading.Event(), []
 
     def patient(images: list[Image.Image], **columns: object) -> list[float]:

@@ -49,7 +49,7 @@ def test_a_sample_is_the_first_group_with_the_images_that_its_rewards_are_of(tmp
 
 
 def test_more_samples_than_a_sweep_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trl_tpgrpo.rollouts.SWEEP", 2)
+    monkeypatch.setattr("trl_tpgrpo.batches.SWEEP", 2)
     trainer = build(tmp_path, max_steps=1, num_completions_to_print=3, per_device_rollout_batch_size=2)
     seen = Seen()
     trainer.add_callback(seen)

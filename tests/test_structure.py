@@ -117,8 +117,10 @@ def test_ls_tells_the_story() -> None:
 
 
 def test_the_heart_and_the_whole_stay_small() -> None:
-    assert heart() <= 3300
-    assert lines(FILES) <= 9400  # 9,000 after the redesign; a model family takes about 100
+    # 3,200 and 9,000 after the redesign. Since then: settings compared on resuming, models in one file, weights that
+    # mean the same everywhere (the heart); `evaluate`, hours, mistakes and help without PyTorch (the whole).
+    assert heart() <= 3450
+    assert lines(FILES) <= 10_650  # a model family takes about 100
 
 
 def test_files_and_functions_fit_a_screen() -> None:
@@ -128,7 +130,7 @@ def test_files_and_functions_fit_a_screen() -> None:
 
 
 def test_modules_know_few_others() -> None:
-    assert internal_imports() <= 1.8
+    assert internal_imports() <= 1.9
 
 
 def test_importing_one_family_loads_no_other() -> None:

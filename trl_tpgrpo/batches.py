@@ -18,6 +18,10 @@ from .policies.base import Conditioning, Schedule
 from .rewards.contract import RewardError
 
 
+SWEEP = 64  # trajectories sampled together, at least: batches are full, and memory does not grow with the rollout
+LARGEST_BATCH = 256  # that is tried where the batch size of rollouts is measured
+
+
 @dataclass(frozen=True)
 class Sampled:
     """Trajectories of B rows of a dataset, their images and the rewards of these."""
@@ -147,3 +151,10 @@ class Trajectories:
 SAVED_CLASSES: list[Any] = [Conditioning, CreditedSteps, CreditRule, RewardTable, Schedule, Trajectories, Window]
 FORMER = {"credit": (CreditRule, RewardTable), "trajectories": (Trajectories,), "rollout": (Window,)}
 SAVED_CLASSES += [(one, f"trl_tpgrpo.{module}.{one.__name__}") for module, known in FORMER.items() for one in known]
+
+
+def sweeps(num_rows: int, args: Any) -> list[slice]:
+    """Cut the rows of a rollout into those that are sampled together: whole groups that fill a batch of the model."""
+    at_least = max(SWEEP, args.rollout_batch_size or LARGEST_BATCH)
+    size = -(-at_least // args.num_generations) * args.num_generations
+    return [slice(start, start + size) for start in range(0, num_rows, size)]

@@ -5,7 +5,6 @@ states.
 """
 
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from .algorithm.completion import CompletionRule
 from .algorithm.credit import RewardTable, shortest_window, step_reward_variances
 from .algorithm.fidelity import compare
 from .algorithm.rollout import EXACT, Generators, Rollout, Window, fastest_batch_size, roll_out
-from .batches import Sampled, Trajectories
+from .batches import LARGEST_BATCH, Sampled, Trajectories, sweeps
 from .config import TPGRPOConfig
 from .metrics import Metrics, image_variety
 from .policies.base import Conditioning, FlowPolicy, on_device, to_images
@@ -43,10 +42,8 @@ Rows = list[dict[str, Any]]
 NOISE, WINDOW, EVALUATION, PROBE, CARD = range(5)
 """Purposes of a seed; the random numbers of one never depend on how many another took."""
 
-SWEEP = 64  # trajectories sampled together, at least: batches are full, and memory does not grow with the rollout
 MAX_PENDING = 2  # sweeps that may wait for their rewards while the next is sampled; their images are kept until then
 PROBED_GROUPS = 16  # prompts of a process that the window is measured on
-LARGEST_BATCH = 256  # that is tried where the batch size of rollouts is measured
 
 
 @dataclass(frozen=True)
@@ -430,77 +427,6 @@ class Rollouts:
         folder = Path(self.args.output_dir) / "reward_failures"
         save_evidence(error, folder, self._state().global_step, self.accelerator.process_index)
         return error
-
-
-def sweeps(num_rows: int, args: TPGRPOConfig) -> list[slice]:
-    """Cut the rows of a rollout into those that are sampled together: whole groups that fill a batch of the model."""
-    at_least = max(SWEEP, args.rollout_batch_size or LARGEST_BATCH)
-    size = -(-at_least // args.num_generations) * args.num_generations
-    return [slice(start, start + size) for start in range(0, num_rows, size)]
-
-
-class Counts(NamedTuple):
-    """What a rollout takes over all processes, and how many updates and rollouts there are (`None`: not known)."""
-
-    rollout: dict[str, list[int]]  # a number for each window that it may have, all equally likely; empty: not known
-    updates: float  # a rollout; below 1 if several rollouts make an update
-    num_updates: int | None
-    num_rollouts: int | None
-    are_bounds: bool = False  # a measured window is shorter, and with beta=0 transitions without advantage are not run
-
-    def mean(self, name: str) -> float:
-        """Return a number of a rollout, averaged over the windows that it may have."""
-        return sum(self.rollout[name]) / max(len(self.rollout[name]), 1)
-
-    def __str__(self) -> str:
-        sampling, training = self.mean("evaluations in sampling"), self.mean("evaluations in training")
-        return (
-            f"rollout: {self.mean('trajectories'):,.0f} trajectories, {self.mean('images decoded and scored'):,.0f} "
-            f"images, {sampling:,.0f} evaluations in sampling, {training:,.0f} in training\n"
-            f"run: {self.num_updates:,} updates, {self.num_rollouts:,} rollouts, "
-            f"{'at most ' * self.are_bounds}{(sampling + training) * (self.num_rollouts or 0):,.0f} evaluations"
-        )
-
-
-def count(args: Any, dataset_size: int | None = None) -> Counts:
-    """Count what a run with these settings takes, with so many prompts (`None`: not known)."""
-    trajectories, accumulated = args.generation_batch_size, args.gradient_accumulation_steps
-    steps = trajectories // (args.per_device_train_batch_size * args.world_size)
-    batches = steps * (args.num_iterations + (args.beta > 0))
-    if args.recompute_old_log_probs:  # the first update can do without, unless there are more iterations
-        batches += max(0, steps - (accumulated if args.num_iterations == 1 else 0))
-    updates, total = steps * args.num_iterations / accumulated, args.max_steps if args.max_steps > 0 else None
-    num_rollouts = None if total is None else math.ceil(total / updates)
-    if dataset_size is not None:  # an epoch ends with an update, whatever has been accumulated
-        rollouts = dataset_size // args.prompts_per_generation
-        epoch = max(1, math.ceil(rollouts * updates))
-        total = total or math.ceil(args.num_train_epochs * epoch)
-        num_rollouts = total // epoch * rollouts + min(rollouts, math.ceil(total % epoch / updates))
-    evaluations, calls, images = count_sampling(args, trajectories // args.world_size, args.completion_rule)
-    rollout = {
-        "trajectories": [trajectories],
-        "evaluations in sampling": evaluations,
-        "model calls in sampling": calls if args.rollout_batch_size else [],
-        "images decoded and scored": images,
-        "transitions trained on": [trajectories * args.num_sde_steps],
-        "evaluations in training": [trajectories * args.num_sde_steps * batches // steps],
-    }
-    return Counts(rollout, updates, total, num_rollouts, args.beta == 0 or args.sde_window_share is not None)
-
-
-def count_sampling(args: Any, num_rows: int, rule: Any) -> list[list[int]]:
-    """Count evaluations, calls and images of sampling so many trajectories on each process, in each window."""
-    sigmas, batch_size = torch.linspace(1, 0, args.num_inference_steps + 1), args.rollout_batch_size
-    sizes = [len(range(num_rows)[part]) for part in sweeps(num_rows, args)]
-
-    def swept(size: int, start: int) -> tuple[int, int, int]:
-        window, generators = args.window(start, start + args.num_sde_steps), [torch.Generator()] * size
-        noise = torch.zeros(size // args.num_generations if args.share_initial_noise else size, 1)
-        rollout = roll_out(lambda x, *_: torch.zeros_like(x), noise, sigmas, window, generators, rule, batch_size)
-        return rollout.num_evaluations, rollout.num_calls, len(rollout.final_latents)
-
-    numbers = torch.tensor([[swept(size, start) for size in sizes] for start in args.window_starts])
-    return (args.world_size * numbers.sum(1)).T.tolist()
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from .algorithm.sde import kl_divergence
 from .batches import Sampled, Trajectories, Transitions
 from .callbacks import checkpoints, guard_rails, resuming
 from .callbacks.averaging import AveragedWeights
+from .callbacks.costs import FirstLines
 from .callbacks.pictures import PictureCallback
 from .callbacks.progress import LogLines, ProgressDisplay
 from .callbacks.sample_table import SamplePrinter
@@ -41,8 +42,8 @@ from .metrics import Metrics, rollout_metrics
 from .policies import loading, sharding, weights
 from .policies.embeddings import PromptEmbeddings
 from .policies.reference import Reference
-from .rewards.contract import RewardFunc, reward_names
-from .rollouts import Rollouts, count
+from .rewards.contract import RewardFunc, check_available, reward_names
+from .rollouts import Rollouts
 
 
 class TPGRPOTrainer(_BaseTrainer):
@@ -116,9 +117,8 @@ class TPGRPOTrainer(_BaseTrainer):
         set_seed(args.seed)  # before the adapter's random weights
         self.policy = loading.load_policy(model, args, use_lora=peft_config is not None)
         transformer, frozen_copy = loading.prepare_transformer(self.policy, peft_config, args)
-        self._parts_of_run = resuming.describe_parts(
-            transformer, self.policy.pipeline, self.reward_func_names, train_dataset
-        )
+        parts = transformer, self.policy.pipeline, self.reward_func_names, train_dataset
+        self._parts_of_run = resuming.describe_parts(*parts)
         embeddings = PromptEmbeddings(self.policy, args.prompt_embeds_dir)
         self.policy.to(args.device)
         if args.precompute_prompt_embeds:
@@ -175,7 +175,7 @@ class TPGRPOTrainer(_BaseTrainer):
         self.stop_on_signal = checkpoints.StopOnSignal(self.accelerator)
         self._set_epoch = SetEpoch()
         pictures = PictureCallback(self.callback_handler)
-        for callback in (SamplePrinter(), pictures, self._set_epoch, self.averaged, self.stop_on_signal):
+        for callback in (FirstLines(), SamplePrinter(), pictures, self._set_epoch, self.averaged, self.stop_on_signal):
             self.add_callback(callback)
         self.guard_rails = guard_rails.watch_over(self, self._metrics_of_update, self._metrics["train"].record)
 
@@ -257,9 +257,8 @@ class TPGRPOTrainer(_BaseTrainer):
 
         Raises:
             FileNotFoundError: If there is no complete checkpoint to resume from.
-            ValueError: If the checkpoint belongs to another run: other settings than `args.resume_with_changes`
-                accepts, another adapter, other batches, another number of processes. If the run begins anew in a
-                folder that holds checkpoints.
+            ValueError: If the checkpoint is of another run (settings but those of `args.resume_with_changes`, adapter,
+                number of processes), or if the run begins anew in a folder with checkpoints.
         """
         self._step, self._buffered_inputs, self.averaged.average = 0, None, None
         self._metrics["train"].clear()  # an aborted call may have left some
@@ -268,9 +267,8 @@ class TPGRPOTrainer(_BaseTrainer):
         checkpoint = checkpoints.to_resume(self, resume_from_checkpoint)
         if checkpoint is not None and checkpoints.is_finished(checkpoint, self.args):
             return checkpoints.restore_finished(self, checkpoint)
+        check_available([*self.reward_funcs, *self.eval_reward_funcs])
         sharding.prepare_to_train(self)
-        if self.train_dataset is not None:
-            self.accelerator.print(count(self.args, len(self.train_dataset)))
         with self.stop_on_signal.listening():
             return super().train(checkpoint and str(checkpoint), *args, **kwargs)
 

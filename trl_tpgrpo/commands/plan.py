@@ -20,11 +20,13 @@ from peft import LoraConfig
 from trl import get_peft_config
 
 from ..algorithm.rollout import EXACT
+from ..batches import sweeps
+from ..callbacks.costs import Counts, count, count_sampling
 from ..config import TPGRPOConfig, described
 from ..policies.base import Guidance
 from ..policies.embeddings import KEPT_IN_MEMORY
 from ..policies.loading import build_policy, prepare_transformer, run_dtype
-from ..rollouts import PROBED_GROUPS, Counts, count, count_sampling, sweeps
+from ..rollouts import PROBED_GROUPS
 from .architectures import architecture_folder, load_architecture, load_part
 from .hours import CARDS, GIB, count_evaluated, count_flops, find_gpu, row, time_rows
 from .rewards import BUILT_IN_REWARDS

@@ -179,3 +179,10 @@ def check_signature(reward_func: RewardFunc, columns: list[str]) -> None:
             f"The reward function {reward_name(reward_func)!r} cannot be called with {list(arguments)}: {error}. "
             "Let it take **columns."
         ) from error
+
+
+def check_available(reward_funcs: list[RewardFunc]) -> None:
+    """Call `check_available`, which may raise, of functions that have it, such as those that ask a server."""
+    for reward_func in map(innermost, reward_funcs):
+        if "check_available" in dir(reward_func):
+            reward_func.check_available()

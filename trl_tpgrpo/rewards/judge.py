@@ -180,6 +180,22 @@ class VLMJudge:
                 log_metric(f"{self.__name__}/{name}_per_image", value / len(images))
         return [fmean(row) if row else None for row in scores]
 
+    def check_available(self) -> None:
+        """Ask the server for anything; raise a `JudgeUnavailable` if there is no answer, of whatever kind."""
+        client = openai.OpenAI(
+            base_url=self.base_url,
+            api_key=self._key or "none",
+            timeout=self.seconds_per_attempt,
+            max_retries=self.num_retries,
+            http_client=openai.DefaultHttpxClient(mounts=PAST_PROXIES),
+        )
+        try:
+            client.models.list(extra_headers=self._omitted)
+        except openai.APIConnectionError as error:
+            raise self._failure(error, "the first request") from None
+        except (openai.APIStatusError, json.JSONDecodeError):
+            pass  # it answers; not every server lists its models
+
     def _questions(self, number: int, image: Image.Image, row: dict[str, Any]) -> list[Question]:
         if not self.asks_questions:
             return [Question(image, _filled(self.text, row), f"row {number}")]
@@ -189,6 +205,12 @@ class VLMJudge:
             Question(image, _filled(self.text, {"question": text}), f"row {number}, {text!r}", expected)
             for text, expected in (_text_and_answer(question, number) for question in row["questions"] or [])
         ]
+
+    @property
+    def _omitted(self) -> dict[str, Any]:
+        """Headers that the client would else send to any server, from what the environment has for OpenAI's own."""
+        names = ["OpenAI-Organization", "OpenAI-Project"] + ([] if self._key else ["Authorization"])
+        return dict.fromkeys(names, openai.omit)
 
     def _client(self, usage: Usage) -> openai.AsyncOpenAI:
         """Return a client that counts attempts, for one call only: the next may have another event loop."""
@@ -229,8 +251,6 @@ class VLMJudge:
         shown = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
         messages: Any = [{"role": "user", "content": [shown, {"type": "text", "text": question.text}]}]
         answer: Any = {"type": "json_schema", "json_schema": self._schema}
-        # Without `omit`, the client would send what the environment has for OpenAI's own server to any other.
-        omitted = ["OpenAI-Organization", "OpenAI-Project"] + ([] if self._key else ["Authorization"])
         try:
             return await client.chat.completions.create(
                 model=self.model,
@@ -238,7 +258,7 @@ class VLMJudge:
                 response_format=answer,
                 temperature=temperature,
                 max_tokens=self.max_tokens,
-                extra_headers=dict.fromkeys(omitted, openai.omit),
+                extra_headers=self._omitted,
             )
         except json.JSONDecodeError as error:
             raise UnusableAnswer(f"the server's answer is no chat completion but {self._shown(error.doc)}") from None

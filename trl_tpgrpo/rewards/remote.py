@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import math
 import os
 import random
@@ -25,6 +26,8 @@ try:
 except ImportError as error:
     raise ImportError(f"Remote rewards need {error.name}: pip install 'trl-tpgrpo[remote]'.") from error
 
+
+logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "TRL_TPGRPO_REWARD_TOKEN"
 RETRIED_STATUSES = (502, 503, 504)
@@ -124,6 +127,29 @@ class RemoteReward:
                 parts = [answer["extra"].get(name, [None] * len(answer["rewards"])) for answer in answers]
                 log_extra(name, [value for part in parts for value in part])
         return [reward for answer in answers for reward in answer["rewards"]]
+
+    def check_available(self) -> None:
+        """Ask the server whether it has the reward; raise a `RemoteRewardError` if not, or if it does not answer."""
+        stop = tenacity.stop_after_attempt(self.num_retries + 1)
+        retrying = tenacity.Retrying(retry=RETRIED, wait=self._pause, stop=stop, before_sleep=self._warn)
+        try:
+            with httpx2.Client(**{**self._client_options, "timeout": self.seconds_per_attempt}) as client:
+                response: httpx2.Response = retrying(client.get, f"{self.server}/health")
+        except tenacity.RetryError as error:
+            what = f"does not answer: {self._last_failure(error)}. Is it running?"
+            raise ServerUnavailable(f"The reward server {self.server} {what}") from error
+        if response.status_code == 401:
+            raise self._refused(response, 0, [])
+        try:
+            served = list(response.json()["rewards"])
+        except (ValueError, KeyError, TypeError):
+            return  # another kind of server, which answers
+        if self.__name__ not in served:
+            raise RemoteRewardError(f"The reward server {self.server} has no {self.__name__!r}, only {served}.")
+
+    def _warn(self, state: tenacity.RetryCallState) -> None:
+        if state.attempt_number == 1:
+            logger.warning("The reward server %s does not answer yet; it is asked again.", self.server)
 
     def _sendable(self, columns: dict[str, list]) -> dict[str, list]:
         """Return the columns that are sent; refuse one that is missing, or that JSON would not give back as it is."""
