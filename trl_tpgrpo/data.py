@@ -52,6 +52,8 @@ def check_datasets(
         raise ValueError("eval_reward_funcs are called in evaluation only: pass an eval_dataset too.")
     if evaluation is None and args.eval_strategy != "no":
         raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset.")
+    if evaluation is None and args.eval_on_start:
+        raise ValueError("eval_on_start=True needs an eval_dataset.")
     if train is not None and len(train) < (needed := args.prompts_per_generation):
         sizes = f"generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}"
         raise ValueError(f"train_dataset has {len(train)} prompts, but one rollout takes {needed} ({sizes}).")

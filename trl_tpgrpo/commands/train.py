@@ -211,7 +211,7 @@ def build_trainer(
 
     `prompts`, if they are loaded already, are those of training and of evaluation.
     """
-    evaluates = training_args.eval_strategy != "no"
+    evaluates = training_args.eval_strategy != "no" or training_args.eval_on_start
     train_dataset, eval_dataset = prompts or load_prompts(script_args, dataset_args, evaluates)
     reward_funcs = list(map(load_reward, script_args.reward_funcs or []))
     eval_reward_funcs = list(map(load_reward, script_args.eval_reward_funcs or []))
