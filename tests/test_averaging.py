@@ -40,8 +40,8 @@ def test_the_average_is_that_of_the_formula(tmp_path: Path) -> None:
 
 def test_the_average_never_changes_training(tmp_path: Path) -> None:
     runs = [
-        build(tmp_path, max_steps=4, ema_update_every=1, ema_decay=decay, eval_dataset=prompts(4), eval_steps=1,
-              eval_strategy="steps", per_device_eval_batch_size=4, save_strategy="steps", save_steps=2)
+        build(tmp_path / str(decay), max_steps=4, ema_update_every=1, ema_decay=decay, eval_dataset=prompts(4),
+              eval_steps=1, eval_strategy="steps", per_device_eval_batch_size=4, save_strategy="steps", save_steps=2)
         for decay in (None, 0.9)
     ]  # fmt: skip
     for run in runs:

@@ -131,7 +131,7 @@ def check(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -
     elif program == "torchrun":
         check_launch(get_args_parser().parse_args(arguments), None, monkeypatch)
     elif program == "make":
-        targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
         assert {argument for argument in arguments if "=" not in argument} <= targets
     elif program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

@@ -290,7 +290,7 @@ def test_what_follows_from_a_changed_setting_follows_anew(tmp_path: Path) -> Non
     args = TPGRPOConfig(str(tmp_path), use_cpu=True, epsilon_high=2e-5)
     changes = {"num_generations": 12, "sde_type": "flow_sde", "epsilon": 1e-3, "learning_rate": 1e-4}
     fresh = TPGRPOConfig(str(tmp_path), use_cpu=True, epsilon_high=2e-5, **changes)
-    assert (fresh.num_generations_eval, fresh.log_prob_type, fresh.epsilon_high) == (12, "gaussian", 2e-5)
+    assert (fresh.per_device_eval_batch_size, fresh.log_prob_type, fresh.epsilon_high) == (12, "gaussian", 2e-5)
     for copy in copies(args, **changes):
         assert copy == fresh
     for copy in copies(args, steps_per_generation=8):  # of two that exclude each other, the one that was given
@@ -306,7 +306,7 @@ def test_a_setting_that_is_changed_before_the_trainer_is_made_is_checked(tmp_pat
     args.num_generations = args.per_device_train_batch_size = 6
     trainer = TPGRPOTrainer(tiny_sd3(), brightness, args, prompts(), peft_config=lora())
     assert trainer.args is args
-    assert (args.num_generations_eval, args.generation_batch_size, args.rollout_batch_size) == (6, 6, 6)
+    assert (args.per_device_eval_batch_size, args.generation_batch_size, args.rollout_batch_size) == (6, 6, 6)
 
 
 def test_a_token_that_was_made_unreadable_is_none(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ OVERRIDDEN = {
     "_finish_current_push", "_get_eval_sampler", "_get_grad_norm", "_get_train_sampler", "_load_best_model",
     "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_prepare_inputs", "_push_from_checkpoint",
     "_save_checkpoint", "_send_telemetry", "_set_signature_columns_if_needed", "_tag_names", "compute_loss",
-    "create_model_card", "evaluate", "get_train_dataloader", "init_hf_repo", "log", "prediction_step", "push_to_hub",
-    "save_model", "train", "training_step",
+    "create_model_card", "evaluate", "get_train_dataloader", "init_hf_repo", "log", "predict", "prediction_step",
+    "push_to_hub", "save_model", "train", "training_step",
 }  # fmt: skip
 """Methods of TRL's or transformers' trainer."""
 
@@ -41,6 +41,8 @@ USED = {
     "transformers.trainer_utils.rotate_checkpoints",
     "accelerate.state.GradientState._set_sync_gradients",
     "accelerate.utils.fsdp_utils.fsdp2_prepare_model",
+    "argparse.ArgumentParser._check_value",
+    "argparse.ArgumentParser._get_value",
     "diffusers.FluxPipeline._prepare_latent_image_ids",
     "diffusers.FluxPipeline._unpack_latents",
     "diffusers.configuration_utils.FrozenDict",
@@ -61,6 +63,7 @@ SET_BY_HOSTS = {
     "_optionals": "argparse's parser",
     "_signature_columns": "trainers, by transformers",
     "_train_batch_size": "trainers, by transformers",
+    "_wrapped": "tqdm's ObjectWrapper",
 }
 """Private attributes of instances, which a class does not show; the tests of what uses them fail without them."""
 

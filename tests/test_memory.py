@@ -342,7 +342,7 @@ def test_optimizers_of_bitsandbytes_are_refused_under_fsdp(optim: str) -> None:
 def test_too_many_prompts_for_the_memory_need_a_folder(tmp_path: Path) -> None:
     many = Dataset.from_dict({"prompt": [f"a red circle {number}" for number in range(1025)]})
     with pytest.raises(ValueError, match="set prompt_embeds_dir"):
-        build(tmp_path, train_dataset=many, precompute_prompt_embeds=True)
+        build(tmp_path, train_dataset=many, precompute_prompt_embeds=True, max_steps=1000)
 
 
 # Sweeps

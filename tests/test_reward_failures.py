@@ -79,7 +79,7 @@ def test_skipped_failures_leave_out_their_trajectories(tmp_path: Path, caplog) -
     """Of the topic's group nothing is left; the others train as ever."""
     trainer = build(
         tmp_path, reward_funcs=Failing("raises"), reward_failures="skip", per_device_train_batch_size=12, beta=0.0,
-        shuffle_dataset=False, max_steps=1, eval_dataset=prompts(4),
+        shuffle_dataset=False, max_steps=1, eval_dataset=prompts(4), num_generations_eval=2,
     )  # fmt: skip
     trainer.train()
     images_of_a_trajectory = trainer.args.num_sde_steps + 1

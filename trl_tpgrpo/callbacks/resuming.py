@@ -20,13 +20,15 @@ SETTINGS = "settings.json"  # in a checkpoint: what its run was given
 SAMPLED = 4096  # numbers of each weight by which a model is recognised
 # What says how a run is carried out, watched and stored, or how long it is: it may change without being accepted.
 FREE = (
-    "*_dir", "max_steps", "num_train_epochs", "disable_tqdm", "report_to", "run_name", "project", "trackio_*",
-    "log_*", "logging_*", "eval_*", "*_eval", "*_eval_*", "save_*", "push_to_hub", "hub_*", "load_best_model_at_end",
-    "metric_for_best_model", "greater_is_better", "prediction_loss_only", "include_*", "dataloader_*", "ddp_*", "do_*",
-    "local_rank", "debug", "skip_memory_metrics", "torch_empty_cache_steps", "precompute_prompt_embeds", "offload_*",
-    "vae_slicing", "guard_rails", "reward_failures", "completion_check_every", "num_completions_to_print", "use_cpu",
-    "resume_*", "activation_checkpointing*", "gradient_checkpointing*", "per_device_rollout_batch_size",
+    "max_steps", "num_train_epochs", "disable_tqdm", "log_*", "logging_*", "eval_*", "*_eval", "*_eval_*", "save_*",
+    "push_to_hub", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "prediction_loss_only",
+    "include_*", "dataloader_*", "ddp_*", "do_*", "debug", "skip_memory_metrics", "torch_empty_cache_steps",
+    "precompute_prompt_embeds", "offload_*", "vae_slicing", "guard_rails", "reward_failures", "completion_check_every",
+    "num_completions_to_print", "use_cpu", "activation_checkpointing*", "gradient_checkpointing*",
+    "per_device_rollout_batch_size", "derived",
 )  # fmt: skip
+# What is of one machine or person only: not told.
+PERSONAL = ("*_token", "*_dir", "hub_*", "trackio_*", "run_name", "project", "report_to", "local_rank", "resume_*")
 # What an optimizer takes from its saved state, whatever it is created with.
 NOT_APPLIED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 # What must be the same, see `checkpoints.load_progress`: the batches of a rollout under way are cut by it.
@@ -38,7 +40,7 @@ ADAPTER = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern
 
 def describe_settings(args: Any) -> dict[str, Any]:
     """Return a run's settings but tokens, and the names of those that were given: others follow from these."""
-    settings = {name: value for name, value in args.to_dict().items() if not name.endswith("_token")}
+    settings = {name: value for name, value in args.to_dict().items() if not _matches(name, PERSONAL)}
     return {"settings": settings, "given": sorted({*args.given, "bf16"} - {*LAYOUT, "generation_batch_size"})}
 
 
@@ -96,10 +98,9 @@ def check_settings(checkpoint: Path, now: dict[str, Any], accepted: list[str] | 
         raise ValueError(f"resume_with_changes: {sorted(unknown)} are the same in {checkpoint}: leave them out.")
     refused = []
     for name, values in differing.items():
-        is_free = any(fnmatch(name, pattern) for pattern in FREE)
         if name in NOT_APPLIED:
             logger.warning("%s: %s. It is not applied: the optimizer goes on with its saved state.", name, values)
-        elif is_free or name in (accepted or ()):
+        elif _matches(name, FREE) or name in (accepted or ()):
             logger.warning("%s: %s. The run goes on with the latter.", name, values)
         else:
             refused.append(f"{name} ({values})")
@@ -111,11 +112,15 @@ def check_settings(checkpoint: Path, now: dict[str, Any], accepted: list[str] | 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Return `former, now other` by the name of what differs; of an adapter and a model by the parts that do."""
-    given = sorted({*before["given"], *now["given"]})
+    given = [name for name in sorted({*before["given"], *now["given"]}) if not _matches(name, PERSONAL)]
     pairs = {name: (before["settings"].get(name), now["settings"].get(name)) for name in given}
     pairs |= {name: (before[name], now[name]) for name in ("peft_config", "train_dataset", "reward_funcs")}
     pairs |= {f"model.{name}": (value, now["model"].get(name)) for name, value in before["model"].items()}
     return {name: _told(*values) for name, values in pairs.items() if values[0] != values[1]}
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _told(before: Any, now: Any) -> str:
