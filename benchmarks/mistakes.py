@@ -14,7 +14,8 @@ FILES = {
     "numbers.csv": "prompt\n1\n2\n",
     "empty.txt": "\n",
     "broken.jsonl": '{"prompt": "a red circle"\n',
-    "my_rewards.py": "def mine(images, **columns):\n    return [0.0] * len(images)\n",
+    "my_rewards.py": "def mine(images, **columns):\n    return [0.0] * len(images)\n\n\n"
+    "def of_a_target(images, target, **columns):\n    return target\n",
     "broken_rewards.py": "import math\nscale = maths.pi\n",
     "key.yaml": "lerning_rate: 1.0e-4\n",
     "broken.yaml": "seed: [1, 2\n",
@@ -71,8 +72,8 @@ MISTAKES = {
     f"train {MODEL} {REWARD} --dataset_name empty.txt": "empty.txt is empty",
     f"train {MODEL} {REWARD} --dataset_name broken.jsonl": "broken.jsonl cannot be read: JSON parse error",
     f"train {MODEL} {REWARD} --dataset_name my_rewards.py": "my_rewards.py must end in one of .csv, .json",
-    f"train {MODEL} {REWARD} --dataset_name prompts.csv --eval_strategy steps": "no split 'test', only ['train']: see "
-    "--dataset_train_split and --dataset_test_split.",
+    f"train {MODEL} {REWARD} --dataset_name prompts.csv --eval_strategy steps": "no split 'test', only ['train']: "
+    "hold some prompts out by --test_split_size 0.1",
     f"train {MODEL} {REWARD} --dataset_name prompts.csv {SIZES} --generation_batch_size 8": "train_dataset has 2 "
     "prompts, but one rollout takes 4",
     f"{RUN} --credit turningpoint": "argument --credit: invalid choice: 'turningpoint'",
@@ -83,10 +84,15 @@ MISTAKES = {
     f"{RUN} --reward_weights 1 2": "reward_weights has 2 entries for 1 reward functions.",
     f"{RUN} --lora_dropout 0.1": "peft_config.lora_dropout must be 0, got 0.1",
     f"{RUN} --output_dir nothing --resume_from_checkpoint true": "there is none (output_dir: nothing).",
-    f"{RUN} --output_dir used": "used holds checkpoints of another run (checkpoint-5): go on with it by",
+    f"{RUN} --output_dir used": "used holds checkpoints of an earlier run (checkpoint-5): go on with it by",
     f"{RUN} --resume_from_checkpoint out/checkpoint-5": "out/checkpoint-5: there is none",
     "sample --model_name_or_path testbed": "There is no prompt: use --prompt or --prompts_file.",
     "sample --model_name_or_path testbed --prompt x --adapter folder": "folder holds neither a LoRA",
+    "sample --model_name_or_path testbed --prompt x --adapter foldr": "there is no folder foldr: did you mean folder?",
+    f"plan {MODEL} --dataset_name prompts.csv {SIZES} --generation_batch_size 8": "The dataset has 2 prompts, but one "
+    "rollout takes 4.",
+    f"{RUN} --dataset_name captions.csv --prompt_column captoin --reward_funcs my_rewards.of_a_target": "missing a "
+    "required argument: 'target': the dataset has the prompts and ['kind'].",
     f"plan {MODEL} {SIZES} --gpu large": "--gpu must be one of 3090, 4090, 5090",
     "serve-reward --reward_funcs brightnes": "No reward function 'brightnes': did you mean brightness?",
 }

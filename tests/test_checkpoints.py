@@ -155,31 +155,32 @@ POINTS = {
 }
 
 
+CRASHING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "ema_update_every": 2, "max_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    trainer = build(tmp_path_factory.mktemp("whole"), **{**CRASHING, "save_strategy": "no"})
+    trainer.train()
+    return trained(trainer)
+
+
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("point", POINTS)
 def test_a_crash_while_writing_leaves_a_checkpoint_to_resume_from(
-    point: str, after: bool, tmp_path: Path, monkeypatch
+    point: str, after: bool, uninterrupted: dict, tmp_path: Path, monkeypatch
 ) -> None:
     """At each thing that is written, before and after it, with only one checkpoint kept."""
-    settings = {
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "save_total_limit": 1,
-        "ema_update_every": 2,
-        "max_steps": 4,
-    }
-    whole = build(tmp_path / "whole", **{**settings, "save_strategy": "no"})
-    whole.train()
-    trainer = build(tmp_path / "crashed", **settings)
+    trainer = build(tmp_path / "crashed", **CRASHING)
     holder, name = POINTS[point]
     with monkeypatch.context() as patch, pytest.raises(Crash):
         crash_at_step(3, trainer, patch, holder, name, after)
         trainer.train()
     complete = last_complete(tmp_path / "crashed")
     assert is_complete(complete)
-    resumed = build(tmp_path / "crashed", **settings)
+    resumed = build(tmp_path / "crashed", **CRASHING)
     resumed.train(resume_from_checkpoint=True)
-    assert_same(trained(whole), trained(resumed))
+    assert_same(uninterrupted, trained(resumed))
 
 
 def crash_at_step(step: int, trainer, patch, holder, name: str, after: bool) -> None:

@@ -18,7 +18,7 @@ from trl_tpgrpo import cli
 from trl_tpgrpo.algorithm.completion import CompletionRule
 from trl_tpgrpo.commands import demo, fidelity, sample, train
 from trl_tpgrpo.commands.options import read_options, read_recipes
-from trl_tpgrpo.commands.prompts import read_prompts
+from trl_tpgrpo.commands.prompts import read_prompts, split_of
 from trl_tpgrpo.commands.train import make_parser
 from trl_tpgrpo.rewards import jpeg_compressibility
 from trl_tpgrpo.testbed.checker import shapes_reward
@@ -310,6 +310,24 @@ def test_the_column_of_prompts_is_renamed_and_others_stay(tmp_path: Path) -> Non
     dataset = read_prompts(str(path), None, ["train"], "caption")[0]
     assert dataset.to_dict() == {"prompt": ["new"], "count": [2]}
     assert read_prompts(str(path), None, ["train"], "prompt")[0]["caption"] == ["new"]
+
+
+def test_prompts_of_a_file_are_held_out(tmp_path: Path) -> None:
+    """The same in training and in evaluation, which has nothing else of the file."""
+    path = tmp_path / "a.csv"
+    Dataset.from_dict({"prompt": [f"{number} circles" for number in range(20)]}).to_csv(path)
+    train, test = read_prompts(str(path), None, ["train", "test"], None, 0.1)
+    assert len(train) == 18 and sorted([*train["prompt"], *test["prompt"]]) == sorted(
+        f"{n} circles" for n in range(20)
+    )
+    split = split_of(str(path), "test", 0.1)
+    assert read_prompts(str(path), None, [split], None, 0.1)[0]["prompt"] == test["prompt"]
+    assert split_of(str(path), "test", None) == "train"
+    (tmp_path / "folder").mkdir()
+    for name in ("train", "test"):
+        train.to_csv(tmp_path / f"folder/{name}.csv")
+    with pytest.raises(ValueError, match=r"--test_split_size is for a dataset of one split, .* \['train', 'test'\]"):
+        read_prompts(str(tmp_path / "folder"), None, ["train"], None, 0.1)
 
 
 @pytest.mark.parametrize("name", ["my_rewards.mine", "my_rewards.py:mine", "./my_rewards.mine", "my_rewards:mine"])

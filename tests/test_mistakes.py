@@ -56,6 +56,18 @@ def test_debug_with_a_value_is_that_of_transformers(monkeypatch: pytest.MonkeyPa
     assert cli._without_debug(["--seed", "1", "--debug", "--bf16"]) == ["--seed", "1", "--bf16"]
 
 
+def test_ctrl_c_and_a_closed_pipe_have_no_traceback(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    for error, status in ((KeyboardInterrupt(), 130), (BrokenPipeError(), 141)):
+
+        def fail(*_: object, error: BaseException = error) -> int:
+            raise error
+
+        monkeypatch.setattr(cli, "run", fail)
+        monkeypatch.setattr(os, "dup2", lambda *_: None)
+        assert cli.main(["evaluate"]) == status
+    assert capfd.readouterr().err == "trl-tpgrpo evaluate: interrupted; the same command goes on\n"
+
+
 def test_what_is_no_mistake_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (KeyError("x"), AttributeError("x"), RuntimeError("x")):
 

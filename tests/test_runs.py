@@ -89,7 +89,7 @@ def test_a_folder_with_checkpoints_is_refused_before_anything_is_sampled(tmp_pat
     saved_run(tmp_path)
     before = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     other = build(tmp_path, reward_funcs=darkness, **SAVES)
-    with pytest.raises(ValueError, match=r"holds checkpoints of another run \(checkpoint-1, checkpoint-2\): go on"):
+    with pytest.raises(ValueError, match=r"holds checkpoints of an earlier run \(checkpoint-1, checkpoint-2\): go on"):
         other.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == before
     build(tmp_path / "fresh", **SAVES).train()

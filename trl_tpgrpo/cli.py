@@ -4,6 +4,7 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -43,6 +44,13 @@ def main(argv: list[str] | None = None) -> int:
     command = parser.parse_args(argv[:1]).command
     try:
         return run(command, _without_debug(argv[1:]))
+    except KeyboardInterrupt:
+        hint = "; the same command goes on" if command == "evaluate" else ""
+        print(f"trl-tpgrpo {command}: interrupted{hint}", file=sys.stderr)  # noqa: T201
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # nobody reads on, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except subprocess.CalledProcessError as error:  # of `accelerate launch`; the processes have said why
         return error.returncode
     except MISTAKES as error:

@@ -170,6 +170,8 @@ class TPGRPOConfig(_BaseConfig):
             first, after as many updates, the weights themselves are evaluated and saved.
         guard_rails (`str`, *optional*, defaults to `"warn"`): Answer before an update to signs of a run that goes
             wrong: `"warn"`, `"skip"`, `"stop"` or `"off"`. Other limits: [`~trl_tpgrpo.GuardRails`] in `callbacks`.
+        resume_from_checkpoint (`str`, *optional*): Checkpoint that the command line goes on from; `true`: the latest
+            complete one in `output_dir`. In Python it is the argument of `train()`.
         resume_with_changes (`list[str]`, *optional*): Names of settings, or `train_dataset`, `reward_funcs` and
             `model.transformer` (`.vae`, ...), that a resumed run may have otherwise than its checkpoint.
         recompute_old_log_probs (`bool`, *optional*, defaults to `False`): Whether to recompute a rollout's
@@ -213,6 +215,7 @@ class TPGRPOConfig(_BaseConfig):
         gradient_checkpointing (`bool`, *optional*): Former name of `activation_checkpointing`.
         logging_steps (`float`, *optional*, defaults to `1`): Updates between two logs; below 1 their share of all.
         logging_nan_inf_filter (`bool`, *optional*, defaults to `False`): Whether to hide NaN and infinite losses.
+        dataloader_pin_memory (`bool`, *optional*, defaults to `False`): Whether to pin batches, here rows of text.
 
         > Parameters that are not set by hand
         derived (`dict`, *optional*): What has followed from other settings. In a config that is made from this one, by
@@ -269,6 +272,7 @@ class TPGRPOConfig(_BaseConfig):
     ema_decay: Annotated[float | None, "at least 0 and below 1, or None"] = 0.9
     ema_update_every: Annotated[int, "at least 1"] = 8
     guard_rails: Annotated[str, ("off", "warn", "skip", "stop")] = "warn"
+    resume_from_checkpoint: str | None = None
     resume_with_changes: list[str] | None = None
     recompute_old_log_probs: bool = False
     quantization: Annotated[str | None, (None, "nf4", "int8", "fp8")] = None
@@ -292,6 +296,7 @@ class TPGRPOConfig(_BaseConfig):
     gradient_checkpointing: bool | None = None
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False
+    dataloader_pin_memory: bool = False
     derived: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:

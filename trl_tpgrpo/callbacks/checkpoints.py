@@ -40,7 +40,7 @@ def refuse_used_folder(output_dir: str | Path) -> None:
     """Raise a `ValueError` if a folder holds checkpoints, which a run that begins anew would mix with its own."""
     used = [path.name for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(path)]
     if used:
-        what = f"output_dir={str(output_dir)!r} holds checkpoints of another run ({', '.join(sorted(used)[:3])})"
+        what = f"output_dir={str(output_dir)!r} holds checkpoints of an earlier run ({', '.join(sorted(used)[:3])})"
         raise ValueError(f"{what}: go on with it by resume_from_checkpoint=True, or choose another folder.")
 
 
@@ -65,7 +65,8 @@ def to_resume(trainer: Any, resume_from_checkpoint: str | bool | None) -> Path |
     checkpoint = last_complete(folder) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
     if not is_complete(checkpoint):
         raise FileNotFoundError(f"{checkpoint} is no checkpoint, or was not written to its end.")
-    check_settings(checkpoint, trainer.describe_run(), accepted)
+    for name, value in check_settings(checkpoint, trainer.describe_run(), accepted).items():
+        setattr(trainer.args, name, value)
     if trainer.is_world_process_zero():
         show(f"Resuming from {checkpoint}, after update {saved_state(checkpoint).global_step}.")
     return checkpoint

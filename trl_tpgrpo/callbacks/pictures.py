@@ -5,6 +5,7 @@ Grids are drawn by diffusers and Pillow, since Matplotlib is an extra.
 
 import importlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,9 +137,16 @@ def to_library(library: str, pictures: Pictures, step: int) -> None:
     module.log(media | {"train/global_step": step})
 
 
-def grid(shown: dict[str, list[tuple[Image.Image, float]]]) -> Image.Image:
-    """Draw each prompt above its images, with rewards below these, in rows of 4 (more if images are narrow)."""
-    rows = [[_cell(image, f"{reward:.3f}") for image, reward in images] for images in shown.values()]
+def grid(shown: dict[str, list[tuple[Image.Image, float]]], names: Sequence[str] = ()) -> Image.Image:
+    """Draw each prompt above its images, with rewards below these, in rows of 4 (more if images are narrow).
+
+    `names` of the images of a prompt stand before the rewards.
+    """
+    labels = [f"{name} " for name in names] + [""] * max(map(len, shown.values()))
+    rows = [
+        [_cell(image, f"{label}{reward:.3f}") for label, (image, reward) in zip(labels, images, strict=False)]
+        for images in shown.values()
+    ]
     columns = max(min(4, max(map(len, rows))), -(-TITLE_WIDTH // rows[0][0].width))
     cells: list[Image.Image] = []
     titles: list[str] = []

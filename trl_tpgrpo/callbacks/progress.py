@@ -36,7 +36,8 @@ def log_line(logs: dict[str, Any], state: TrainerState, left: str = "", num_upda
     """Return the line of a log: of the last updates, with the time `left`, of an evaluation or of the end."""
     kind = next((name.removesuffix("runtime") for name in logs if name.endswith("_runtime")), "")
     if kind == "train_":
-        return f"finished after update {state.global_step}, in {duration(logs['train_runtime'])}"
+        ended = "finished" if state.global_step >= state.max_steps else "stopped"
+        return f"{ended} after update {state.global_step}, in {duration(logs['train_runtime'])}"
     title = f"updates {state.global_step - num_updates + 1}-" if num_updates > 1 else "update "
     parts = [f"{title}{state.global_step}/{state.max_steps}", *([left] if left else [])]
     if kind:  # "eval_", or "eval_{name}_" for one of several datasets

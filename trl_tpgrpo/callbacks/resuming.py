@@ -79,8 +79,10 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else value
 
 
-def check_settings(checkpoint: Path, now: dict[str, Any], accepted: list[str] | None) -> None:
+def check_settings(checkpoint: Path, now: dict[str, Any], accepted: list[str] | None) -> dict[str, Any]:
     """Compare a checkpoint's run with this one, as `describe_*` return them, and warn of what differs.
+
+    Return the former values of settings that are not applied.
 
     Raises:
         ValueError: If something differs that changes the meaning of the run and is not `accepted` by its name.
@@ -88,7 +90,7 @@ def check_settings(checkpoint: Path, now: dict[str, Any], accepted: list[str] | 
     path = checkpoint / SETTINGS
     if not path.exists():
         logger.warning("%s has no %s (of an earlier version?): settings are not compared.", checkpoint, SETTINGS)
-        return
+        return {}
     before, now = json.loads(path.read_text()), json.loads(json.dumps(now, default=str))
     differing = _differences(before, now)
     if "peft_config" in differing:
@@ -108,6 +110,7 @@ def check_settings(checkpoint: Path, now: dict[str, Any], accepted: list[str] | 
         names = " ".join(name.partition(" ")[0] for name in refused)
         what = f"{checkpoint} belongs to a run with other settings: {', '.join(refused)}"
         raise ValueError(f"{what}. Give their former values, or accept the new by resume_with_changes: {names}")
+    return {name: before["settings"][name] for name in differing if name in NOT_APPLIED}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

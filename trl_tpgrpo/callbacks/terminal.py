@@ -17,6 +17,11 @@ def show(text: str) -> None:
 class Stream(ObjectWrapper):
     """Stream of a progress bar, which tqdm leaves to fail where a pipe is broken."""
 
+    def __eq__(self, other: object) -> bool:
+        return self._wrapped == getattr(other, "_wrapped", other)  # by which tqdm clears the bar before a line
+
+    __hash__ = ObjectWrapper.__hash__
+
     def write(self, text: str) -> None:
         """Write what can be written."""
         with suppress(OSError, ValueError):

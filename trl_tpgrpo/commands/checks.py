@@ -55,7 +55,7 @@ def given(argv: list[str]) -> dict[str, list[str]]:
 def _check_output_dir(output_dir: Path, resumed: str) -> None:
     found = sorted(path.parent.name for path in output_dir.glob("checkpoint-*/trainer_state.json"))
     if found and resumed.lower() in ("", *NO) and "LOCAL_RANK" not in os.environ:
-        what = f"--output_dir: {output_dir} holds checkpoints of another run ({', '.join(found[:3])})"
+        what = f"--output_dir: {output_dir} holds checkpoints of an earlier run ({', '.join(found[:3])})"
         raise ValueError(f"{what}: go on with it by --resume_from_checkpoint true, or choose another folder.")
     is_there = bool(found) if resumed.lower() == "true" else Path(resumed).is_dir()
     if resumed.lower() not in ("", *NO) and not is_there:
@@ -96,10 +96,12 @@ def _check_server(url: str) -> None:
 def _check_prompts(command: str, first: defaultdict[str, str]) -> None:
     from .prompts import is_local, read_prompts, split_of  # with datasets
 
-    name, evaluates = first["dataset_name"], first["eval_strategy"].lower() not in ("", *NO)
+    name = first["dataset_name"]
+    evaluates = any(first[option].lower() not in ("", *NO) for option in ("eval_strategy", "eval_on_start"))
     if not name:
         raise ValueError("--dataset_name is missing: a Hub id, a folder, a file, or 'testbed' (or `datasets`).")
     if name != "testbed" and is_local(name):
         train, test = first["dataset_train_split"] or "train", first["dataset_test_split"] or "test"
-        splits = [split_of(name, test)] if command == "evaluate" else [train, test] if evaluates else [train]
-        read_prompts(name, first["dataset_config"] or None, splits, first["prompt_column"] or None)
+        size = float(first["test_split_size"]) if first["test_split_size"] else None
+        splits = [split_of(name, test, size)] if command == "evaluate" else [train, test] if evaluates else [train]
+        read_prompts(name, first["dataset_config"] or None, splits, first["prompt_column"] or None, size)

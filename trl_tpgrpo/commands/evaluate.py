@@ -5,7 +5,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,8 +29,8 @@ from .results import BASE, Results, as_json
 NUM_SHOWN = 4  # gains, and losses, of each adapter in the picture
 PACKAGES = ("trl-tpgrpo", "torch", "diffusers", "transformers", "peft", "accelerate")
 SETTINGS = (
-    "model_name_or_path", "model_init_kwargs", "use_peft", "quantization", "dataset_name",
-    "dataset_config", "dataset_test_split", "reward_funcs", "eval_reward_funcs", "reward_weights", "reward_failures",
+    "model_name_or_path", "model_init_kwargs", "use_peft", "quantization", "dataset_name", "dataset_config",
+    "dataset_test_split", "test_split_size", "reward_funcs", "eval_reward_funcs", "reward_weights", "reward_failures",
     "sampler", "num_generations_eval", "seed", "height", "width", "num_inference_steps_eval", "guidance_scale",
     "true_cfg_scale", "negative_prompt", "max_sequence_length", "per_device_eval_batch_size",
     "per_device_rollout_batch_size", "bf16", "fp16", "tf32", "attention_backend", "compile_backend", "vae_tiling",
@@ -99,9 +99,11 @@ def build_trainer(
             raise ValueError(f"{name} is not supported: models are evaluated in the precision that they train in.")
     model_args.use_peft = not whole  # an adapter that has not been trained changes nothing, to the bit
     args.push_to_hub = args.share_initial_noise = False  # both are for training
-    split = split_of(script_args.dataset_name, script_args.dataset_test_split)
-    wanted = replace(script_args, dataset_train_split=split, dataset_test_split=split)
-    dataset: Any = train.load_prompts(wanted, dataset_args, evaluate=True)[1]
+    split = split_of(script_args.dataset_name, script_args.dataset_test_split, dataset_args.test_split_size)
+    if split != script_args.dataset_test_split:
+        tqdm.write(f"All prompts of {script_args.dataset_name} are evaluated on: it has no split of its own for that.")
+    script_args.dataset_train_split = script_args.dataset_test_split = split
+    dataset: Any = train.load_prompts(script_args, dataset_args, evaluate=True)[1]
     if own.by is not None and own.by not in dataset.column_names:
         raise ValueError(f"--by must be a column of the dataset, one of {dataset.column_names}, got {own.by!r}.")
     dataset = dataset.take(min(own.num_prompts or len(dataset), len(dataset)))
@@ -113,10 +115,10 @@ def build_trainer(
 
 
 def settings_of(
-    trainer: Any, own: EvaluateArguments, script_args: Any, model_args: Any, _: Any, args: Any
+    trainer: Any, own: EvaluateArguments, script_args: Any, model_args: Any, dataset_args: Any, args: Any
 ) -> dict[str, Any]:
     """Return what images and rewards depend on by name, as JSON gives it back."""
-    known = {**vars(script_args), **vars(model_args), **vars(args), **vars(own)}
+    known = {**vars(script_args), **vars(model_args), **vars(dataset_args), **vars(args), **vars(own)}
     found = {name: known[name] for name in (*SETTINGS, *(SDE_SETTINGS if own.sampler == "sde" else ()))}
     rows = json.dumps(trainer.eval_dataset.with_format("arrow")[:].to_pylist(), default=str)
     found |= {"num_prompts": len(trainer.eval_dataset), "num_processes": args.world_size}
@@ -179,7 +181,7 @@ def report(trainer: Any, results: Results, by: str | None) -> None:
     (output_dir / "evaluation.json").write_text(json.dumps(as_json({**found, "images": images}), indent=1))
     print(f"Settings and the rewards of each image: {output_dir}/evaluation.json")  # noqa: T201
     if shown := differences(results, {name: values[:, 0] for name, values in rewards.items()}, images):
-        grid(shown).save(output_dir / "differences.png")
+        grid(shown, names=["base", "trained"]).save(output_dir / "differences.png")
         print(f"The largest gains and losses: {output_dir}/differences.png")  # noqa: T201
 
 
@@ -215,14 +217,16 @@ def table(summary: list[dict[str, Any]], by: str | None) -> str:
 def differences(
     results: Results, rewards: dict[str, Tensor], images: list[dict[str, Any]]
 ) -> dict[str, list[tuple[Image.Image, float]]]:
-    """Return by title the images, of the base and of another model, whose rewards (N,) differ most."""
+    """Return by title the images, of the base and of another model, whose rewards (N,) gained and lost most."""
     shown: dict[str, list[tuple[Image.Image, float]]] = {}
     for name in list(rewards)[1:]:
         gains = (rewards[name] - rewards[BASE]).tolist()
         order = sorted((index for index, gain in enumerate(gains) if abs(gain) > 0), key=gains.__getitem__)
-        for index in dict.fromkeys([*order[: -NUM_SHOWN - 1 : -1], *order[:NUM_SHOWN][::-1]]):
-            title = f"{gains[index]:+.3f} {images[index]['prompt']} ({results.file(name, index).stem}"
-            title += f", {Path(name).name})" if len(rewards) > 2 else ")"
+        most = [index for index in order[: -NUM_SHOWN - 1 : -1] if gains[index] > 0]
+        least = [index for index in order[:NUM_SHOWN] if gains[index] < 0]
+        for index in [*most, *reversed(least)]:
+            model = f" {Path(name).name}" if len(rewards) > 2 else ""
+            title = f"{gains[index]:+.3f}{model} {results.file(name, index).stem} {images[index]['prompt']}"
             files = [(results.file(one, index), rewards[one][index].item()) for one in (BASE, name)]
             shown[title] = [(Image.open(path), reward) for path, reward in files]
     return shown

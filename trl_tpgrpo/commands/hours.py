@@ -64,7 +64,7 @@ def flops_an_hour(card: str) -> float:
 def count_evaluated(args: Any, num_updates: int | None, num_prompts: int | None) -> int | None:
     """Count the images of all evaluations between updates, with so many prompts each (`None`: not known)."""
     if args.eval_strategy == "no":
-        return 0
+        return (num_prompts or 0) * args.num_generations_eval * args.eval_on_start
     if num_updates is None or num_prompts is None or args.eval_strategy == "epoch":
         return None
     every = args.eval_steps if args.eval_steps >= 1 else math.ceil(args.eval_steps * num_updates)

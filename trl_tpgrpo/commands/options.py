@@ -37,7 +37,8 @@ REFUSED = {
 }
 # Others that are for language models, or of which the default alone works
 HIDDEN = ("bnb_4bit_quant_storage", "bnb_4bit_quant_type", "ignore_bias_buffers", "lora_dropout",
-          "lora_modules_to_save", "lora_task_type", "use_bnb_nested_quant", "debug", "help", *REFUSED)  # fmt: skip
+          "lora_modules_to_save", "lora_task_type", "use_bnb_nested_quant", "debug", "derived", "help",
+          *REFUSED)  # fmt: skip
 
 # A heading or a parameter in a docstring: its name, type and default, and its description
 DOCUMENTED = re.compile(
@@ -120,7 +121,7 @@ def help_text(command: str, description: str) -> str:
                 groups[option.group] = parser.add_argument_group(option.group)
             kind, _, default = _plain(option.kind).partition(", *optional*, defaults to ")
             text = _plain(option.text) + (f" (default: {default})" if default else "")
-            groups[option.group].add_argument(f"--{name}", metavar=kind.partition(",")[0], help=text)
+            groups[option.group].add_argument(f"--{name}", metavar=kind.partition(", *optional")[0], help=text)
     return parser.format_help()
 
 

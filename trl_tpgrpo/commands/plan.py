@@ -259,6 +259,8 @@ def main(argv: list[str]) -> int:
     if name is None:
         raise ValueError("--model_name_or_path is missing: a Hub id, a folder, or 'testbed'.")
     num_train, num_eval = _dataset_sizes(script, data, args)
+    if num_train is not None and num_train < (needed := args.prompts_per_generation):
+        raise ValueError(f"The dataset has {num_train} prompts, but one rollout takes {needed}.")
     counts = count(args, num_train)
     num_images = count_evaluated(args, counts.num_updates, num_eval)
     peft_config, given = get_peft_config(chosen), (args.model_init_kwargs or {}).get("dtype", chosen.dtype)
@@ -289,7 +291,7 @@ def _dataset_sizes(script: Any, data: Any, args: PlannedConfig) -> tuple[int | N
     name = script.dataset_name
     if name is None or data.datasets or not (name == "testbed" or Path(name).exists()):
         return None, None
-    train, evaluation = load_prompts(script, data, evaluate=args.eval_strategy != "no")
+    train, evaluation = load_prompts(script, data, evaluate=args.eval_strategy != "no" or args.eval_on_start)
     return len(train), None if evaluation is None else len(evaluation)
 
 
@@ -360,8 +362,8 @@ def _notes(
         "per_device_rollout_batch_size=auto is measured on the device: calls are not known, and memory is that of "
         f"batches of {args.per_device_train_batch_size}.": args.rollout_batch_size is None,
         "The length of the run is not known: set max_steps, or name a dataset that is on this machine.": unknown,
-        "Evaluations between updates are not counted: set eval_strategy to steps, and name a dataset that is on this "
-        "machine.": num_images is None,
+        "Evaluations between updates are not counted: that needs eval_strategy=steps, and a dataset_name that is on "
+        "this machine.": num_images is None,
         f"optim={args.optim.value}: unknown, taken for 8 bytes of states a weight.": args.optim not in OPTIMIZERS,
         "FSDP and DeepSpeed are not modelled: memory is that of a run without them.": sharded,
         f"What {own} needs is not known: its memory and time come on top.": bool(own),

@@ -18,15 +18,27 @@ def is_local(name: str) -> bool:
     return Path(name).exists() or Path(name).suffix in FORMATS or name.startswith((".", "/", "~")) or is_file_name
 
 
-def split_of(name: str | None, split: str) -> str:
-    """Return the split to evaluate on: of a file, which has one, that one, whatever it is called."""
-    return "train" if name and Path(name).expanduser().is_file() else split
+def split_of(name: str | None, split: str, test_size: float | None) -> str:
+    """Return the split to evaluate on: all of a file from which nothing is held out."""
+    return "train" if name and test_size is None and Path(name).expanduser().is_file() else split
 
 
-def read_prompts(name: str, config: str | None, splits: list[str], column: str | None) -> list[Dataset]:
-    """Load splits of a dataset, with `column` renamed to `prompt`; an error names the file, split or column."""
-    if not is_local(name):
-        return chosen(load_dataset(name, name=config), splits, column)
+def read_prompts(
+    name: str, config: str | None, splits: list[str], column: str | None, test_size: float | None = None
+) -> list[Dataset]:
+    """Load splits of a dataset, with `column` renamed to `prompt`; an error names the file, split or column.
+
+    With a `test_size`, a share or a number of rows, a dataset of one split is cut into `train` and `test`.
+    """
+    found = _load_local(name, config) if is_local(name) else load_dataset(name, name=config)
+    if test_size is not None and len(found) > 1:
+        raise ValueError(f"--test_split_size is for a dataset of one split, and this one has {list(found)}.")
+    if test_size is not None:
+        found = next(iter(found.values())).train_test_split(test_size, seed=0)
+    return chosen(found, splits, column)
+
+
+def _load_local(name: str, config: str | None) -> DatasetDict:
     path = Path(name).expanduser()
     if not path.exists():
         others = [other.name for other in path.parent.glob("*")]
@@ -38,20 +50,23 @@ def read_prompts(name: str, config: str | None, splits: list[str], column: str |
     disable_progress_bars()
     try:
         kind, files = (FORMATS[path.suffix], str(path)) if path.is_file() else (str(path), None)
-        found = load_dataset(kind, name=config, data_files=files)
+        return load_dataset(kind, name=config, data_files=files)
     except DatasetGenerationError as error:
         raise ValueError(f"--dataset_name: {name} cannot be read: {error.__cause__ or error}") from error
     finally:
         enable_progress_bars()
-    return chosen(found, splits, column)
 
 
 def chosen(found: DatasetDict, splits: list[str], column: str | None = None) -> list[Dataset]:
     """Return splits of what has been loaded, with prompts in the column `prompt`; raise ValueError if one lacks."""
     for split in splits:
         if split not in found:
-            options = "--dataset_train_split and --dataset_test_split"
-            raise ValueError(f"The dataset has no split {split!r}, only {list(found)}: see {options}.")
+            remedy = "see --dataset_train_split and --dataset_test_split"
+            if len(found) == 1 and split != splits[0]:
+                remedy = (
+                    "hold some prompts out by --test_split_size 0.1, or give --eval_strategy no --eval_on_start no"
+                )
+            raise ValueError(f"The dataset has no split {split!r}, only {list(found)}: {remedy}.")
     return [_with_prompts(found[split], column) for split in splits]
 
 

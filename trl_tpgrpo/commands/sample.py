@@ -9,6 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..testbed import PIPELINE_KWARGS
+from .options import near
 
 
 SAMPLING_OPTIONS = {
@@ -98,6 +99,9 @@ def find_weights(adapter: str) -> str:
         raise FileNotFoundError(
             f"--adapter: the checkpoint {adapter} was not written to its end: take an earlier one."
         )
+    if not folder.exists() and (adapter.count("/") != 1 or folder.parent.is_dir()):  # as no Hub id is
+        others = [other.name for other in folder.parent.glob("*")]
+        raise FileNotFoundError(f"--adapter: there is no folder {adapter}{near(folder.name, others)}")
     if not folder.is_dir() or is_whole(adapter) or any(folder.glob("*.safetensors")):
         return adapter
     try:

@@ -247,7 +247,7 @@ def load_prompts(
     elif name == "testbed":
         found = [prompt_dataset("train"), prompt_dataset("heldout")][: len(splits)]
     elif name:
-        found = read_prompts(name, script_args.dataset_config, splits, column)
+        found = read_prompts(name, script_args.dataset_config, splits, column, dataset_args.test_split_size)
     else:
         raise ValueError("--dataset_name is missing: a Hub id, a folder, a file, or 'testbed' (or `datasets`).")
     return found[0], found[1] if evaluate else None

@@ -175,10 +175,10 @@ def check_signature(reward_func: RewardFunc, columns: list[str]) -> None:
     try:
         inspect.signature(reward_func).bind(**arguments)
     except TypeError as error:
-        raise TypeError(
-            f"The reward function {reward_name(reward_func)!r} cannot be called with {list(arguments)}: {error}. "
-            "Let it take **columns."
-        ) from error
+        lacks = "missing a required" in str(error)
+        remedy = f"the dataset has the prompts and {columns}" if lacks else "let it take **columns"
+        what = f"The reward function {reward_name(reward_func)!r} cannot be called with {list(arguments)}"
+        raise TypeError(f"{what}: {error}: {remedy}.") from error
 
 
 def check_available(reward_funcs: list[RewardFunc]) -> None:
