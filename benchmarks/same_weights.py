@@ -62,10 +62,21 @@ def digest(tensors: dict) -> str:
     return hashed.hexdigest()[:16]
 
 
+def read_weights(path: Path) -> dict:
+    """Read trained weights; of an adapter with its scale in them, wherever the file has it."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    scale = header.get("transformer.lora_alpha", 1) / header.get("transformer.r", 1)
+    return {name: value * scale if ".lora_B." in name else value for name, value in tensors.items()}
+
+
 def train(output_dir: Path, resume: Path | None = None, **settings: object) -> str:
     """Train the bundled toy model; the digests of its weights, of what it saves and of its rewards."""
     from peft import LoraConfig
-    from safetensors.torch import load_file
 
     from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
     from trl_tpgrpo.testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
@@ -83,10 +94,10 @@ def train(output_dir: Path, resume: Path | None = None, **settings: object) -> s
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.save_model()
     trained = {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
-    saved = {path.name: load_file(path) for path in output_dir.rglob("*.safetensors") if "checkpoint" not in str(path)}
+    saved = [read_weights(path) for path in output_dir.rglob("*.safetensors") if "checkpoint-" not in str(path)]
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     rewards_digest = hashlib.sha256(repr(rewards).encode()).hexdigest()[:8]
-    return f"{digest(trained)} {digest(next(iter(saved.values())))} {rewards_digest}"
+    return f"{digest(trained)} {digest(saved[0])} {rewards_digest}"
 
 
 def train_all(folder: Path, checkpoint: Path) -> dict[str, str]:
@@ -129,7 +140,8 @@ def main() -> int:
         finally:
             subprocess.run([*git, "remove", "--force", str(before)], check=True)
     for name in old:
-        print(f"{'same     ' if old[name] == new[name] else 'DIFFERENT'}  {old[name]}  {name}")  # noqa: T201
+        both = f"same       {old[name]}" if old[name] == new[name] else f"DIFFERENT  {old[name]}, now {new[name]}"
+        print(f"{both}  {name}")  # noqa: T201
     return int(old != new)
 
 
