@@ -9,7 +9,7 @@ from datasets import Dataset
 from test_trainer import PROMPTS, SIZE, assert_same, build, config, prompts, trained
 from tiny import tiny_flux, tiny_sd3
 
-from trl_tpgrpo.data import prompts_of_run
+from trl_tpgrpo.data import needed_prompts
 from trl_tpgrpo.policies import embeddings
 from trl_tpgrpo.policies.base import Conditioning, FlowPolicy, Guidance
 from trl_tpgrpo.policies.embeddings import PromptEmbeddings, checksum, fingerprint
@@ -178,7 +178,7 @@ def test_prompts_are_encoded_as_far_as_a_run_takes_them(changes: dict, tmp_path:
 def test_a_run_through_all_prompts_encodes_them_all(max_steps: int, tmp_path: Path) -> None:
     args = config(tmp_path, max_steps=max_steps)  # two prompts an update
     evaluated = {"one": prompts(1), "two": prompts(2)}
-    assert prompts_of_run(prompts(), evaluated, args) == [*PROMPTS, *PROMPTS[:1], *PROMPTS[:2]]
+    assert needed_prompts(prompts(), evaluated, args) == [*PROMPTS, *PROMPTS[:1], *PROMPTS[:2]]
 
 
 def test_many_prompts_are_warned_of(tmp_path: Path, monkeypatch, caplog) -> None:

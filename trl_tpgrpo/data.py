@@ -78,7 +78,7 @@ def _check_dataset(name: str, dataset: Dataset) -> None:
             raise ValueError(f"{name}: the prompt of row {row} must be a string, got {type(prompt).__name__}.")
 
 
-def prompts_of_run(train: Dataset | None, evaluation: Datasets, args: Any) -> list[str]:
+def needed_prompts(train: Dataset | None, evaluation: Datasets, args: Any) -> list[str]:
     """List the prompts of all datasets, of `train` those that the rollouts of `max_steps` updates take."""
     passes = args.steps_per_generation * args.num_iterations
     number = math.ceil(args.max_steps * args.gradient_accumulation_steps / passes) * args.prompts_per_generation

@@ -36,7 +36,7 @@ from .callbacks.progress import LogLines, ProgressDisplay
 from .callbacks.sample_table import SamplePrinter
 from .callbacks.samples import Samples
 from .config import TPGRPOConfig
-from .data import EpochSampler, SetEpoch, check_datasets, prompts_of_run
+from .data import EpochSampler, SetEpoch, check_datasets, needed_prompts
 from .hub import HubRepository, RunCard, sample_prompts, without_tokens
 from .metrics import Metrics, rollout_metrics
 from .policies import loading, sharding, weights
@@ -118,12 +118,12 @@ class TPGRPOTrainer(_BaseTrainer):
         self.policy = loading.load_policy(model, args, use_lora=peft_config is not None)
         transformer, frozen_copy = loading.prepare_transformer(self.policy, peft_config, args)
         parts = transformer, self.policy.pipeline, self.reward_func_names, train_dataset
-        self._parts_of_run = resuming.describe_parts(*parts)
+        self._run_parts = resuming.describe_parts(*parts)
         embeddings = PromptEmbeddings(self.policy, args.prompt_embeds_dir)
         self.policy.to(args.device)
         if args.precompute_prompt_embeds:
             shows_bar = None if args.process_index == 0 and not args.disable_tqdm else False
-            prompts = prompts_of_run(train_dataset, eval_dataset, args) + sample_prompts([eval_dataset, train_dataset])
+            prompts = needed_prompts(train_dataset, eval_dataset, args) + sample_prompts([eval_dataset, train_dataset])
             embeddings.precompute(prompts, transformer, ProgressDisplay(shows_bar))
         self._step = self._num_evaluated = 0
         self._buffered_inputs: list[Trajectories] | None = None
@@ -274,7 +274,7 @@ class TPGRPOTrainer(_BaseTrainer):
 
     def describe_run(self) -> dict[str, Any]:
         """Return what makes this run what it is, for a checkpoint and for a comparison with one."""
-        return resuming.describe_settings(self.args) | self._parts_of_run
+        return resuming.describe_settings(self.args) | self._run_parts
 
     def training_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
