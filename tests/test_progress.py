@@ -80,7 +80,9 @@ def test_evaluations_and_the_end_have_lines_of_their_own() -> None:
     expected = "evaluation of a after update 7 (64 images in 1:01)  reward 0.500 +- 0.250  one 0.250  two 0.750"
     assert log_line(logs, state(7)) == expected
     assert log_line({"eval_runtime": 30.0}, state(7)) == "evaluation after update 7 (0 images in 30.0 s)"
-    assert log_line({"train_runtime": 30.0}, state(10)) == "finished after update 10, in 30.0 s"
+    ended = state(10, 10)
+    assert log_line({"train_runtime": 30.0}, ended) == "finished after update 10, in 30.0 s"
+    assert log_line({"train_runtime": 30.0}, state(10)) == "stopped after update 10, in 30.0 s"
 
 
 @pytest.mark.parametrize(

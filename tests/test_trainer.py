@@ -742,7 +742,7 @@ def test_a_reward_that_cannot_take_the_columns_is_refused_before_sampling(tmp_pa
     def narrow(images: list[Image.Image], prompts: list[str]) -> list[float]:
         raise AssertionError("never called")
 
-    with pytest.raises(TypeError, match="'narrow' cannot be called with .*'topic'.*Let it take"):
+    with pytest.raises(TypeError, match="'narrow' cannot be called with .*'topic'.*let it take"):
         build(tmp_path, reward_funcs=narrow)
 
 
