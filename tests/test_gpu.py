@@ -15,6 +15,8 @@ from test_memory import folder, nf4_on_cpu, quantized  # noqa: F401 - two fixtur
 from test_policies import CASES, NUM_STEPS, call_pipeline, fresh, seeded, velocity_of
 from test_trainer import assert_same, build, logged, trained
 from tiny import PROMPTS, tiny_flux, tiny_sd3
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trl_tpgrpo.algorithm.rollout import roll_out
 
@@ -27,12 +29,13 @@ HERE = {"use_cpu": not ON_GPU, "bf16": True}
 OFFLOADING = [{"offload_between_phases": True}, {"offload_trajectories": True}]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Attention's backward pass on a GPU adds in any order, unless it is told not to."""
+    """Fast kernels of attention add in any order in the backward pass, also where that is only warned of."""
     monkeypatch.setitem(os.environ, "CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
     torch.use_deterministic_algorithms(False)
 
 
@@ -61,6 +64,28 @@ def test_an_update_moves_the_weights_from_a_ratio_near_one(family, full: bool, t
     assert logged(trainer, "ratio/max_deviation")[0] < 1e-3
 
 
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_gradients_of_attention_are_right(width: int, in_pieces: bool, tmp_path: Path) -> None:
+    """cuDNN's are not where the output is concatenated with something, as in FLUX's single blocks."""
+    build(tmp_path, tiny_flux(), **HERE)  # chooses the kernels
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(3, 2, 200, 4, width, generator=generator).to(DEVICE, torch.bfloat16)
+    weight = torch.randn(5 * width, 4 * width, generator=generator).to(DEVICE, torch.bfloat16)
+
+    def gradients(dtype: torch.dtype) -> torch.Tensor:
+        leaf = numbers.to(dtype).requires_grad_()
+        attended = functional.scaled_dot_product_attention(*leaf.transpose(2, 3)).transpose(1, 2).flatten(2)
+        rest = attended.new_ones(2, 200, width)
+        out = torch.cat([attended, rest], 2) @ weight.to(dtype) if in_pieces else attended @ weight[width:].to(dtype)
+        return torch.autograd.grad(out.square().mean(), leaf)[0].double()
+
+    expected = gradients(torch.float32)
+    for computed, right in zip(gradients(torch.bfloat16), expected, strict=True):  # of queries, keys and values
+        assert (computed - right).norm() < 0.02 * right.norm()
+
+
+@pytest.mark.usefixtures("deterministic")
 def test_a_base_in_nf4_trains_with_8_bit_states_and_resumes(
     folder: Path,  # noqa: F811
     tmp_path: Path,
@@ -81,6 +106,7 @@ def test_a_base_in_nf4_trains_with_8_bit_states_and_resumes(
     assert_same(trained(whole), trained(resumed))
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("family", [tiny_sd3, tiny_flux])
 @pytest.mark.parametrize("option", OFFLOADING, ids=lambda option: next(iter(option)))
 def test_offloading_changes_no_weight(family, option: dict, tmp_path: Path) -> None:

@@ -293,6 +293,7 @@ def test_options_that_cannot_work_are_refused(tmp_path: Path) -> None:
     for build_it, message in {
         lambda: build(tmp_path, attention_backend="_native_math"): "no effect on SD3Transformer2DModel",
         lambda: build(tmp_path, tiny_flux(), attention_backend="flush"): "attention_backend='flush' cannot be used",
+        lambda: build(tmp_path, tiny_flux(), attention_backend="_native_cudnn"): "cuDNN's gradients are wrong",
         lambda: build(tmp_path, quantization="int8"): "quantization is for a model given by name",
         lambda: build(tmp_path, quantization="int3"): "quantization must be one of",
         lambda: build(tmp_path, offload_reference=True): "offload_reference is for full fine-tuning",

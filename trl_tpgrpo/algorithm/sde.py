@@ -28,10 +28,10 @@ class Transition:
 def ode_step(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
     """Return latents (B, ...) after an Euler step, to the bit as diffusers' `FlowMatchEulerDiscreteScheduler.step`.
 
-    The product with the 0-dimensional float32 `sigma` keeps the dtype of the velocity (B, ...), and so does the
-    result: a bfloat16 model is rounded wherever its pipeline rounds.
+    Step, product and result have the dtype of the velocity (B, ...): a bfloat16 model is rounded wherever its pipeline
+    rounds, on a GPU too, where a float32 scalar from the CPU would not be.
     """
-    return (latents.float() + (sigma_next - sigma) * velocity).to(velocity.dtype)
+    return (latents.float() + (sigma_next - sigma).to(velocity.dtype) * velocity).to(velocity.dtype)
 
 
 def extrapolated_steps(

@@ -162,6 +162,7 @@ def prepare_transformer(
     transformer._internal_dict.__class__ = TrainerConfig
     transformer.activation_checkpointing_enable = types.MethodType(_activation_checkpointing_enable, transformer)
     transformer.gradient_checkpointing_enable = types.MethodType(_gradient_checkpointing_enable, transformer)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # wrong gradients: docs/troubleshooting.md, "Memory and few GPUs"
     if args.attention_backend is not None:
         _set_attention_backend(transformer, args.attention_backend)
     if peft_config is None:
@@ -235,6 +236,9 @@ def _compile_blocks(models: list[ModelMixin | None], names: tuple[str, ...], bac
 
 
 def _set_attention_backend(transformer: ModelMixin, name: str) -> None:
+    if name == "_native_cudnn":
+        reason = "cuDNN's gradients are wrong where they arrive with other strides, as in FLUX's single blocks"
+        raise ValueError(f"attention_backend={name!r} is refused: {reason}. Take '_native_flash', which is as fast.")
     try:
         transformer.set_attention_backend(name)
     except (ValueError, RuntimeError, ImportError) as error:
