@@ -195,6 +195,7 @@ def run_variant(args: argparse.Namespace, model: str, machine: str, base: str, c
         trainer = TPGRPOTrainer(folder, brightness, config, dataset, peft_config=get_peft_config(model_args))
     trainer._metrics["train"].seconds = phases.recording(trainer._metrics["train"].seconds)
     trainer.train()
+    phases.peaks["encode"] = phases.peaks.pop("precompute")  # not the look-ups, with the transformer beside them
     last = [entry for entry in trainer.state.log_history if "seconds/train" in entry][-updates_of(config) :]
     seconds = {
         phase: sum(entry.get(f"seconds/{phase}", 0.0) for entry in last)
@@ -208,7 +209,7 @@ def run_variant(args: argparse.Namespace, model: str, machine: str, base: str, c
     of_training = transitions * flops.transition + (counts["num_train_evaluations"] - transitions) * flops.evaluation
     return {
         "seconds": seconds,
-        "peak_gib": {**phases.peaks, "encode": phases.peaks["precompute"]},  # not with the transformer beside it
+        "peak_gib": phases.peaks,
         "ratio_deviation_before_the_first_update": trainer.state.log_history[0]["ratio/max_deviation"],
         **counts,
         "evaluations_per_second": counts["num_evaluations"] / seconds["rollout"],
