@@ -676,7 +676,13 @@ def test_gpus_are_found_by_name_or_memory(given: str, size: float, cards: list[s
 
 
 SIZES = {"1x24gb": "4090", "1x80gb": "A100-80GB", "paper": "H100"}
-MODELS = ["sd3.5-medium", "flux.1-dev"]
+PAPERS = ["sd3.5-medium", "flux.1-dev"]
+RUNS = [
+    (folder.name, size)
+    for folder in dict.fromkeys(FOLDERS.values())
+    for size in SIZES
+    if (RECIPES / f"{folder.name}_{size}.yaml").exists()
+]
 
 
 def recipe(*names: str) -> list[str]:
@@ -684,8 +690,7 @@ def recipe(*names: str) -> list[str]:
 
 
 @pytest.mark.parametrize("task", ["composition", "text", "preference"])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "size"), RUNS)
 def test_recipes_are_the_same_run_on_any_number_of_processes(model: str, size: str, task: str) -> None:
     argv = recipe(model, f"{model}_{size}", f"task_{task}")
     runs = {number: read_options([*argv, "--num_processes", str(number)])[4] for number in (1, 2, 8)}
@@ -695,7 +700,16 @@ def test_recipes_are_the_same_run_on_any_number_of_processes(model: str, size: s
     assert all({**each.rollout, CALLS: None} == {**counts[0].rollout, CALLS: None} for each in counts)
     for interval in (runs[1].save_steps, runs[1].eval_steps, runs[1].log_images_steps):
         assert interval % counts[0].updates == 0 and interval <= runs[1].max_steps / 2
-    assert (runs[1].num_generations, runs[1].max_sequence_length) == (24, 128)
+    text_length = 512 if model.startswith("flux.2") else 128  # where padding is attended to, the pipeline's own
+    assert (runs[1].num_generations, runs[1].max_sequence_length) == (24, text_length)
+
+
+def test_each_architecture_has_recipes() -> None:
+    assert {model for model, _ in RUNS} == {folder.name for folder in FOLDERS.values()}
+    recipes = [yaml.safe_load((RECIPES / f"{folder.name}.yaml").read_text()) for folder in FOLDERS.values()]
+    named = {recipe["model_name_or_path"] for recipe in recipes}
+    krea = yaml.safe_load((RECIPES / "flux.1-krea-dev.yaml").read_text())["model_name_or_path"]
+    assert named | {krea} == set(FOLDERS)
 
 
 @pytest.mark.parametrize("number", [1, 2, 8])
@@ -704,7 +718,7 @@ def test_the_recipe_of_the_testbed_is_planned_on_any_number_of_processes(number:
     assert row(text, "updates")[-1] == "140" and f"{number} process" in text
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", PAPERS)
 def test_the_papers_recipe_is_the_papers_run(model: str, tmp_path: Path) -> None:
     argv = recipe(model, f"{model}_paper", "task_text")
     _, script, chosen, _, args, _ = read_options(argv)
@@ -718,7 +732,7 @@ def test_the_papers_recipe_is_the_papers_run(model: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("size", ["1x24gb", "1x80gb"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*PAPERS, "sd3.5-large"])
 def test_the_recipes_of_a_day_end_within_it_on_their_card(model: str, size: str, tmp_path: Path, capsys) -> None:
     """Evaluations included, on as many prompts as the largest of the examples' test sets has."""
     for split, number in {"train": 12_000, "test": 500}.items():

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HTTPError
 FOLDERS = {
     "stabilityai/stable-diffusion-3.5-medium": Path(__file__).parent / "sd3.5-medium",
     "black-forest-labs/FLUX.1-dev": Path(__file__).parent / "flux.1-dev",
+    "black-forest-labs/FLUX.1-Krea-dev": Path(__file__).parent / "flux.1-dev",
     "stabilityai/stable-diffusion-3.5-large": Path(__file__).parent / "sd3.5-large",
     "Qwen/Qwen-Image": Path(__file__).parent / "qwen-image",
     "Tongyi-MAI/Z-Image": Path(__file__).parent / "z-image",
