@@ -1,7 +1,7 @@
 """Tiny real pipelines whose text encoder is a Qwen: Qwen-Image, Qwen-Image-Edit and Z-Image; see `tiny.py`.
 
-Tokens are 8 x 8 pixels. Every word of the captions and of the pipelines' own templates is one token, as most are in the
-real vocabulary, so that the prefix which the pipelines cut off by its length is as long as theirs.
+Tokens are 8 x 8 pixels. Every word of the captions and of the pipelines' own templates is one token, as in the real
+vocabulary, so that the prefix which the pipelines cut off by its length is as long as theirs.
 """
 
 import torch
@@ -28,15 +28,16 @@ from transformers import (
 
 VISION_PATCH = 4  # pixels; four of them are a token of the text encoder
 SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>",
+    "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 QWEN_IMAGE_SYSTEM = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
     "objects and background:"
 )
 QWEN_IMAGE_EDIT_SYSTEM = (
-    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
-    "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain "
+    "how the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
     "requirements while maintaining consistency with the original input where appropriate."
 )
 CHAT_TEMPLATE = (
@@ -207,7 +208,7 @@ def _tokenizer() -> Qwen2Tokenizer:
 
 
 def _pieces() -> list[str]:
-    """What the tokenizer cuts captions and templates into before it merges; in this order each merges into one token."""
+    """What the tokenizer cuts captions and templates into before it merges, in an order that merges each into one."""
     cut = Qwen2Tokenizer(vocab={SPECIAL_TOKENS[0]: 0}, merges=[]).backend_tokenizer.pre_tokenizer
     words = [space + word for word in _words() for space in ("", " ")]
     texts = [*words, QWEN_IMAGE_SYSTEM, QWEN_IMAGE_EDIT_SYSTEM, "system\nuser\nassistant"]
