@@ -21,10 +21,12 @@ from torch import nn
 from ..testbed import TESTBED
 from .base import FlowPolicy, Guidance
 from .flux import FluxPolicy
+from .qwen_image import QwenImagePolicy
 from .sd3 import SD3Policy
+from .z_image import ZImagePolicy
 
 
-POLICIES = (SD3Policy, FluxPolicy)
+POLICIES = (SD3Policy, FluxPolicy, QwenImagePolicy, ZImagePolicy)
 SINGLE_FILES = ("sd3", "sd35_medium", "sd35_large", "flux-dev", "flux-schnell")  # diffusers' names of originals
 DTYPE = "dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype"
 """Name that `DiffusionPipeline.from_pretrained` has for it; another one it ignores."""
