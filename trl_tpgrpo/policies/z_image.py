@@ -45,9 +45,8 @@ class ZImagePolicy(FlowPolicy):
 
     def predict(self, model: nn.Module, latents: Tensor, step: Step, texts: Conditioning) -> Tensor:
         time = (1000 - step.timestep.to(latents.device).expand(len(latents))) / 1000
-        towards_image = model(list(latents.unsqueeze(2)), time, texts.texts(), return_dict=False)[
-            0
-        ]  # N of (C, 1, H, W)
+        samples = list(latents.unsqueeze(2))  # N of (C, 1, H, W), as the model also returns them
+        towards_image = model(samples, time, texts.texts(), return_dict=False)[0]
         return -torch.stack([sample.float() for sample in towards_image]).squeeze(2)
 
     def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
