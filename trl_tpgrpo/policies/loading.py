@@ -13,6 +13,8 @@ import torch
 from diffusers import BitsAndBytesConfig, DiffusionPipeline, ModelMixin, PipelineQuantizationConfig, TorchAoConfig
 from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders import single_file_utils
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
 from diffusers.quantizers.quantization_config import QuantizationMethod
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
@@ -245,7 +247,8 @@ def _set_attention_backend(transformer: ModelMixin, name: str) -> None:
         transformer.set_attention_backend(name)
     except (ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"attention_backend={name!r} cannot be used here: {error}") from error
-    processors = {type(processor).__name__: processor for processor in transformer.attn_processors.values()}
+    attentions = [module for module in transformer.modules() if isinstance(module, Attention | AttentionModuleMixin)]
+    processors = {type(attention.processor).__name__: attention.processor for attention in attentions}
     ignoring = [kind for kind, processor in processors.items() if not hasattr(processor, "_attention_backend")]
     if ignoring:
         reason = f"diffusers' {', '.join(ignoring)} always uses PyTorch's own choice. Leave it out"
