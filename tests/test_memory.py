@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
 from test_trainer import PROMPTS, assert_same, brightness, build, config, logged, lora, prompts, trained
 from tiny import tiny_flux, tiny_sd3
+from tiny_qwen import tiny_z_image
 
 from trl_tpgrpo import TPGRPOTrainer, batches
 from trl_tpgrpo.batches import sweeps
@@ -274,13 +275,15 @@ def test_compiled_blocks_train_alike_and_compile_once_for_all_batch_sizes(family
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 
 
-def test_flux_takes_an_attention_backend(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", [tiny_flux, tiny_z_image])
+def test_a_transformer_takes_an_attention_backend(family, tmp_path: Path) -> None:
     weights = []
     for backend in (None, "_native_math"):
-        trainer = build(tmp_path, tiny_flux(), attention_backend=backend, optim="sgd")
+        trainer = build(tmp_path, family(), attention_backend=backend, optim="sgd")
         trainer.train()
         weights.append(trained(trainer))
-    processors = trainer.policy.pipeline.transformer.attn_processors.values()
+    modules = trainer.policy.pipeline.transformer.modules()
+    processors = [module.processor for module in modules if hasattr(module, "processor")]
     assert {processor._attention_backend.value for processor in processors} == {"_native_math"}
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-4)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import convert_to_fp32
 from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
@@ -22,6 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import IMAGE_SIZE, NEGATIVE_PROMPT, PROMPTS, tiny_flux, tiny_sd3
+from tiny_qwen import tiny_qwen_image, tiny_z_image
 from torch import Tensor
 
 from trl_tpgrpo import TPGRPOConfig
@@ -31,8 +33,10 @@ from trl_tpgrpo.policies.base import FlowPolicy, Guidance, to_images
 from trl_tpgrpo.policies.conditioning import Conditioning, Schedule
 from trl_tpgrpo.policies.flux import FluxPolicy
 from trl_tpgrpo.policies.loading import build_policy, load_pipeline, load_policy
+from trl_tpgrpo.policies.qwen_image import QwenImagePolicy
 from trl_tpgrpo.policies.sd3 import SD3Policy
 from trl_tpgrpo.policies.weights import LORA_FILE, load_weights, save_weights
+from trl_tpgrpo.policies.z_image import ZImagePolicy
 
 
 NUM_STEPS = 4
@@ -67,7 +71,7 @@ def built(family: str, **changes: Any) -> DiffusionPipeline:
     return fresh(family, **changes)
 
 
-FAMILIES = {"sd3": tiny_sd3, "flux": tiny_flux}
+FAMILIES = {"sd3": tiny_sd3, "flux": tiny_flux, "qwen_image": tiny_qwen_image, "z_image": tiny_z_image}
 
 
 def fresh(family: str, **changes: Any) -> DiffusionPipeline:
@@ -79,6 +83,9 @@ NO_T5 = {"t5": False}
 CFG = {"guidance_scale": 4.5}
 NEGATIVE = {"negative_prompt": NEGATIVE_PROMPT}
 DISTILLED = {"guidance_scale": 3.5}
+UNCUT = {"max_sequence_length": None}  # texts of their own lengths
+TRUE_CFG = NEGATIVE | {"true_cfg_scale": 2.5}
+UNGUIDED = {"guidance_scale": 0.0}
 CASES = {
     "sd3": Case("sd3"),
     "sd3-cfg": Case("sd3", guidance=CFG),
@@ -98,10 +105,29 @@ CASES = {
     "flux-oblong": Case("flux", guidance=DISTILLED | {"width": 16}),
     "flux-bf16": Case("flux", BF16, DISTILLED),
     "flux-true-cfg-bf16": Case("flux", BF16, DISTILLED | NEGATIVE | {"true_cfg_scale": 2.5}),
+    "qwen_image": Case("qwen_image", guidance=UNCUT),
+    "qwen_image-cut": Case("qwen_image"),
+    "qwen_image-cfg": Case("qwen_image", guidance=UNCUT | TRUE_CFG),
+    "qwen_image-cfg-cut": Case("qwen_image", guidance=TRUE_CFG),
+    "qwen_image-cfg-default-scale": Case("qwen_image", guidance=UNCUT | NEGATIVE),
+    "qwen_image-cfg-empty": Case("qwen_image", guidance=UNCUT | {"negative_prompt": ""}),
+    "qwen_image-oblong": Case("qwen_image", guidance=UNCUT | TRUE_CFG | {"width": 16}),
+    "qwen_image-bf16": Case("qwen_image", BF16, UNCUT),
+    "qwen_image-cfg-bf16": Case("qwen_image", BF16, UNCUT | TRUE_CFG),
+    "z_image": Case("z_image", guidance=UNCUT | UNGUIDED),
+    "z_image-cut": Case("z_image", guidance=UNGUIDED),
+    "z_image-cfg": Case("z_image", guidance=UNCUT | CFG),
+    "z_image-cfg-negative": Case("z_image", guidance=UNCUT | CFG | NEGATIVE),
+    "z_image-oblong": Case("z_image", guidance=UNCUT | CFG | {"height": 16}),
+    "z_image-bf16": Case("z_image", BF16, UNCUT | UNGUIDED),
+    "z_image-cfg-bf16": Case("z_image", BF16, UNCUT | CFG),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-one_of_each_family = pytest.mark.parametrize("case", [CASES["sd3-cfg"], CASES["flux"]], ids=["sd3", "flux"])
-guided_of_each_family = pytest.mark.parametrize("name", ["sd3-cfg-negative", "flux-true-cfg"])
+ONE_OF_EACH = {"sd3": "sd3-cfg", "flux": "flux", "qwen_image": "qwen_image-cfg", "z_image": "z_image-cfg"}
+one_of_each_family = pytest.mark.parametrize("case", [CASES[name] for name in ONE_OF_EACH.values()], ids=ONE_OF_EACH)
+guided_of_each_family = pytest.mark.parametrize(
+    "name", ["sd3-cfg-negative", "flux-true-cfg", "qwen_image-cfg", "z_image-cfg-negative"]
+)
 
 
 def seeded(number: int = BATCH) -> list[torch.Generator]:
@@ -177,6 +203,13 @@ def test_decoded_images_equal_the_pipelines_to_the_bit(case: Case) -> None:
         ("sd3", "sd3-default-length"),
         ("flux", "flux-true-cfg"),
         ("flux", "flux-default-length"),
+        ("qwen_image", "qwen_image-cut"),
+        ("qwen_image", "qwen_image-cfg"),
+        ("qwen_image-cfg", "qwen_image-cfg-default-scale"),
+        ("qwen_image", "qwen_image-cfg-empty"),
+        ("z_image", "z_image-cut"),
+        ("z_image", "z_image-cfg"),
+        ("z_image-cfg", "z_image-cfg-negative"),
     ],
 )
 def test_the_cases_differ(first: str, second: str) -> None:
@@ -186,7 +219,7 @@ def test_the_cases_differ(first: str, second: str) -> None:
 @one_of_each_family
 def test_prompts_and_guidance_scales_matter(case: Case) -> None:
     policy = case.policy()
-    stronger = Case(case.family, case.build, case.guidance | {"guidance_scale": 9.0}).policy()
+    stronger = Case(case.family, case.build, case.guidance | dict.fromkeys(policy.scales, 9.0)).policy()
     assert not torch.equal(ode_latents(policy), ode_latents(stronger))
     latents = policy.initial_noise([torch.Generator().manual_seed(0) for _ in PROMPTS])
     step, conditioning = policy.schedule(NUM_STEPS)[0], policy.encode(list(PROMPTS))
@@ -227,6 +260,10 @@ def test_shapes_of_flux() -> None:
         ("sd3-cfg", True),
         ("flux", False),
         ("flux-true-cfg", True),
+        ("qwen_image", False),
+        ("qwen_image-cfg", True),
+        ("z_image", False),
+        ("z_image-cfg", True),
     ],
 )
 def test_negative_prompts_are_encoded_only_under_classifier_free_guidance(name: str, guided: bool) -> None:
@@ -237,8 +274,9 @@ def test_negative_prompts_are_encoded_only_under_classifier_free_guidance(name: 
 def test_conditioning_is_indexed_by_row_and_carries_no_gradient(case: Case) -> None:
     conditioning = case.policy().encode(list(PROMPTS))
     chosen = conditioning[torch.tensor([2, 0, 2])]
-    assert torch.equal(chosen.tensors["prompt_embeds"], conditioning.tensors["prompt_embeds"][[2, 0, 2]])
-    assert torch.equal(chosen.tensors["pooled_prompt_embeds"], conditioning.tensors["pooled_prompt_embeds"][[2, 0, 2]])
+    for name, value in conditioning.tensors.items():
+        assert torch.equal(chosen.tensors[name], value[[2, 0, 2]])
+    assert [len(text) for text in chosen.texts()] == [len(conditioning.texts()[row]) for row in (2, 0, 2)]
     assert not conditioning.tensors["prompt_embeds"].requires_grad
     assert conditioning.to(torch.bfloat16).tensors["prompt_embeds"].dtype == torch.bfloat16
 
@@ -247,9 +285,10 @@ def test_conditioning_is_indexed_by_row_and_carries_no_gradient(case: Case) -> N
 def test_negative_prompts_follow_the_rows(name: str) -> None:
     conditioning = CASES[name].policy().encode(list(PROMPTS))
     negative = conditioning[torch.tensor([1, 1])].to(torch.bfloat16).negative
-    assert negative.tensors["prompt_embeds"].shape == (2, *conditioning.tensors["prompt_embeds"].shape[1:])
-    assert negative.tensors["pooled_prompt_embeds"].dtype == torch.bfloat16
-    assert not torch.equal(conditioning.negative.tensors["prompt_embeds"][0], conditioning.tensors["prompt_embeds"][0])
+    for name, value in conditioning.negative.tensors.items():
+        assert negative.tensors[name].shape == (2, *value.shape[1:])
+        assert negative.tensors[name].dtype == torch.bfloat16
+    assert not torch.equal(conditioning.negative.texts()[0], conditioning.texts()[0])
 
 
 @one_of_each_family
@@ -260,7 +299,13 @@ def test_noise_of_a_sample_depends_on_its_generator_alone(case: Case) -> None:
     assert torch.equal(alone[0], together[2])
 
 
-@pytest.mark.parametrize("name", ["sd3", "sd3-unshifted", "sd3-dynamic-shift", "sd3-oblong", "flux", "flux-oblong"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sd3", "sd3-unshifted", "sd3-dynamic-shift", "sd3-oblong", "flux", "flux-oblong",
+        "qwen_image", "qwen_image-oblong", "z_image",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("num_steps", [10, 7])
 def test_schedule_is_what_the_pipeline_leaves_in_its_scheduler(name: str, num_steps: int) -> None:
     case = CASES[name]
@@ -275,7 +320,7 @@ def test_schedule_is_what_the_pipeline_leaves_in_its_scheduler(name: str, num_st
     assert (computed.sigmas.diff() < 0).all()
 
 
-@pytest.mark.parametrize("name", ["sd3-dynamic-shift", "flux"])
+@pytest.mark.parametrize("name", ["sd3-dynamic-shift", "flux", "qwen_image"])
 @pytest.mark.parametrize(
     "changed", [{"base_shift": 0.9}, {"max_shift": 1.9}, {"base_image_seq_len": 8}, {"max_image_seq_len": 512}]
 )
@@ -358,7 +403,9 @@ def with_lora(name: str, dtype: torch.dtype) -> tuple[FlowPolicy, PeftModel]:
 
 @pytest.mark.parametrize(("sde_type", "log_prob_type"), SCORES)
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
-@pytest.mark.parametrize("name", ["sd3", "sd3-cfg", "flux", "flux-true-cfg"])
+@pytest.mark.parametrize(
+    "name", ["sd3", "sd3-cfg", "flux", "flux-true-cfg", "qwen_image", "qwen_image-cfg", "z_image", "z_image-cfg"]
+)
 def test_ratio_is_exactly_one_before_the_first_update(
     name: str, precision: Precision, sde_type: str, log_prob_type: str
 ) -> None:
@@ -382,7 +429,7 @@ def test_ratio_is_exactly_one_before_the_first_update(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
-@pytest.mark.parametrize("name", ["sd3-cfg", "flux"])
+@pytest.mark.parametrize("name", ONE_OF_EACH.values())
 def test_ratio_moves_with_the_adapter_and_gradient_reaches_all_of_it(name: str, precision: Precision) -> None:
     case = CASES[name]
     policy = case.policy(fresh(case.family, **case.build, dtype=precision.dtype))
@@ -408,8 +455,9 @@ def test_velocity_stays_in_the_pipelines_dtype_under_a_float32_adapter(case: Cas
     latents = policy.initial_noise(seeded())
     step, conditioning = policy.schedule(NUM_STEPS)[0], policy.encode(list(PROMPTS))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert policy.velocity(model, latents, step, conditioning).dtype == policy.dtype == torch.bfloat16
-    assert latents.dtype == conditioning.tensors["prompt_embeds"].dtype == torch.bfloat16
+        assert policy.velocity(model, latents, step, conditioning).dtype == (policy.velocity_dtype or torch.bfloat16)
+    assert latents.dtype == (policy.noise_dtype or torch.bfloat16)
+    assert conditioning.tensors["prompt_embeds"].dtype == policy.dtype == torch.bfloat16
 
 
 class OutputsInFloat32(torch.nn.Module):
@@ -419,11 +467,11 @@ class OutputsInFloat32(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, **inputs: Any) -> tuple[Tensor, ...]:
-        return tuple(output.float() for output in self.model(**inputs))
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        return convert_to_fp32(self.model(*args, **inputs))
 
 
-@pytest.mark.parametrize("name", ["sd3-cfg", "flux", "flux-true-cfg"])
+@pytest.mark.parametrize("name", ["sd3-cfg", "flux", "flux-true-cfg", "qwen_image-cfg", "z_image-cfg"])
 def test_rollout_through_a_prepared_model_equals_the_pipeline_under_autocast_to_the_bit(name: str) -> None:
     policy, model = with_lora(name, torch.bfloat16)
     schedule, noise = policy.schedule(NUM_STEPS), policy.initial_noise(seeded())
@@ -517,7 +565,15 @@ def test_an_adapter_of_another_rank_is_refused(tmp_path: Path) -> None:
 # Building
 
 
-@pytest.mark.parametrize(("build", "expected"), [(tiny_sd3, SD3Policy), (tiny_flux, FluxPolicy)])
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (tiny_sd3, SD3Policy),
+        (tiny_flux, FluxPolicy),
+        (tiny_qwen_image, QwenImagePolicy),
+        (tiny_z_image, ZImagePolicy),
+    ],
+)
 def test_a_pipeline_gets_the_policy_of_its_family(
     build: Callable[[], DiffusionPipeline], expected: type[FlowPolicy]
 ) -> None:
@@ -532,7 +588,7 @@ def test_an_unsupported_pipeline_is_refused_with_those_that_are_supported() -> N
         build_policy(DDPMPipeline(unet, DDPMScheduler()), Guidance(32, 32))
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("name", "size"), [("height", {"height": 28, "width": 32}), ("width", {"height": 32, "width": 20})]
 )
@@ -544,16 +600,19 @@ def test_a_size_that_the_pipeline_cannot_make_is_named(family: str, name: str, s
 # Loading
 
 
+LOADED = ["sd3", "sd3-no-t5-cfg", "flux", "qwen_image", "z_image"]
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of pipelines, one with T5, one without, and one of FLUX."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("sd3", "sd3-no-t5-cfg", "flux")}
+    """Folders of pipelines of all families, and one of SD3 without T5."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in LOADED}
     for name, folder in folders.items():
         CASES[name].pipeline().save_pretrained(folder)
     return folders
 
 
-@pytest.mark.parametrize("name", ["sd3", "sd3-no-t5-cfg", "flux"])
+@pytest.mark.parametrize("name", LOADED)
 def test_a_pipeline_comes_back_from_its_folder(name: str, saved: dict[str, Path]) -> None:
     case, loaded = CASES[name], load_pipeline(saved[name])
     loaded.set_progress_bar_config(disable=True)

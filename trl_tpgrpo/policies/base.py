@@ -97,7 +97,9 @@ class FlowPolicy(ABC):
         for name in changes:
             given, default = getattr(guidance, name), self.default_guidance.get(name)
             if default is not None:
-                is_off = name == self.guidance_option and self.needs_negative_prompt and not guidance.negative_prompt
+                is_off = (
+                    name == self.guidance_option and self.needs_negative_prompt and guidance.negative_prompt is None
+                )
                 changes[name] = (1.0 if is_off else default) if given is None else given
             elif given not in (None, 1.0):
                 others = " and ".join(self.default_guidance) or "none"

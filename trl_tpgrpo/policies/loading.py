@@ -15,6 +15,8 @@ import torch
 from diffusers import BitsAndBytesConfig, DiffusionPipeline, ModelMixin, PipelineQuantizationConfig, TorchAoConfig
 from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders import single_file_utils
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
 from diffusers.quantizers.quantization_config import QuantizationMethod
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
@@ -23,12 +25,14 @@ from torch import nn
 from ..testbed import TESTBED
 from .base import FlowPolicy, Guidance
 from .flux import FluxPolicy
+from .qwen_image import QwenImagePolicy
 from .sd3 import SD3Policy
+from .z_image import ZImagePolicy
 
 
 logger = logging.getLogger(__name__)
 
-POLICIES = (SD3Policy, FluxPolicy)
+POLICIES = (SD3Policy, FluxPolicy, QwenImagePolicy, ZImagePolicy)
 SINGLE_FILES = ("sd3", "sd35_medium", "sd35_large", "flux-dev", "flux-schnell")  # diffusers' names of originals
 DTYPE = "dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype"
 """Name that `DiffusionPipeline.from_pretrained` has for it; another one it ignores."""
@@ -293,11 +297,12 @@ def _set_attention_backend(transformer: ModelMixin, name: str) -> None:
         transformer.set_attention_backend(name)
     except (ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"attention_backend={name!r} cannot be used here: {error}") from error
-    if not hasattr(transformer, "attn_processors"):
+    attentions = [module for module in transformer.modules() if isinstance(module, Attention | AttentionModuleMixin)]
+    processors = {type(attention.processor).__name__: attention.processor for attention in attentions}
+    if not processors:
         reason = "has no attention processors to set it on"
         kind = type(transformer).__name__
         raise ValueError(f"attention_backend={name!r} has no effect: {kind} {reason}. Leave it out.")
-    processors = {type(processor).__name__: processor for processor in transformer.attn_processors.values()}
     ignoring = [kind for kind, processor in processors.items() if not hasattr(processor, "_attention_backend")]
     if ignoring:
         reason = f"diffusers' {', '.join(ignoring)} always uses PyTorch's own choice. Leave it out"
