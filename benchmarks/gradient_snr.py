@@ -269,13 +269,13 @@ def sample(
     model = policy.pipeline.transformer
 
     def velocity(latents: Tensor, step: int, rows: Tensor) -> Tensor:
-        return policy.velocity(model, latents, schedule.timesteps[step], conditioning[rows])
+        return policy.velocity(model, latents, schedule[step], conditioning[rows])
 
     def one_log_prob(weights: dict[str, Tensor], before: Tensor, after: Tensor, row: Tensor, step: int) -> Tensor:
         def call(*args: Any, **kwargs: Any) -> Any:
             return functional_call(model, weights, args, kwargs)
 
-        predicted = policy.velocity(call, before[None], schedule.timesteps[step], conditioning[row[None]])
+        predicted = policy.velocity(call, before[None], schedule[step], conditioning[row[None]])
         sigmas = schedule.sigmas[step : step + 2]
         drawn = transition(window.sde_type, before[None], predicted, *sigmas, window.noise_level)
         return log_prob(drawn, after[None], window.log_prob_type).sum()

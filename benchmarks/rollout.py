@@ -47,8 +47,8 @@ class Setting:
 
     def velocity(self) -> Velocity:
         def velocity(latents: torch.Tensor, step: int, rows: torch.Tensor) -> torch.Tensor:
-            model, timestep = self.policy.pipeline.transformer, self.schedule.timesteps[step]
-            return self.policy.velocity(model, latents, timestep, self.conditioning[rows])
+            model = self.policy.pipeline.transformer
+            return self.policy.velocity(model, latents, self.schedule[step], self.conditioning[rows])
 
         return velocity
 

@@ -12,6 +12,7 @@ from trl_tpgrpo import TPGRPOConfig
 from trl_tpgrpo.algorithm.completion import CompletionRule
 from trl_tpgrpo.algorithm.credit import CreditRule
 from trl_tpgrpo.algorithm.rollout import Window
+from trl_tpgrpo.policies.sd3 import SD3Policy
 
 
 def config(**changes: object) -> TPGRPOConfig:
@@ -25,7 +26,6 @@ def test_defaults_are_the_published_method() -> None:
         "width": 512,
         "num_inference_steps": 10,
         "num_inference_steps_eval": 40,
-        "guidance_scale": 4.5,
         "num_generations": 24,
         "generation_batch_size": 48 * 24,
         "num_iterations": 1,
@@ -41,6 +41,7 @@ def test_defaults_are_the_published_method() -> None:
         "beta": 4e-4,
     }
     assert {name: getattr(defaults, name) for name in expected} == expected
+    assert defaults.guidance_scale is None and SD3Policy.default_guidance == {"guidance_scale": 4.5}
     assert defaults.optim.value.startswith("adamw")
     assert defaults.steps_per_generation == 2 * defaults.gradient_accumulation_steps  # two updates per rollout
     assert list(defaults.window_starts) == [0]

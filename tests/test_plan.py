@@ -259,7 +259,7 @@ def test_flops_of_training_are_near_those_of_a_backward_pass(full: bool, checkpo
     latents = policy.initial_noise([torch.Generator()]).to("meta").requires_grad_()
     with FlopCounterMode(display=False) as counter:
         conditioning = policy.empty_conditioning().to(torch.device("meta"))
-        policy.velocity(model.train(), latents, torch.zeros((), device="meta"), conditioning).sum().backward()
+        policy.velocity(model.train(), latents, policy.schedule(1)[0], conditioning).sum().backward()
     expected = count_flops(policy, not full, checkpointing).transition
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.15)
 
@@ -341,7 +341,7 @@ def test_activations_are_near_those_of_real_models(family, full: bool, checkpoin
 
     def predict() -> None:
         one = chunk.transitions(0)
-        trainer.policy.velocity(trainer.model, one.latents, one.timestep, one.conditioning)
+        trainer.policy.velocity(trainer.model, one.latents, one.step, one.conditioning)
 
     planned = model.activations(trainer.args, 32, trains=True)
     assert 0.6 < planned / allocated(train) < 1.4

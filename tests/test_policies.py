@@ -16,8 +16,6 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    StableDiffusion3Pipeline,
     UNet2DModel,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -29,7 +27,8 @@ from torch import Tensor
 from trl_tpgrpo import TPGRPOConfig
 from trl_tpgrpo.algorithm.rollout import Velocity, Window, roll_out
 from trl_tpgrpo.algorithm.sde import log_prob, transition
-from trl_tpgrpo.policies.base import Conditioning, FlowPolicy, Guidance, Schedule, to_images
+from trl_tpgrpo.policies.base import FlowPolicy, Guidance, to_images
+from trl_tpgrpo.policies.conditioning import Conditioning, Schedule
 from trl_tpgrpo.policies.flux import FluxPolicy
 from trl_tpgrpo.policies.loading import build_policy, load_pipeline, load_policy
 from trl_tpgrpo.policies.sd3 import SD3Policy
@@ -45,8 +44,8 @@ class Case:
     """A pipeline and how it samples.
 
     Attributes:
-        family: "sd3" or "flux".
-        build: Of `tiny_sd3` or `tiny_flux`.
+        family: One of `FAMILIES`.
+        build: Of its function.
         guidance: Of `Guidance`, beyond the size.
     """
 
@@ -54,7 +53,7 @@ class Case:
     build: dict[str, Any] = field(default_factory=dict)
     guidance: dict[str, Any] = field(default_factory=dict)
 
-    def pipeline(self) -> StableDiffusion3Pipeline | FluxPipeline:
+    def pipeline(self) -> DiffusionPipeline:
         return built(self.family, **self.build)
 
     def policy(self, pipeline: DiffusionPipeline | None = None) -> FlowPolicy:
@@ -63,13 +62,16 @@ class Case:
 
 
 @lru_cache
-def built(family: str, **changes: Any) -> StableDiffusion3Pipeline | FluxPipeline:
+def built(family: str, **changes: Any) -> DiffusionPipeline:
     """Shared by the tests that leave it as it is."""
     return fresh(family, **changes)
 
 
-def fresh(family: str, **changes: Any) -> StableDiffusion3Pipeline | FluxPipeline:
-    return (tiny_sd3 if family == "sd3" else tiny_flux)(**changes)
+FAMILIES = {"sd3": tiny_sd3, "flux": tiny_flux}
+
+
+def fresh(family: str, **changes: Any) -> DiffusionPipeline:
+    return FAMILIES[family](**changes)
 
 
 BF16 = {"dtype": torch.bfloat16}
@@ -109,20 +111,18 @@ def seeded(number: int = BATCH) -> list[torch.Generator]:
 def call_pipeline(pipeline: DiffusionPipeline, policy: FlowPolicy, **options: Any) -> Any:
     """What `pipeline.__call__` makes of PROMPTS under the policy's guidance."""
     guidance = policy.guidance
-    options |= {"height": guidance.height, "width": guidance.width, "guidance_scale": guidance.guidance_scale}
+    options |= {"height": guidance.height, "width": guidance.width, **policy.scales}
     if guidance.negative_prompt is not None:
         options["negative_prompt"] = [guidance.negative_prompt] * BATCH
     if guidance.max_sequence_length is not None:
         options["max_sequence_length"] = guidance.max_sequence_length
-    if isinstance(policy, FluxPolicy):
-        options["true_cfg_scale"] = guidance.true_cfg_scale
     return pipeline(list(PROMPTS), **{"num_inference_steps": NUM_STEPS, "generator": seeded(), **options}).images
 
 
 def velocity_of(
     policy: FlowPolicy, model: torch.nn.Module, schedule: Schedule, conditioning: Conditioning
 ) -> Velocity:
-    return lambda latents, step, rows: policy.velocity(model, latents, schedule.timesteps[step], conditioning[rows])
+    return lambda latents, step, rows: policy.velocity(model, latents, schedule[step], conditioning[rows])
 
 
 def ode_latents(policy: FlowPolicy) -> Tensor:
@@ -189,9 +189,9 @@ def test_prompts_and_guidance_scales_matter(case: Case) -> None:
     stronger = Case(case.family, case.build, case.guidance | {"guidance_scale": 9.0}).policy()
     assert not torch.equal(ode_latents(policy), ode_latents(stronger))
     latents = policy.initial_noise([torch.Generator().manual_seed(0) for _ in PROMPTS])
-    timestep, conditioning = policy.schedule(NUM_STEPS).timesteps[0], policy.encode(list(PROMPTS))
+    step, conditioning = policy.schedule(NUM_STEPS)[0], policy.encode(list(PROMPTS))
     with torch.no_grad():
-        predicted = policy.velocity(policy.pipeline.transformer, latents, timestep, conditioning)
+        predicted = policy.velocity(policy.pipeline.transformer, latents, step, conditioning)
     assert not torch.allclose(predicted[0], predicted[1], atol=1e-4)
     assert not torch.allclose(predicted[0], predicted[2], atol=1e-4)
 
@@ -373,7 +373,7 @@ def test_ratio_is_exactly_one_before_the_first_update(
     for step in range(len(window)):
         latents, after = result.states[:, step], result.states[:, step + 1]
         with precision.context():
-            predicted = policy.velocity(model, latents, schedule.timesteps[step], conditioning)
+            predicted = policy.velocity(model, latents, schedule[step], conditioning)
         sigma, sigma_next = schedule.sigmas[step], schedule.sigmas[step + 1]
         new = log_prob(transition(sde_type, latents, predicted, sigma, sigma_next, 0.7), after, log_prob_type)
         assert new.requires_grad
@@ -387,17 +387,17 @@ def test_ratio_moves_with_the_adapter_and_gradient_reaches_all_of_it(name: str, 
     case = CASES[name]
     policy = case.policy(fresh(case.family, **case.build, dtype=precision.dtype))
     model = add_lora(policy)
-    timestep, conditioning = policy.schedule(NUM_STEPS).timesteps[0], policy.encode(list(PROMPTS))
+    step, conditioning = policy.schedule(NUM_STEPS)[0], policy.encode(list(PROMPTS))
     latents = policy.initial_noise(seeded()).float()
     with precision.context():
-        before = policy.velocity(model, latents, timestep, conditioning)
+        before = policy.velocity(model, latents, step, conditioning)
     before.float().square().sum().backward()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained
     assert all("lora_" in name and parameter.dtype == torch.float32 for name, parameter in trained.items())
     assert [name for name, parameter in trained.items() if parameter.grad is None] == []
     with torch.no_grad(), precision.context(), model.disable_adapter():
-        reference = policy.velocity(model, latents, timestep, conditioning)
+        reference = policy.velocity(model, latents, step, conditioning)
     assert not torch.equal(before, reference)
 
 
@@ -406,9 +406,9 @@ def test_velocity_stays_in_the_pipelines_dtype_under_a_float32_adapter(case: Cas
     policy = case.policy(fresh(case.family, **case.build, dtype=torch.bfloat16))
     model = add_lora(policy)
     latents = policy.initial_noise(seeded())
-    timestep, conditioning = policy.schedule(NUM_STEPS).timesteps[0], policy.encode(list(PROMPTS))
+    step, conditioning = policy.schedule(NUM_STEPS)[0], policy.encode(list(PROMPTS))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert policy.velocity(model, latents, timestep, conditioning).dtype == policy.dtype == torch.bfloat16
+        assert policy.velocity(model, latents, step, conditioning).dtype == policy.dtype == torch.bfloat16
     assert latents.dtype == conditioning.tensors["prompt_embeds"].dtype == torch.bfloat16
 
 
@@ -521,7 +521,7 @@ def test_an_adapter_of_another_rank_is_refused(tmp_path: Path) -> None:
 def test_a_pipeline_gets_the_policy_of_its_family(
     build: Callable[[], DiffusionPipeline], expected: type[FlowPolicy]
 ) -> None:
-    assert type(build_policy(build(), Guidance(32, 32, 1.0))) is expected
+    assert type(build_policy(build(), Guidance(32, 32))) is expected
 
 
 def test_an_unsupported_pipeline_is_refused_with_those_that_are_supported() -> None:
@@ -529,7 +529,7 @@ def test_an_unsupported_pipeline_is_refused_with_those_that_are_supported() -> N
         8, block_out_channels=(8,), norm_num_groups=4, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
     )
     with pytest.raises(ValueError, match="DDPMPipeline.*StableDiffusion3Pipeline, FluxPipeline"):
-        build_policy(DDPMPipeline(unet, DDPMScheduler()), Guidance(32, 32, 1.0))
+        build_policy(DDPMPipeline(unet, DDPMScheduler()), Guidance(32, 32))
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])

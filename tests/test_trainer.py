@@ -779,7 +779,7 @@ def test_other_schedulers_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        (tiny_sd3, {"true_cfg_scale": 4.0}, "true_cfg_scale is for FLUX"),
+        (tiny_sd3, {"true_cfg_scale": 4.0}, "true_cfg_scale has no effect on this"),
         (
             tiny_sd3,
             {"negative_prompt": "blur", "guidance_scale": 1.0},

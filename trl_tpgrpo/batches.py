@@ -14,7 +14,7 @@ from torch import Tensor
 from .algorithm.credit import CreditedSteps, CreditRule, RewardTable
 from .algorithm.rollout import Rollout, Window
 from .algorithm.sde import Transition, log_prob, transition
-from .policies.base import Conditioning, Schedule
+from .policies.conditioning import Conditioning, Schedule, Step
 from .rewards.contract import RewardError
 
 
@@ -50,9 +50,7 @@ class Transitions:
     latents: Tensor  # float32, (B, ...), before the step
     next_latents: Tensor  # float32, (B, ...), after it
     old_log_probs: Tensor | None  # float32, (B,), when it was sampled; None: those of the policy that is trained now
-    sigma: Tensor  # 0-dimensional, on the CPU, before the step
-    sigma_next: Tensor  # 0-dimensional, on the CPU, after it
-    timestep: Tensor  # 0-dimensional, on the CPU, before the step
+    step: Step
     position: int  # index of the step in the window, 0 to K - 1
     window: Window
     conditioning: Conditioning  # of the B prompts
@@ -64,7 +62,7 @@ class Transitions:
     def transition(self, velocity: Tensor) -> Transition:
         """Return the distribution of the next latents that a predicted velocity (B, ...) gives."""
         window = self.window
-        return transition(window.sde_type, self.latents, velocity, self.sigma, self.sigma_next, window.noise_level)
+        return transition(window.sde_type, self.latents, velocity, *self.step.sigmas, window.noise_level)
 
     def log_prob(self, step: Transition) -> Tensor:
         """Return the log-probability (B,) of the next latents under `step`."""
@@ -129,14 +127,12 @@ class Trajectories:
     def transitions(self, position: int, chosen: Tensor | None = None) -> Transitions:
         """Return the SDE step at `position` of the window, of all trajectories or of those `chosen` (on the CPU)."""
         chosen = torch.arange(len(self)) if chosen is None else chosen
-        step, device = self.window.start + position, self.conditioning.device
+        device = self.conditioning.device
         return Transitions(
             latents=self.states[chosen, position].to(device),
             next_latents=self.states[chosen, position + 1].to(device),
             old_log_probs=None if self.log_probs is None else self.log_probs[chosen, position],
-            sigma=self.schedule.sigmas[step],
-            sigma_next=self.schedule.sigmas[step + 1],
-            timestep=self.schedule.timesteps[step],
+            step=self.schedule[self.window.start + position],
             position=position,
             window=self.window,
             conditioning=self.conditioning[self.prompts[chosen]],

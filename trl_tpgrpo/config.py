@@ -100,12 +100,14 @@ class TPGRPOConfig(_BaseConfig):
         width (`int`, *optional*, defaults to `512`): Width of the images in pixels.
         num_inference_steps (`int`, *optional*, defaults to `10`): Steps T in training. The paper takes 6 for FLUX.1.
         num_inference_steps_eval (`int`, *optional*, defaults to `40`): ODE steps in evaluation (paper: 28 for FLUX.1).
-        guidance_scale (`float`, *optional*, defaults to `4.5`): Guidance in sampling and training. SD3:
-            classifier-free guidance, off at 1. FLUX: an input of the model; the paper takes 3.5.
-        true_cfg_scale (`float`, *optional*, defaults to `1.0`): FLUX only: guidance with `negative_prompt`, off at 1.
-        negative_prompt (`str`, *optional*): Prompt to guide away from. `None`: the empty one for SD3, none for FLUX.
-        max_sequence_length (`int`, *optional*): Tokens of the T5 encoder. `None`: the pipeline's default. `0` for an
-            SD3 pipeline without T5 leaves out the zeros that diffusers would append.
+        guidance_scale (`float`, *optional*): Guidance in sampling and training: classifier-free, or an input of the
+            model. `None`: the family's default, which is the paper's for SD3.5 (4.5) and FLUX.1 (3.5).
+        true_cfg_scale (`float`, *optional*): Classifier-free guidance, with `negative_prompt`, where the pipeline
+            calls it so. `None`: the pipeline's default.
+        negative_prompt (`str`, *optional*): Prompt to guide away from. `None`: the empty one, or no guidance where
+            the pipeline needs one for it.
+        max_sequence_length (`int`, *optional*): Tokens of a text. `None`: the pipeline's default. `0` for an SD3
+            pipeline without T5 leaves out the zeros that diffusers would append.
         per_device_rollout_batch_size (`int` or `"auto"`, *optional*): Latents per model call, and images per VAE call,
             in a rollout. `None`: `per_device_train_batch_size`, for a first ratio of exactly 1. `"auto"`: the fastest,
             measured before the first rollout; as sizes change the rounding, a run may not repeat to the bit.
@@ -239,8 +241,8 @@ class TPGRPOConfig(_BaseConfig):
     width: Annotated[int, "at least 1"] = 512
     num_inference_steps: Annotated[int, "at least 2"] = 10
     num_inference_steps_eval: Annotated[int, "at least 1"] = 40
-    guidance_scale: Annotated[float, "at least 0"] = 4.5
-    true_cfg_scale: Annotated[float, "at least 0"] = 1.0
+    guidance_scale: Annotated[float | None, "at least 0, or None"] = None
+    true_cfg_scale: Annotated[float | None, "at least 0, or None"] = None
     negative_prompt: str | None = None
     max_sequence_length: Annotated[int | None, "at least 0, or None"] = None
     per_device_rollout_batch_size: Annotated[int | str | None, "at least 1, or 'auto'"] = None

@@ -29,7 +29,8 @@ from .algorithm.rollout import EXACT, Generators, Rollout, Window, fastest_batch
 from .batches import LARGEST_BATCH, Sampled, Trajectories, sweeps
 from .config import TPGRPOConfig
 from .metrics import Metrics, image_variety
-from .policies.base import Conditioning, FlowPolicy, on_device, to_images
+from .policies.base import FlowPolicy, on_device, to_images
+from .policies.conditioning import Conditioning
 from .policies.embeddings import PromptEmbeddings
 from .rewards.contract import RewardError, RewardFunc, check_applicability, declared, innermost, reward_names
 from .rewards.scorer import ImageBatch, Scorer, Scoring, runs_beside, save_evidence
@@ -44,6 +45,18 @@ NOISE, WINDOW, EVALUATION, PROBE, CARD = range(5)
 
 MAX_PENDING = 2  # sweeps that may wait for their rewards while the next is sampled; their images are kept until then
 PROBED_GROUPS = 16  # prompts of a process that the window is measured on
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The prompts of B rows, padded alike for all that is made of them."""
+
+    conditioning: Conditioning  # of the distinct prompts
+    prompts: Tensor  # (B,), on the CPU, the rows' indices among these
+
+    def __getitem__(self, part: slice) -> "Encoded":
+        """Select rows, with the same prompts."""
+        return Encoded(self.conditioning, self.prompts[part])
 
 
 @dataclass(frozen=True)
@@ -116,30 +129,30 @@ class Rollouts:
         window, rule = self.measured_window or self.draw_window(generation), self.args.completion_rule
         self.samples.rollout_begins(self._state())
         generators = self.generators(NOISE, generation, len(rows))
-        states, log_probs, table = self._sample_in_sweeps(rows, generators, window, rule)
+        encoded = self._encode(rows)
+        states, log_probs, table = self._sample_in_sweeps(rows, encoded, generators, window, rule)
         if self.args.completion_check_every and generation % self.args.completion_check_every == 0:
-            self._check_completions(rows, window, generation, table)
+            self._check_completions(rows, encoded, window, generation, table)
         first = self.accelerator.process_index * len(rows)
-        conditioning, prompts = self._encode(rows)
         return Trajectories(
             states=states,
             log_probs=log_probs,
             window=window,
             schedule=self.policy.schedule(self.args.num_inference_steps),
-            conditioning=conditioning,
-            prompts=prompts,
+            conditioning=encoded.conditioning,
+            prompts=encoded.prompts,
             rows=torch.arange(first, first + len(rows)),
             table=table,
         )
 
     def _sample_in_sweeps(
-        self, rows: Rows, generators: Generators, window: Window, rule: CompletionRule | None
+        self, rows: Rows, encoded: Encoded, generators: Generators, window: Window, rule: CompletionRule | None
     ) -> tuple[Tensor, Tensor, RewardTable]:
         """Return states, log-probabilities and rewards of B rows; a sweep is scored while the next are sampled."""
         sampled: list[Sampled] = []
         pending: deque[Pending] = deque()
         for part in self.progress.sweeps(sweeps(len(rows), self.args)):
-            pending.append(self._sample(rows[part], generators[part], window, rule, self.reward_funcs))
+            pending.append(self._sample(rows[part], encoded[part], generators[part], window, rule, self.reward_funcs))
             if len(pending) > MAX_PENDING:
                 sampled.append(self._finish_sweep(pending.popleft()))
             if any(one.error for one in sampled) and self.accelerator.num_processes == 1:
@@ -179,17 +192,20 @@ class Rollouts:
         if len(rows) % group == 0:  # else groups straddle processes, and are whole only if all rows are taken
             rows = rows[: PROBED_GROUPS * group]
         whole, generators = self.args.window(*self.args.sde_window_limits), self.generators(PROBE, 0, len(rows))
-        *_, table = self._sample_in_sweeps(rows, generators, whole, EXACT)
+        *_, table = self._sample_in_sweeps(rows, self._encode(rows), generators, whole, EXACT)
         variances = step_reward_variances(table.rewards, group)
         start, stop = shortest_window(variances, share)
         return self.args.window(whole.start + start, whole.start + stop)
 
-    def _check_completions(self, rows: Rows, window: Window, generation: int, table: RewardTable) -> None:
+    def _check_completions(
+        self, rows: Rows, encoded: Encoded, window: Window, generation: int, table: RewardTable
+    ) -> None:
         """Log how faithful the completions of the first prompts are to exact ones of the same trajectories."""
         first_row = self.accelerator.process_index * len(rows)
         rows = rows[: self.args.num_generations]
         generators = self.generators(NOISE, generation, len(rows), first_row)
-        pending = self._sample(rows, generators, window, EXACT, self.reward_funcs)
+        encoded = encoded[slice(len(rows))]
+        pending = self._sample(rows, encoded, generators, window, EXACT, self.reward_funcs)
         sampled = self._scored(pending, "train")
         self._stop_together(sampled.error)
         first = self.accelerator.process_index * len(table.rewards) // self.accelerator.num_processes
@@ -210,7 +226,7 @@ class Rollouts:
         """
         generators = self.generators(EVALUATION, 0, len(rows), first)
         functions = [*self.reward_funcs, *self.eval_reward_funcs]
-        sampled = self._scored(self._sample(rows, generators, window, None, functions), "eval")
+        sampled = self._scored(self._sample(rows, self._encode(rows), generators, window, None, functions), "eval")
         rewards, trained, error = sampled.rewards, len(self.reward_funcs), sampled.error
         prompts = [row["prompt"] for row in rows]
         try:
@@ -253,7 +269,8 @@ class Rollouts:
             FloatingPointError: If a prediction is not finite.
         """
         functions = reward_funcs or self.reward_funcs
-        sampled = self._scored(self._sample(rows, generators, window, completion, functions), self._mode)
+        pending = self._sample(rows, self._encode(rows), generators, window, completion, functions)
+        sampled = self._scored(pending, self._mode)
         if sampled.error is not None:
             raise self._with_evidence(sampled.error)
         return sampled
@@ -263,8 +280,8 @@ class Rollouts:
         """Make an image of each of N distinct prompts, by the ODE in `num_inference_steps_eval` steps."""
         if not prompts:
             return []
-        indices, generators = torch.arange(len(prompts)), self.generators(CARD, 0, len(prompts), first=0)
-        rollout = self.roll_out(self.embeddings(prompts), indices, generators, None, None)
+        encoded = Encoded(self.embeddings(prompts), torch.arange(len(prompts)))
+        rollout = self.roll_out(encoded, self.generators(CARD, 0, len(prompts), first=0), None, None)
         return to_images(self.decode(rollout.final_latents))
 
     def training_log_probs(self, trajectories: Trajectories, autocast: Callable[[], Any]) -> Tensor:
@@ -273,7 +290,7 @@ class Rollouts:
         for position in range(len(trajectories.window)):
             with torch.enable_grad(), autocast():
                 inputs = trajectories.transitions(position)
-                velocity = self.policy.velocity(self._model(), inputs.latents, inputs.timestep, inputs.conditioning)
+                velocity = self.policy.velocity(self._model(), inputs.latents, inputs.step, inputs.conditioning)
                 log_probs.append(inputs.log_prob(inputs.transition(velocity)).detach())
         self.metrics["train"].record("num_train_evaluations", len(trajectories) * len(log_probs), "sum")
         return torch.stack(log_probs, 1)
@@ -281,6 +298,7 @@ class Rollouts:
     def _sample(
         self,
         rows: Rows,
+        encoded: Encoded,
         generators: Generators,
         window: Window | None,
         completion: CompletionRule | None,
@@ -288,10 +306,8 @@ class Rollouts:
     ) -> Pending:
         """Sample and decode, and begin to score."""
         mode, metrics = self._mode, self.metrics[self._mode]
-        with self.phase("encode", len({row["prompt"] for row in rows}), mode) as advance:
-            conditioning, prompts = self._encode(rows, advance)
         with self.phase("rollout", self._num_steps(window), mode) as advance:
-            rollout = self.roll_out(conditioning, prompts, generators, window, completion, advance)
+            rollout = self.roll_out(encoded, generators, window, completion, advance)
         with self.phase("decode", len(rollout.final_latents), mode) as advance:
             pixels = self.decode(rollout.final_latents, advance, keep_on_device=self._scores_tensors)
             images = to_images(pixels)
@@ -330,8 +346,7 @@ class Rollouts:
 
     def roll_out(
         self,
-        conditioning: Conditioning,
-        prompts: Tensor,
+        encoded: Encoded,
         generators: Generators,
         window: Window | None,
         completion: CompletionRule | None,
@@ -339,19 +354,19 @@ class Rollouts:
     ) -> Rollout:
         """Sample one trajectory for each of B prompts, see [`~trl_tpgrpo.algorithm.rollout.roll_out`].
 
-        `prompts` (B,) are indices among the distinct ones of `conditioning`. Under `share_initial_noise` the first
-        generator of a group draws its noise. Without a window, `num_inference_steps_eval` ODE steps are taken.
+        Under `share_initial_noise` the first generator of a group draws its noise. Without a window,
+        `num_inference_steps_eval` ODE steps are taken.
         """
-        schedule, device = self.policy.schedule(self._num_steps(window)), self.policy.device
-        prompts, model = prompts.to(device), self._model()
+        schedule = self.policy.schedule(self._num_steps(window))
+        model, conditioning, prompts = self._model(), encoded.conditioning, encoded.prompts
 
         def velocity(latents: Tensor, step: int, rows: Tensor) -> Tensor:
-            return self.policy.velocity(model, latents, schedule.timesteps[step], conditioning[prompts[rows]])
+            return self.policy.velocity(model, latents, schedule[step], conditioning[prompts[rows]])
 
         sharing = self.args.num_generations if self.args.share_initial_noise and window is not None else 1
         noise = self.policy.initial_noise(generators[::sharing])
         if "model" not in self.batch_sizes:
-            rows = torch.zeros(LARGEST_BATCH, dtype=torch.long, device=device)
+            rows = torch.zeros(LARGEST_BATCH, dtype=torch.long)
             self.batch_sizes["model"] = _measure_batch_size(
                 lambda size: velocity(noise[:1].expand(size, *noise.shape[1:]), 0, rows[:size]), self.accelerator
             )
@@ -371,11 +386,12 @@ class Rollouts:
                 )
             return self.policy.decode(latents, self.batch_sizes["vae"], on_batch, keep_on_device)
 
-    def _encode(self, rows: Rows, on_prompt: Callable[[int], object] | None = None) -> tuple[Conditioning, Tensor]:
-        """Return the distinct prompts of B rows, encoded, and (B,), on the CPU, the rows' indices among them."""
+    def _encode(self, rows: Rows) -> Encoded:
+        """Encode the distinct prompts of B rows."""
         distinct = list(dict.fromkeys(row["prompt"] for row in rows))
         prompts = torch.tensor([distinct.index(row["prompt"]) for row in rows])
-        return self.embeddings(distinct, on_prompt), prompts
+        with self.phase("encode", len(distinct), self._mode) as advance:
+            return Encoded(self.embeddings(distinct, advance), prompts)
 
     @contextmanager
     def phase(self, name: str, total: int, mode: str = "train") -> Iterator[Callable[..., None]]:

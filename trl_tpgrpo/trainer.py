@@ -135,9 +135,7 @@ class TPGRPOTrainer(_BaseTrainer):
         adapter = transformer.peft_config["default"] if isinstance(transformer, PeftModel) else None
         rewards = {"reward_funcs": self.reward_funcs, "eval_reward_funcs": self.eval_reward_funcs}
         prompts = sample_prompts([eval_dataset, train_dataset])
-        self.card = RunCard(
-            args=args, pipeline=self.policy.pipeline, adapter=adapter, reward_funcs=rewards, prompts=prompts
-        )
+        self.card = RunCard(args=args, policy=self.policy, adapter=adapter, reward_funcs=rewards, prompts=prompts)
         self.recipe_settings: dict[str, Any] | None = None  # the command line sets its options for the recipe
         args.ddp_find_unused_parameters = args.ddp_find_unused_parameters or False
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
@@ -274,7 +272,7 @@ class TPGRPOTrainer(_BaseTrainer):
 
     def describe_run(self) -> dict[str, Any]:
         """Return what makes this run what it is, for a checkpoint and for a comparison with one."""
-        return resuming.describe_settings(self.args) | self._run_parts
+        return resuming.describe_settings(self.args, self.policy.guidance) | self._run_parts
 
     def training_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
@@ -329,7 +327,7 @@ class TPGRPOTrainer(_BaseTrainer):
         if return_outputs:
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
         advantages = inputs.table.credited.advantages[inputs.rows, inputs.position].to(inputs.latents.device)  # (B,)
-        velocity = self.policy.velocity(model, inputs.latents, inputs.timestep, inputs.conditioning)
+        velocity = self.policy.velocity(model, inputs.latents, inputs.step, inputs.conditioning)
         step = inputs.transition(velocity)
         log_probs = inputs.log_prob(step)
         old_log_probs = log_probs.detach() if inputs.old_log_probs is None else inputs.old_log_probs

@@ -58,7 +58,7 @@ class Branch:
     """Latents on their way to images: the trajectories, or the completions of their states before one step."""
 
     latents: Tensor  # float32, (N, ...)
-    rows: Tensor  # (N,), indices of the trajectories
+    rows: Tensor  # (N,), on the CPU, indices of the trajectories
     stops: list[int]  # steps before which the model is still to be evaluated, the present one first, and last the end
     extrapolate: bool = False
     previous: tuple[Tensor, Tensor] | None = None  # velocity and sigma of the last evaluation, where extrapolated

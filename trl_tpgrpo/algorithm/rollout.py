@@ -29,7 +29,8 @@ from .sde import log_prob, sample, transition
 
 
 Velocity = Callable[[Tensor, int, Tensor], Tensor]
-"""`velocity(latents, step, rows)`: prediction at `latents` (N, ...) before `step`, with the prompts of `rows` (N,)."""
+"""`velocity(latents, step, rows)`: prediction at `latents` (N, ...) before `step`, with the prompts of `rows` (N,),
+which are on the CPU."""
 
 Generators = list[torch.Generator]
 EXACT = CompletionRule()
@@ -131,7 +132,7 @@ class _Sweep:
     def __init__(self, noise: Tensor, sigmas: Tensor, window: Window | None, generators: Generators, offload: bool):
         self.sigmas, self.generators = sigmas, generators
         number, num_states = (len(noise), 0) if window is None else (len(generators), len(window) + 1)
-        rows = torch.arange(0, number, number // len(noise), device=noise.device)
+        rows = torch.arange(0, number, number // len(noise))
         self.trajectories = Branch(noise.float(), rows, list(range(len(sigmas))))
         self.completions: list[Branch] = []
         self.log_probs: list[Tensor] = []
@@ -169,7 +170,7 @@ class _Sweep:
             shared = len(self.generators) // len(velocity)
             velocity = velocity.repeat_interleave(shared, 0)
             trajectories.latents = trajectories.latents.repeat_interleave(shared, 0)
-            trajectories.rows = torch.arange(len(self.generators), device=velocity.device)
+            trajectories.rows = torch.arange(len(self.generators))
             self.states[0].copy_(trajectories.latents, non_blocking=True)
         latents, (sigma, sigma_next) = trajectories.latents, self.sigmas[step : step + 2]
         drawn = transition(window.sde_type, latents, velocity, sigma, sigma_next, window.noise_level)
@@ -187,7 +188,7 @@ class _Sweep:
                 "weights that have diverged (learning_rate too high) or float16 overflow."
             )
         branches, last = [*self.completions, self.trajectories], self.trajectories.latents
-        rows = torch.cat([branch.rows for branch in branches]).cpu()
+        rows = torch.cat([branch.rows for branch in branches])
         images = torch.arange(len(rows)).split([len(branch.rows) for branch in branches])
         image_of = torch.stack([image.repeat_interleave(len(last) // len(image)) for image in images], 1)
         log_probs = torch.stack(self.log_probs, 1) if self.log_probs else last.new_empty(len(last), 0)

@@ -38,9 +38,13 @@ ADAPTER = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern
            "use_dora", "layers_to_transform", "layers_pattern")  # fmt: skip
 
 
-def describe_settings(args: Any) -> dict[str, Any]:
-    """Return a run's settings but tokens, and the names of those that were given: others follow from these."""
+def describe_settings(args: Any, guidance: Any) -> dict[str, Any]:
+    """Return a run's settings but tokens, and the names of those that were given: others follow from these.
+
+    `guidance`, a [`~trl_tpgrpo.policies.base.Guidance`], has the scales that are the family's where none was given.
+    """
     settings = {name: value for name, value in args.to_dict().items() if not _matches(name, PERSONAL)}
+    settings |= {name: getattr(guidance, name) for name in ("guidance_scale", "true_cfg_scale")}
     return {"settings": settings, "given": sorted({*args.given, "bf16"} - {*LAYOUT, "generation_batch_size"})}
 
 

@@ -15,11 +15,11 @@ from .options import near
 SAMPLING_OPTIONS = {
     "num_inference_steps": (int, "denoising steps"),
     "guidance_scale": (float, "guidance"),
-    "true_cfg_scale": (float, "FLUX only, with --negative_prompt"),
+    "true_cfg_scale": (float, "classifier-free guidance, with --negative_prompt, where this is its name"),
     "negative_prompt": (str, "what images are guided away from"),
     "height": (int, "height in pixels"),
     "width": (int, "width in pixels"),
-    "max_sequence_length": (int, "tokens of the T5 encoder"),
+    "max_sequence_length": (int, "tokens of a text"),
 }
 """Type and help of what goes to the pipeline if it is given."""
 

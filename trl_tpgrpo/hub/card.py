@@ -12,11 +12,12 @@ from typing import Any
 
 import yaml
 from datasets import Dataset
-from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 from PIL import Image
 from transformers import TrainerState
+
+from ..policies.base import FlowPolicy
 
 
 CARD_FILE, RECIPE_FILE, SAMPLE_FILE = "README.md", "recipe.yaml", "images/sample_{}.png"
@@ -41,7 +42,7 @@ class RunCard:
     """What is told of a run, without what only its machine knows."""
 
     args: Any  # settings of the run
-    pipeline: DiffusionPipeline  # whose transformer is trained
+    policy: FlowPolicy  # whose transformer is trained
     adapter: LoraConfig | None  # that is trained; None: all weights
     reward_funcs: dict[str, list[Callable]]  # by option of the command line
     prompts: list[str]  # that images are sampled for
@@ -97,7 +98,8 @@ class RunCard:
             args=self.args,
             is_lora=is_lora,
             repo=repo,
-            transformer=type(self.pipeline.transformer).__name__,
+            scales=self.policy.scales,
+            transformer=type(self.policy.pipeline.transformer).__name__,
             prompt=next(iter(self.prompts), "a photo of a cat"),
             updates=state.global_step,
             evaluated=bool(evaluated),
@@ -126,8 +128,8 @@ class RunCard:
     @property
     def _base_model(self) -> str | None:
         """Hub id of the pipeline; `None` for a model that nobody else could load, as with an adapter fused into it."""
-        name = self.pipeline.config.get("_name_or_path")
-        is_private = not name or is_local(name) or Path(name).exists() or self.pipeline.num_fused_loras
+        name = self.policy.pipeline.config.get("_name_or_path")
+        is_private = not name or is_local(name) or Path(name).exists() or self.policy.pipeline.num_fused_loras
         return None if is_private else name
 
 

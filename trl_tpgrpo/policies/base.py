@@ -1,13 +1,13 @@
-"""The contract of a model family, and what SD3 and FLUX do alike. Only `policies/` calls diffusers' pipelines.
+"""The contract of a model family, and what families do alike. Only `policies/` calls diffusers' pipelines.
 
 Shapes: `N` samples, `S` text tokens, `...` a latent (SD3: channels, height, width; FLUX: packed tokens, channels).
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 
+from .conditioning import Conditioning, Schedule, Step
+
+
+Texts = dict[str, Sequence[Tensor]]
+"""N rows of each tensor, by the family's own names: first the texts (S, ...), of any lengths. A tensor is its rows."""
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -25,48 +31,10 @@ class Guidance:
 
     height: int  # pixels
     width: int  # pixels
-    guidance_scale: float  # SD3: of classifier-free guidance, off at 1 and below; FLUX: input of the distilled model
-    true_cfg_scale: float = 1.0  # FLUX only: of classifier-free guidance with a negative prompt, off at 1
-    negative_prompt: str | None = None  # to guide away from; `None`: the empty one for SD3, no true guidance for FLUX
-    max_sequence_length: int | None = None  # tokens of the T5 encoder; `None`: the pipeline's own default
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """Encoded prompts."""
-
-    tensors: dict[str, Tensor]  # (N, ...), by the family's own names, such as `prompt_embeds` (N, S, C)
-    negative: "Conditioning | None" = None  # negative prompts, one for each; `None` without classifier-free guidance
-
-    def __getitem__(self, rows: Tensor) -> "Conditioning":
-        """Select the prompts of `rows` (M,)."""
-        return self._map(lambda value: value[rows.to(value.device)])
-
-    def to(self, target: torch.dtype | torch.device) -> "Conditioning":
-        """Cast to a dtype, or move to a device."""
-        return self._map(lambda value: value.to(target))
-
-    @property
-    def device(self) -> torch.device:
-        """The device of all tensors."""
-        return next(iter(self.tensors.values())).device
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Read also what version 0.1.0 has saved, whose tensors were attributes."""
-        negative = state.pop("negative")
-        vars(self).update(tensors=state.get("tensors", state), negative=negative)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
-        negative = None if self.negative is None else self.negative._map(function)
-        return Conditioning({name: function(value) for name, value in self.tensors.items()}, negative)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The noise levels of a sampler with T steps, on the CPU in float32."""
-
-    sigmas: Tensor  # (T + 1,), falling from at most 1 to 0
-    timesteps: Tensor  # (T,): what the scheduler hands the pipeline, 0 to 1000
+    guidance_scale: float | None = None  # `None`: the family's default
+    true_cfg_scale: float | None = None  # of classifier-free guidance beside an embedded `guidance_scale`
+    negative_prompt: str | None = None  # to guide away from; `None`: the empty one, or no guidance where it is needed
+    max_sequence_length: int | None = None  # tokens of a text; `None`: the pipeline's own default
 
 
 class FlowPolicy(ABC):
@@ -75,6 +43,8 @@ class FlowPolicy(ABC):
     Each method does what the pipeline's `__call__` does between its lines, so that a rollout of ODE steps equals the
     pipeline's images to the bit. Weights are passed to `velocity`, not owned: the trainer hands in the wrapped model,
     the unwrapped one, or the reference. A pipeline that cannot be trained or make such images is a `ValueError`.
+
+    A family declares what it is in class attributes, and defines `encode_texts`, `text_shapes` and `predict`.
     """
 
     pipeline_class: type[DiffusionPipeline]
@@ -82,17 +52,25 @@ class FlowPolicy(ABC):
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     ]  # fmt: skip
-    repeated_blocks: tuple[str, ...]  # class names of the blocks that the transformer repeats
-    default_t5_length: int  # the pipeline's own `max_sequence_length`
+    default_length: int  # the pipeline's own `max_sequence_length`
+    default_guidance: dict[str, float]  # of `guidance_scale` and `true_cfg_scale` those that have an effect
+    guidance_option: str | None = "guidance_scale"  # that of classifier-free guidance; `None`: there is none
+    least_guidance = 1.0  # classifier-free guidance is on above it
+    takes_negative_prompt = True
+    needs_negative_prompt = False  # whether classifier-free guidance is on with a negative prompt only
+    guides_in_one_pass = False  # whether one model call has negative and positive prompts, in this order
+    noise_dtype: torch.dtype | None = None  # `None`: the transformer's
+    velocity_dtype: torch.dtype | None = None
+    largest_size: int | None = None  # pixels of height and width
 
     def __init__(self, pipeline: DiffusionPipeline, guidance: Guidance):
         self.pipeline = pipeline
-        self.guidance = guidance
         self.dtype: torch.dtype = pipeline.transformer.dtype  # of latents; an adapter in float32 comes later
         self.device: torch.device = pipeline.vae.device
         length = guidance.max_sequence_length
-        self.t5_length = self.default_t5_length if length is None else length
+        self.text_length = self.default_length if length is None else length
         self._check_pipeline()
+        self.guidance = self._settled(guidance)
         self._check_guidance()
 
     def _check_pipeline(self) -> None:
@@ -109,65 +87,144 @@ class FlowPolicy(ABC):
             remedy = "call pipeline.fuse_lora() and pipeline.unload_lora_weights() first, or load the pipeline anew"
             raise ValueError(f"The pipeline's transformer carries an adapter already: {remedy}.")
 
+    def _settled(self, guidance: Guidance) -> Guidance:
+        """Fill in the family's defaults, and refuse a scale that it ignores unless it is 1, which means off."""
+        changes: dict[str, Any] = {"guidance_scale": None, "true_cfg_scale": 1.0}
+        for name in changes:
+            given, default = getattr(guidance, name), self.default_guidance.get(name)
+            if default is not None:
+                is_off = name == self.guidance_option and self.needs_negative_prompt and not guidance.negative_prompt
+                changes[name] = (1.0 if is_off else default) if given is None else given
+            elif given not in (None, 1.0):
+                others = " and ".join(self.default_guidance) or "none"
+                raise ValueError(f"{name} has no effect on this {self._name}: its guidance is {others}. Leave it out.")
+        return replace(guidance, **changes)
+
     def _check_guidance(self) -> None:
-        for name, size in {"height": self.guidance.height, "width": self.guidance.width}.items():
-            if size % self._token_side:
-                raise ValueError(f"{name} must be a multiple of {self._token_side} for this pipeline, got {size}.")
+        guidance, multiple, largest = self.guidance, self.size_multiple, self.largest_size
+        for name, size in {"height": guidance.height, "width": guidance.width}.items():
+            if size % multiple:
+                raise ValueError(f"{name} must be a multiple of {multiple} for this pipeline, got {size}.")
+            if largest is not None and size > largest:
+                reason = "whose position embeddings end there"
+                raise ValueError(f"{name} must be at most {largest} for this pipeline, {reason}, got {size}.")
+        option, prompt = self.guidance_option, guidance.negative_prompt
+        if option is None or not self.takes_negative_prompt:
+            if prompt is not None:
+                raise ValueError(f"negative_prompt has no effect on this {self._name}: leave it out.")
+            return
+        scale = getattr(guidance, option)
+        if self.needs_negative_prompt and (scale > self.least_guidance) != (prompt is not None):
+            got = f"{option}={scale}, negative_prompt={prompt!r}"
+            raise ValueError(f"{option} above 1 and a negative_prompt have an effect only together; got {got}.")
+        if prompt is not None and not self.uses_negative_prompt:
+            got = f"{option} {scale} is not above {self.least_guidance:g}"
+            raise ValueError(f"negative_prompt has no effect without guidance: {got}.")
 
     @property
-    @abstractmethod
+    def _name(self) -> str:
+        return type(self.pipeline).__name__
+
+    @property
     def uses_negative_prompt(self) -> bool:
-        """Whether the model is evaluated twice, with the prompt and with the negative one."""
+        """Whether classifier-free guidance is on: the model is given the prompt and the negative one."""
+        return self.guidance_option is not None and getattr(self.guidance, self.guidance_option) > self.least_guidance
 
     @property
-    def _token_side(self) -> int:
-        """Pixels along the side of a token, into which two by two latents are packed."""
+    def scales(self) -> dict[str, float]:
+        """Return the guidance that has an effect here, by the name of its option."""
+        found = {name: getattr(self.guidance, name) for name in self.default_guidance}
+        return {name: value for name, value in found.items() if name != "true_cfg_scale" or value != 1}
+
+    @property
+    def repeated_blocks(self) -> tuple[str, ...]:
+        """Class names of the blocks that the transformer repeats."""
+        return tuple(self.pipeline.transformer._repeated_blocks)
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels of which heights and widths are multiples: the side of a token, of two by two latents."""
         return self.pipeline.vae_scale_factor * 2
 
     @property
-    def _token_grid(self) -> tuple[int, int]:
+    def token_grid(self) -> tuple[int, int]:
         """Rows and columns of an image's tokens."""
-        return self.guidance.height // self._token_side, self.guidance.width // self._token_side
+        return self.guidance.height // self.size_multiple, self.guidance.width // self.size_multiple
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of a latent before two by two are packed."""
+        return self.pipeline.transformer.config.in_channels // 4
 
     @abstractmethod
-    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """Encode prompts or negative prompts, one row each: what `Conditioning.tensors` holds, by the same names."""
+    def encode_texts(self, texts: list[str]) -> Texts:
+        """Encode N prompts or negative prompts."""
+
+    @abstractmethod
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the longest text's tensors, from configs alone; the first begins with the tokens."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, latents: Tensor, step: Step, texts: Conditioning) -> Tensor:
+        """Call the model once: the velocity (N, ...), towards noise, of `latents` (N, ...) in `self.dtype`."""
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Encode prompts, one row each, and under classifier-free guidance the negative prompt, in `self.dtype`."""
-        negative = None
+        """Encode N prompts, and under classifier-free guidance the negative prompt, in `self.dtype`."""
+        encoded, negative = Conditioning.of(self.encode_texts(list(prompts))), None
         if self.uses_negative_prompt:
-            negative = Conditioning(self.encode_texts([self.guidance.negative_prompt or ""] * len(prompts)))
-        return Conditioning(self.encode_texts(prompts), negative).to(self.dtype)
-
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of an encoded prompt's tensors, from configs alone; the first begins with the tokens."""
-        config = self.pipeline.transformer.config
-        shape = (self.t5_length, config.joint_attention_dim)
-        return {"prompt_embeds": shape, "pooled_prompt_embeds": (config.pooled_projection_dim,)}
+            negative = Conditioning.of(self.encode_texts([self.guidance.negative_prompt or ""] * len(prompts)))
+        return replace(encoded, negative=negative).to(self.dtype)
 
     def empty_conditioning(self) -> Conditioning:
         """Return the conditioning of one prompt, of zeros, from configs alone."""
         tensors = {name: torch.zeros(1, *shape, dtype=self.dtype) for name, shape in self.text_shapes().items()}
         return Conditioning(tensors, Conditioning(tensors) if self.uses_negative_prompt else None)
 
-    @abstractmethod
     def initial_noise(self, generators: list[torch.Generator]) -> Tensor:
-        """Draw one latent of pure noise from each generator, in the pipeline's dtype: (N, ...)."""
+        """Draw one latent of pure noise from each generator: (N, ...)."""
+        size, dtype = self.guidance, self.noise_dtype or self.dtype
+        drawn = self.pipeline.prepare_latents(
+            len(generators), self.num_channels, size.height, size.width, dtype, self.device, generators
+        )
+        return drawn if isinstance(drawn, Tensor) else drawn[0]  # some have the tokens' positions beside them
 
-    def schedule(self, num_inference_steps: int, sigmas: np.ndarray | None = None) -> Schedule:
-        """Return the pipeline's sigmas and timesteps, shifted from `sigmas` (T,) or else from the scheduler's own."""
-        scheduler, config, mu = self.pipeline.scheduler, self.pipeline.scheduler.config, None
-        if config.use_dynamic_shifting:
-            limits = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
-            mu = calculate_shift(math.prod(self._token_grid), *limits)
-        scheduler.set_timesteps(num_inference_steps, "cpu", sigmas=sigmas, mu=mu)
+    def schedule(self, num_inference_steps: int) -> Schedule:
+        """Return the pipeline's sigmas and timesteps."""
+        scheduler = self.pipeline.scheduler
+        mu = self.shift(num_inference_steps) if scheduler.config.use_dynamic_shifting else None
+        scheduler.set_timesteps(num_inference_steps, "cpu", sigmas=self.sigmas(num_inference_steps), mu=mu)
         return Schedule(scheduler.sigmas.clone(), scheduler.timesteps.clone())
 
-    @abstractmethod
-    def velocity(self, model: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """Predict the guided velocity (N, ...), in `self.dtype`, of `latents` (N, ...) at a `timestep` ()."""
+    def sigmas(self, num_inference_steps: int) -> np.ndarray | None:
+        """Return the sigmas (T,) that the scheduler shifts; `None`: its own."""
+        if self.pipeline.scheduler.config.get("use_flow_sigmas", False):
+            return None
+        return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+
+    def shift(self, num_inference_steps: int) -> float:
+        """Return `mu`, by which the scheduler shifts sigmas with the resolution."""
+        config = self.pipeline.scheduler.config
+        limits = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+        return calculate_shift(math.prod(self.token_grid), *limits)
+
+    def velocity(self, model: nn.Module, latents: Tensor, step: Step, conditioning: Conditioning) -> Tensor:
+        """Predict the guided velocity (N, ...) of `latents` (N, ...) at a step, in the dtype of the pipeline's."""
+        latents, negative, dtype = latents.to(self.dtype), conditioning.negative, self.velocity_dtype or self.dtype
+        if negative is None:
+            return self.predict(model, latents, step, conditioning).to(dtype)
+        if self.guides_in_one_pass:
+            both = self.predict(model, torch.cat([latents, latents]), step, negative.join(conditioning)).to(dtype)
+            unconditional, conditional = both.chunk(2)
+        else:
+            conditional = self.predict(model, latents, step, conditioning).to(dtype)
+            unconditional = self.predict(model, latents, step, negative).to(dtype)
+        return self.guide(conditional, unconditional)
+
+    def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        """Combine the velocities (N, ...) with the prompt and with the negative one."""
+        assert self.guidance_option is not None
+        return unconditional + getattr(self.guidance, self.guidance_option) * (conditional - unconditional)
 
     def vae_latents(self, latents: Tensor) -> Tensor:
         """Turn latents (N, ...) into what the VAE decodes: (N, C, H, W)."""
@@ -195,7 +252,9 @@ class FlowPolicy(ABC):
         """Decode final latents (N, ...) into the pixels of the pipeline's own images: uint8, (N, 3, H, W)."""
         vae, pixels = self.pipeline.vae, []
         for batch in latents.split(batch_size or max(len(latents), 1)):
-            decoded = vae.decode(self.vae_latents(batch.to(self.dtype)).to(vae.dtype), return_dict=False)[0]
+            latents_of_vae = self.vae_latents(batch.to(self.noise_dtype or self.dtype)).to(vae.dtype)
+            decoded = vae.decode(latents_of_vae, return_dict=False)[0]
+            decoded = decoded[:, :, 0] if decoded.ndim == 5 else decoded  # a VAE of videos, of one frame
             shades = self.pipeline.image_processor.postprocess(decoded, output_type="pt").float()
             rounded = shades.mul_(255).round_().to(torch.uint8)  # in place: these are as large as the batch's images
             pixels.append(rounded if keep_on_device else rounded.cpu())

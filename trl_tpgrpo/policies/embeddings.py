@@ -10,14 +10,17 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .base import Conditioning, FlowPolicy, on_device
+from .base import FlowPolicy, on_device
+from .conditioning import Conditioning
 
 
 logger = logging.getLogger(__name__)
@@ -36,14 +39,14 @@ class PromptEmbeddings:
     def __init__(self, policy: FlowPolicy, folder: str | Path | None = None):
         self.policy = policy
         self.folder = None if folder is None else Path(folder) / fingerprint(policy)
-        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # of a text, without a batch dimension
         self._negative = [policy.guidance.negative_prompt or ""] if policy.uses_negative_prompt else []
 
     def __call__(self, prompts: list[str], on_prompt: Callable[[int], object] | None = None) -> Conditioning:
         """Return encoded prompts, one row each, on the policy's device; call `on_prompt` with how many are new."""
         self._encode_missing(prompts, on_prompt or (lambda number: None))
-        negative = Conditioning(self._rows(self._negative * len(prompts))) if self._negative else None
-        conditioning = Conditioning(self._rows(prompts), negative)
+        negative = Conditioning.of(self._rows(self._negative * len(prompts))) if self._negative else None
+        conditioning = replace(Conditioning.of(self._rows(prompts)), negative=negative)
         while len(self._kept) > max(KEPT_IN_MEMORY, len(prompts)) + len(self._negative):
             self._kept.popitem(last=False)
         return conditioning.to(self.policy.device)
@@ -79,13 +82,14 @@ class PromptEmbeddings:
         on_prompt(len(prompts) - len(missing))  # -1, where the negative prompt comes on top
         with on_device(encoders, self.policy.device):
             for text in missing:
-                encoded = Conditioning(self.policy.encode_texts([text])).to(self.policy.dtype)
-                self._keep(text, encoded.to(torch.device("cpu")).tensors)
+                encoded = Conditioning.of(self.policy.encode_texts([text])).to(self.policy.dtype)
+                on_cpu = encoded.to(torch.device("cpu")).tensors
+                self._keep(text, {name: value[0] for name, value in on_cpu.items()})
                 on_prompt(1)
 
-    def _rows(self, texts: list[str]) -> dict[str, Tensor]:
+    def _rows(self, texts: list[str]) -> dict[str, list[Tensor]]:
         encoded = {text: self._read(text) for text in dict.fromkeys(texts)}
-        return {name: torch.cat([encoded[text][name] for text in texts]) for name in encoded[texts[0]]}
+        return {name: [encoded[text][name] for text in texts] for name in self.policy.text_shapes()}
 
     def _read(self, text: str) -> dict[str, Tensor]:
         if self.folder is not None:
@@ -115,14 +119,35 @@ def fingerprint(policy: FlowPolicy) -> str:
     settings = {name: getattr(policy.guidance, name) for name in ("negative_prompt", "max_sequence_length")}
     settings["negative"] = policy.uses_negative_prompt
     parts = [type(policy).__name__, str(policy.dtype), json.dumps(settings, sort_keys=True)]
+    parts += [_templates(policy.pipeline)]
     for name, encoder in policy.text_encoders().items():
         weights = {key: checksum(value) for key, value in encoder.state_dict().items()}
         parts += [name, type(encoder).__name__, json.dumps(weights, sort_keys=True)]
-    for name, tokenizer in policy.pipeline.components.items():
-        if name.startswith("tokenizer") and tokenizer is not None:
-            vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-            parts += [name, type(tokenizer).__name__, str(tokenizer.model_max_length), vocabulary]
+    for name, part in policy.pipeline.components.items():
+        if isinstance(part, PreTrainedTokenizerBase | ProcessorMixin):
+            parts += [name, *_tokenization(part)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _tokenization(part: Any) -> list[str]:
+    """Describe a tokenizer, or a processor with what it consists of."""
+    described = [type(part).__name__, str(getattr(part, "chat_template", None))]
+    if isinstance(part, ProcessorMixin):
+        held = [getattr(part, name) for name in part.get_attributes()]
+        return [*described, *(text for one in held for text in _tokenization(one))]
+    if isinstance(part, PreTrainedTokenizerBase):
+        vocabulary = json.dumps(part.get_vocab(), sort_keys=True)
+        return [*described, str(part.model_max_length), part.padding_side, vocabulary]
+    return [*described, part.to_json_string()]  # of images
+
+
+def _templates(pipeline: Any) -> str:
+    """Return the pipeline's own plain attributes and settings, templates of prompts among them."""
+    plain = (str, int, float, bool, list, tuple)
+    found = {**pipeline.config, **vars(pipeline), "class": type(pipeline).__name__}
+    return json.dumps(
+        {name: value for name, value in found.items() if name[0] != "_" and isinstance(value, plain)}, sort_keys=True
+    )
 
 
 def checksum(values: Tensor) -> str:

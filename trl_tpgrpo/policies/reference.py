@@ -36,10 +36,10 @@ class Reference:
         self.record("num_train_evaluations", len(inputs.latents), "sum")
         if self.copy is not None:
             with self.accelerator.autocast():
-                return self.policy.velocity(self.copy, inputs.latents, inputs.timestep, inputs.conditioning)
+                return self.policy.velocity(self.copy, inputs.latents, inputs.step, inputs.conditioning)
         adapter = self.accelerator.unwrap_model(self.model)
         with adapter.disable_adapter():
-            return self.policy.velocity(adapter, inputs.latents, inputs.timestep, inputs.conditioning)
+            return self.policy.velocity(adapter, inputs.latents, inputs.step, inputs.conditioning)
 
     def precompute(self, trajectories: Iterable[Any], offload: bool) -> None:
         """Predict the velocities of all SDE steps of trajectories, which keep them, with `offload` on the CPU."""

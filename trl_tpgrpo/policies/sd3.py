@@ -1,73 +1,55 @@
 """Stable Diffusion 3 and 3.5."""
 
-import torch
+import numpy as np
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from .base import Conditioning, FlowPolicy
+from .base import FlowPolicy, Texts
+from .conditioning import Conditioning, Step
 
 
 class SD3Policy(FlowPolicy):
-    """SD3 and SD3.5, with classifier-free guidance inside `velocity` when `guidance_scale` is above 1."""
+    """SD3 and SD3.5: latents as images, sigmas of the scheduler, classifier-free guidance in one pass."""
 
     pipeline_class = StableDiffusion3Pipeline
-    repeated_blocks = ("JointTransformerBlock",)
-    default_t5_length = 256
+    repeated_blocks = ("JointTransformerBlock",)  # which diffusers does not name
+    default_length = 256
+    default_guidance = {"guidance_scale": 4.5}  # the paper's; the pipeline's own is 7
+    guides_in_one_pass = True
 
     @property
-    def uses_negative_prompt(self) -> bool:
-        return self.guidance.guidance_scale > 1
-
-    @property
-    def _token_side(self) -> int:
+    def size_multiple(self) -> int:
         return self.pipeline.vae_scale_factor * self.pipeline.patch_size
 
-    def _check_guidance(self) -> None:
-        super()._check_guidance()
-        guidance = self.guidance
-        if guidance.true_cfg_scale != 1:
-            raise ValueError("true_cfg_scale is for FLUX; with this model classifier-free guidance is guidance_scale.")
-        if guidance.negative_prompt is not None and not self.uses_negative_prompt:
-            scale = guidance.guidance_scale
-            raise ValueError(f"negative_prompt has no effect without guidance: guidance_scale {scale} is not above 1.")
-        limit = self.pipeline.transformer.config.pos_embed_max_size * self._token_side
-        for name, size in {"height": guidance.height, "width": guidance.width}.items():
-            if size > limit:
-                reason = "whose position embeddings end there"
-                raise ValueError(f"{name} must be at most {limit} for this pipeline, {reason}, got {size}.")
+    @property
+    def largest_size(self) -> int:  # type: ignore[override]
+        return self.pipeline.transformer.config.pos_embed_max_size * self.size_multiple
 
-    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        options = {"device": self.device, "max_sequence_length": self.t5_length, "do_classifier_free_guidance": False}
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(texts, prompt_2=None, prompt_3=None, **options)
+    @property
+    def num_channels(self) -> int:
+        return self.pipeline.transformer.config.in_channels
+
+    def encode_texts(self, texts: list[str]) -> Texts:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            texts, prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=False,
+            max_sequence_length=self.text_length,
+        )  # fmt: skip
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = super().text_shapes()
-        num_t5_tokens, width = shapes["prompt_embeds"]  # which come after CLIP's
-        clip = self.pipeline.text_encoder
+        config, clip = self.pipeline.transformer.config, self.pipeline.text_encoder
         num_clip_tokens = self.pipeline.tokenizer_max_length if clip is None else clip.config.max_position_embeddings
-        return shapes | {"prompt_embeds": (num_clip_tokens + num_t5_tokens, width)}
+        shape = (num_clip_tokens + self.text_length, config.joint_attention_dim)  # CLIP's tokens, then T5's
+        return {"prompt_embeds": shape, "pooled_prompt_embeds": (config.pooled_projection_dim,)}
 
-    def initial_noise(self, generators: list[torch.Generator]) -> Tensor:
-        size, channels = self.guidance, self.pipeline.transformer.config.in_channels
-        return self.pipeline.prepare_latents(
-            len(generators), channels, size.height, size.width, self.dtype, self.device, generators
-        )
+    def sigmas(self, num_inference_steps: int) -> np.ndarray | None:
+        return None
 
-    def velocity(self, model: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        latents = latents.to(self.dtype)
-        texts = conditioning.tensors
-        if conditioning.negative is not None:
-            latents = torch.cat([latents, latents])
-            texts = {name: torch.cat([value, texts[name]]) for name, value in conditioning.negative.tensors.items()}
-        predicted = model(
+    def predict(self, model: nn.Module, latents: Tensor, step: Step, texts: Conditioning) -> Tensor:
+        return model(
             hidden_states=latents,
-            timestep=timestep.to(latents.device).expand(len(latents)),
-            encoder_hidden_states=texts["prompt_embeds"],
-            pooled_projections=texts["pooled_prompt_embeds"],
+            timestep=step.timestep.to(latents.device).expand(len(latents)),
+            encoder_hidden_states=texts.tensors["prompt_embeds"],
+            pooled_projections=texts.tensors["pooled_prompt_embeds"],
             return_dict=False,
-        )[0].to(self.dtype)
-        if conditioning.negative is None:
-            return predicted
-        unconditional, conditional = predicted.chunk(2)
-        return unconditional + self.guidance.guidance_scale * (conditional - unconditional)
+        )[0]
