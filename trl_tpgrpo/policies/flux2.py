@@ -49,7 +49,7 @@ class Flux2KleinPolicy(FlowPolicy):
         return model(
             hidden_states=latents,
             timestep=step.timestep.to(device).expand(number).to(latents.dtype) / 1000,
-            guidance=self._embedded_guidance(number),
+            guidance=self._embedded_guidance(latents),
             encoder_hidden_states=embeds,
             txt_ids=self.pipeline._prepare_text_ids(embeds[:1]).to(device),
             img_ids=self.pipeline._prepare_latent_ids(latents.new_empty(1, 1, *self.token_grid)).to(device),
@@ -57,7 +57,7 @@ class Flux2KleinPolicy(FlowPolicy):
             return_dict=False,
         )[0]
 
-    def _embedded_guidance(self, number: int) -> Tensor | None:
+    def _embedded_guidance(self, latents: Tensor) -> Tensor | None:
         return None
 
     def vae_latents(self, latents: Tensor) -> Tensor:
@@ -78,6 +78,6 @@ class Flux2Policy(Flux2KleinPolicy):
     def default_guidance(self) -> dict[str, float]:  # type: ignore[override]
         return {"guidance_scale": 4.0} if self.pipeline.transformer.config.guidance_embeds else {}
 
-    def _embedded_guidance(self, number: int) -> Tensor | None:
+    def _embedded_guidance(self, latents: Tensor) -> Tensor | None:
         scale = self.guidance.guidance_scale
-        return None if scale is None else torch.full([1], scale, device=self.device).expand(number)
+        return None if scale is None else torch.full([1], scale, device=latents.device).expand(len(latents))
