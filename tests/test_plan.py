@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_trainer import PROMPTS, build, config, logged, lora, prompts
 from test_trainer_cost import every_transition
 from tiny import tiny_flux, tiny_sd3
+from tiny_flux2 import tiny_chroma, tiny_flux2, tiny_flux2_klein, tiny_krea2
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -192,6 +193,27 @@ def test_an_architecture_is_a_pipeline_with_weights_of_its_own(tmp_path: Path) -
         ]
         assert shapes[0] == shapes[1]
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_an_architecture_has_the_settings_of_its_pipeline(tmp_path: Path) -> None:
+    tiny_krea2(distilled=True).save_pretrained(tmp_path)
+    pipeline = load_architecture(tmp_path)
+    assert pipeline.config.is_distilled
+    assert pipeline.text_encoder_select_layers == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("build", "length"), [(tiny_flux2_klein, 24), (tiny_flux2, 48), (tiny_krea2, 16), (tiny_chroma, 8)]
+)
+def test_other_families_are_planned(build: Callable, length: int, tmp_path: Path) -> None:
+    pipeline = build()
+    pipeline.save_pretrained(tmp_path)
+    args = PlannedConfig("x", height=32, width=16, max_sequence_length=length, beta=0)
+    model = PlannedModel(tmp_path, args, lora(), torch.bfloat16)
+    blocks = pipeline.transformer._repeated_blocks
+    assert model.num_text_tokens == length
+    assert model.hidden == (4 * 2 + length) * 32
+    assert model.layers == len(blocks)
 
 
 def test_what_is_no_pipeline_is_refused(tmp_path: Path, monkeypatch) -> None:

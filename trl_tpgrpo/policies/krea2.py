@@ -26,6 +26,10 @@ class Krea2Policy(FlowPolicy):
         return self.pipeline.vae_scale_factor * self.pipeline.patch_size
 
     @property
+    def tile_side(self) -> int:
+        return self.pipeline.vae.tile_sample_min_height
+
+    @property
     def num_channels(self) -> int:
         return self.pipeline.transformer.config.in_channels // self.pipeline.patch_size**2
 

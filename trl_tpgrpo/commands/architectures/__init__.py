@@ -43,7 +43,7 @@ def architecture_folder(name: str | Path, revision: str | None = None) -> Path:
 def load_architecture(name: str | Path, dtype: torch.dtype = torch.float32, **parts: Any) -> DiffusionPipeline:
     """Build the pipeline of a name or folder with new weights, on the current device, instead of loading trained ones.
 
-    Tokenizers are left out, since their vocabularies are not in the config files.
+    Tokenizers and processors are left out, since their vocabularies are not in the config files.
 
     Args:
         name: Hub id or folder.
@@ -52,21 +52,27 @@ def load_architecture(name: str | Path, dtype: torch.dtype = torch.float32, **pa
     """
     folder = architecture_folder(name)
     index = json.loads((folder / "model_index.json").read_text())
-    names = [key for key, value in index.items() if isinstance(value, list) and key not in parts]
+    pipeline_class = getattr(importlib.import_module("diffusers"), index["_class_name"])
+    settings = {key: value for key, value in index.items() if key[0] != "_" and not _is_part(value)}
+    names = [key for key, value in index.items() if _is_part(value) and key not in parts]
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # `to` would take twice the memory
     try:
         built = {key: load_part(folder, key) for key in names}
     finally:
         torch.set_default_dtype(before)
-    pipeline_class = getattr(importlib.import_module("diffusers"), index["_class_name"])
-    return pipeline_class(**built, **parts)
+    return pipeline_class(**built, **settings, **parts)
+
+
+def _is_part(value: Any) -> bool:
+    """Tell a component, its library and class or twice `None`, from a setting of the pipeline."""
+    return isinstance(value, list) and len(value) == 2 and not any(isinstance(one, int) for one in value)
 
 
 def load_part(folder: Path, name: str) -> Any:
-    """Build a component with new weights; `None` for one that the pipeline does not have, and for tokenizers."""
+    """Build a component with new weights; `None` for one that the pipeline does not have, or that knows words."""
     library, class_name = json.loads((folder / "model_index.json").read_text())[name]
-    if library is None or "Tokenizer" in class_name:
+    if library is None or class_name.endswith("Processor") or "Tokenizer" in class_name:
         return None
     part_class = getattr(importlib.import_module(library), class_name)
     if library == "diffusers":
