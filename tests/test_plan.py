@@ -1,6 +1,8 @@
 """What `trl-tpgrpo plan` says, against what runs log, what PyTorch allocates, and what is published of the models."""
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from safetensors.torch import load_file
 from test_trainer import PROMPTS, build, config, logged, lora, prompts
@@ -44,7 +47,10 @@ from trl_tpgrpo.policies.base import Guidance
 from trl_tpgrpo.policies.loading import build_policy, prepare_transformer
 
 
-SD3, FLUX = FOLDERS
+SD3, FLUX, QWEN = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev", "Qwen/Qwen-Image"
+SD3_LARGE, KREA, CHROMA = "stabilityai/stable-diffusion-3.5-large", "krea/Krea-2-Raw", "lodestones/Chroma1-HD"
+Z_IMAGE, KLEIN = "Tongyi-MAI/Z-Image", "black-forest-labs/FLUX.2-klein-base-4B"
+FLUX2 = "black-forest-labs/FLUX.2-dev"
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "examples/recipes"
 
@@ -170,6 +176,20 @@ def test_a_measured_batch_size_leaves_the_calls_open(tmp_path: Path) -> None:
         (SD3, "text_encoder_2", 0.695e9),
         (SD3, "text_encoder_3", 4.76e9),
         (SD3, "vae", 83.8e6),
+        (SD3_LARGE, "transformer", 8.06e9),
+        (QWEN, "transformer", 20.43e9),
+        (QWEN, "text_encoder", 8.29e9),
+        (QWEN, "vae", 127e6),
+        (Z_IMAGE, "transformer", 6.15e9),
+        (Z_IMAGE, "text_encoder", 4.02e9),
+        (KLEIN, "transformer", 3.876e9),
+        (KLEIN, "text_encoder", 4.02e9),
+        (KLEIN, "vae", 84.0e6),
+        (FLUX2, "transformer", 32.22e9),
+        (FLUX2, "text_encoder", 24.01e9),
+        (KREA, "transformer", 12.82e9),
+        (KREA, "text_encoder", 4.44e9),
+        (CHROMA, "transformer", 8.9e9),
     ],
 )
 def test_numbers_of_weights_are_the_published_ones(name: str, part: str, expected: float) -> None:
@@ -195,11 +215,23 @@ def test_an_architecture_is_a_pipeline_with_weights_of_its_own(tmp_path: Path) -
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_an_architecture_has_the_settings_of_its_pipeline(tmp_path: Path) -> None:
-    tiny_krea2(distilled=True).save_pretrained(tmp_path)
-    pipeline = load_architecture(tmp_path)
-    assert pipeline.config.is_distilled
-    assert pipeline.text_encoder_select_layers == (1, 2)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_each_architecture_has_all_parts_but_tokenizers_and_processors(name: str) -> None:
+    with torch.device("meta"):
+        pipeline = load_architecture(name, torch.bfloat16, scheduler=load_part(FOLDERS[name], "scheduler"))
+    missing = {key for key, part in pipeline.components.items() if part is None}
+    assert {key for key in missing if not key.startswith("tokenizer")} <= {"image_encoder", "feature_extractor"}
+    assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+def test_options_of_a_pipeline_are_those_of_its_index(tmp_path: Path) -> None:
+    shutil.copytree(FOLDERS[KREA], tmp_path, dirs_exist_ok=True)
+    index = json.loads((tmp_path / "model_index.json").read_text()) | {"is_distilled": True}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with torch.device("meta"):
+        pipelines = [load_architecture(folder, scheduler=None) for folder in (FOLDERS[KREA], tmp_path)]
+    assert [pipeline.config.is_distilled for pipeline in pipelines] == [False, True]
+    assert len(pipelines[0].text_encoder_select_layers) == pipelines[0].transformer.config.num_text_layers
 
 
 @pytest.mark.parametrize(
@@ -659,7 +691,13 @@ def test_gpus_are_found_by_name_or_memory(given: str, size: float, cards: list[s
 
 
 SIZES = {"1x24gb": "4090", "1x80gb": "A100-80GB", "paper": "H100"}
-MODELS = ["sd3.5-medium", "flux.1-dev"]
+PAPERS = ["sd3.5-medium", "flux.1-dev"]
+RUNS = [
+    (folder.name, size)
+    for folder in dict.fromkeys(FOLDERS.values())
+    for size in SIZES
+    if (RECIPES / f"{folder.name}_{size}.yaml").exists()
+]
 
 
 def recipe(*names: str) -> list[str]:
@@ -667,8 +705,7 @@ def recipe(*names: str) -> list[str]:
 
 
 @pytest.mark.parametrize("task", ["composition", "text", "preference"])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "size"), RUNS)
 def test_recipes_are_the_same_run_on_any_number_of_processes(model: str, size: str, task: str) -> None:
     argv = recipe(model, f"{model}_{size}", f"task_{task}")
     runs = {number: read_options([*argv, "--num_processes", str(number)])[4] for number in (1, 2, 8)}
@@ -678,7 +715,16 @@ def test_recipes_are_the_same_run_on_any_number_of_processes(model: str, size: s
     assert all({**each.rollout, CALLS: None} == {**counts[0].rollout, CALLS: None} for each in counts)
     for interval in (runs[1].save_steps, runs[1].eval_steps, runs[1].log_images_steps):
         assert interval % counts[0].updates == 0 and interval <= runs[1].max_steps / 2
-    assert (runs[1].num_generations, runs[1].max_sequence_length) == (24, 128)
+    text_length = 512 if model.startswith("flux.2") else 128  # where padding is attended to, the pipeline's own
+    assert (runs[1].num_generations, runs[1].max_sequence_length) == (24, text_length)
+
+
+def test_each_architecture_has_recipes() -> None:
+    assert {model for model, _ in RUNS} == {folder.name for folder in FOLDERS.values()}
+    recipes = [yaml.safe_load((RECIPES / f"{folder.name}.yaml").read_text()) for folder in FOLDERS.values()]
+    named = {recipe["model_name_or_path"] for recipe in recipes}
+    krea = yaml.safe_load((RECIPES / "flux.1-krea-dev.yaml").read_text())["model_name_or_path"]
+    assert named | {krea} == set(FOLDERS)
 
 
 @pytest.mark.parametrize("number", [1, 2, 8])
@@ -687,7 +733,7 @@ def test_the_recipe_of_the_testbed_is_planned_on_any_number_of_processes(number:
     assert row(text, "updates")[-1] == "140" and f"{number} process" in text
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", PAPERS)
 def test_the_papers_recipe_is_the_papers_run(model: str, tmp_path: Path) -> None:
     argv = recipe(model, f"{model}_paper", "task_text")
     _, script, chosen, _, args, _ = read_options(argv)
@@ -701,7 +747,7 @@ def test_the_papers_recipe_is_the_papers_run(model: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("size", ["1x24gb", "1x80gb"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*PAPERS, "sd3.5-large"])
 def test_the_recipes_of_a_day_end_within_it_on_their_card(model: str, size: str, tmp_path: Path, capsys) -> None:
     """Evaluations included, on as many prompts as the largest of the examples' test sets has."""
     for split, number in {"train": 12_000, "test": 500}.items():

@@ -183,6 +183,8 @@ class TPGRPOConfig(_BaseConfig):
         > Parameters that control memory and speed
         quantization (`str`, *optional*): Format of the base transformer: `"nf4"` (bitsandbytes, 4 bit, as in QLoRA),
             `"int8"` or `"fp8"` (torchao, weights only). Needs `peft_config` and a model given by name.
+        allow_distilled (`bool`, *optional*, defaults to `False`): Whether to train a model that was distilled to few
+            steps (Turbo, schnell, FLUX.2 klein), which undoes that.
         attention_backend (`str`, *optional*): Backend in diffusers, such as `"flash"`. `None`: diffusers' choice.
         compile_backend (`str`, *optional*): Backend of `torch.compile`, such as `"inductor"`, for the transformer's
             repeated blocks, in rollouts and training alike and once for all batch sizes. `None`: no compilation.
@@ -278,6 +280,7 @@ class TPGRPOConfig(_BaseConfig):
     resume_with_changes: list[str] | None = None
     recompute_old_log_probs: bool = False
     quantization: Annotated[str | None, (None, "nf4", "int8", "fp8")] = None
+    allow_distilled: bool = False
     attention_backend: str | None = None
     compile_backend: str | None = None
     precompute_prompt_embeds: bool = False

@@ -99,6 +99,7 @@ def build_trainer(
             raise ValueError(f"{name} is not supported: models are evaluated in the precision that they train in.")
     model_args.use_peft = not whole  # an adapter that has not been trained changes nothing, to the bit
     args.push_to_hub = args.share_initial_noise = False  # both are for training
+    args.allow_distilled = True
     split = split_of(script_args.dataset_name, script_args.dataset_test_split, dataset_args.test_split_size)
     if split != script_args.dataset_test_split:
         tqdm.write(f"All prompts of {script_args.dataset_name} are evaluated on: it has no split of its own for that.")

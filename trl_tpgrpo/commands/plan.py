@@ -117,7 +117,7 @@ class PlannedModel:
         self.encoders = sum(weights_size(encoder) for encoder in self.policy.text_encoders().values())
         self.trained = [value.numel() for value in model.parameters() if value.requires_grad]
         self.policy.device = torch.device("cpu")
-        self.latent_shape = tuple(self.policy.initial_noise([torch.Generator()]).shape[1:])
+        self.latent_shape = self.policy.latent_shape
         shapes, config = self.policy.text_shapes().values(), transformer.config
         self.num_text_tokens, self.prompt_size = next(iter(shapes))[0], dtype.itemsize * sum(map(math.prod, shapes))
         tokens = math.prod(self.policy.token_grid) + self.num_text_tokens

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from .conditioning import Conditioning, Schedule, Step
 
 
+FEW_STEPS = ("turbo", "schnell", "lightning", "hyper-sd", "distill")
+"""What names of models that were distilled to few steps say of themselves."""
+
 Texts = dict[str, Sequence[Tensor]]
 """N rows of each tensor, by the family's own names: first the texts (S, ...), of any lengths. A tensor is its rows."""
 
@@ -160,6 +163,18 @@ class FlowPolicy(ABC):
     def num_channels(self) -> int:
         """Channels of a latent before two by two are packed."""
         return self.pipeline.transformer.config.in_channels // 4
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of one latent."""
+        return tuple(self.initial_noise([torch.Generator()]).shape[1:])
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the model has been distilled to few steps, as its config or name says."""
+        parts = self.pipeline, self.pipeline.transformer
+        names = " ".join(str(part.config.get("_name_or_path")) for part in parts).lower()
+        return bool(self.pipeline.config.get("is_distilled")) or any(mark in names for mark in FEW_STEPS)
 
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> Texts:

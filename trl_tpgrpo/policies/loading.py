@@ -2,7 +2,9 @@
 
 import copy
 import json
+import logging
 import math
+import re
 import types
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +28,8 @@ from .flux2 import Flux2KleinPolicy, Flux2Policy
 from .krea2 import Krea2Policy
 from .sd3 import SD3Policy
 
+
+logger = logging.getLogger(__name__)
 
 POLICIES = (SD3Policy, FluxPolicy, Flux2KleinPolicy, Flux2Policy, ChromaPolicy, Krea2Policy)
 SINGLE_FILES = ("sd3", "sd35_medium", "sd35_large", "flux-dev", "flux-schnell")  # diffusers' names of originals
@@ -136,6 +140,8 @@ def load_policy(model: str | Path | DiffusionPipeline, args: Any, use_lora: bool
     elif given := [name for name in ("model_init_kwargs", "quantization") if getattr(args, name) is not None]:
         raise ValueError(f"{given[0]} is for a model given by name; this one is loaded already.")
     policy = build_policy(model, Guidance(**{name: getattr(args, name) for name in Guidance.__dataclass_fields__}))
+    if policy.is_distilled:
+        _check_distilled(policy, args.allow_distilled)
     if args.deepspeed_plugin is not None:
         policy.dtype = run_dtype(args)  # to which DeepSpeed casts what it trains
     for name, part in model.components.items():
@@ -146,6 +152,14 @@ def load_policy(model: str | Path | DiffusionPipeline, args: Any, use_lora: bool
     if args.vae_tiling:
         model.vae.enable_tiling()
     return policy
+
+
+def _check_distilled(policy: FlowPolicy, is_allowed: bool) -> None:
+    what = f"{policy.pipeline.config.get('_name_or_path') or 'This model'} is distilled to few steps"
+    if not is_allowed:
+        remedy = "Train the model that it was distilled from, or set allow_distilled=True"
+        raise ValueError(f"{what}, by its config or name, which training undoes. {remedy}: docs/models.md.")
+    logger.warning("%s: expect images to blur in some thousand updates. See docs/models.md.", what)
 
 
 def run_dtype(args: Any) -> torch.dtype:
@@ -168,19 +182,55 @@ def prepare_transformer(
     torch.backends.cuda.enable_cudnn_sdp(False)  # wrong gradients: docs/troubleshooting.md, "Memory and few GPUs"
     if args.attention_backend is not None:
         _set_attention_backend(transformer, args.attention_backend)
+    left_out = unreached_weights(policy)
     if peft_config is None:
         model = transformer.requires_grad_(True)
+        for name in left_out:
+            transformer.get_parameter(name).requires_grad_(False)
         if args.beta > 0:
             reference = copy.deepcopy(transformer).requires_grad_(False).eval()
     elif args.offload_reference:
         reason = "with peft_config the reference is the model without its adapter"
         raise ValueError(f"offload_reference is for full fine-tuning: {reason}.")
     else:
+        if not hasattr(policy.pipeline, "save_lora_weights"):
+            reason = "cannot save adapters in diffusers' format"
+            raise ValueError(f"{type(policy.pipeline).__name__} {reason}: leave peft_config out to train all weights.")
         peft_config = checked_peft_config(peft_config, policy.lora_target_modules)
+        _exclude(peft_config, {name.rpartition(".")[0] for name in left_out})
         model = get_peft_model(transformer.requires_grad_(False), peft_config)
     if args.compile_backend is not None:
         _compile_blocks([transformer, reference], policy.repeated_blocks, args.compile_backend)
     return model, reference
+
+
+def unreached_weights(policy: FlowPolicy) -> list[str]:
+    """Return the names of weights that no gradient reaches, by a backward pass of the architecture without weights.
+
+    Some blocks end in outputs that nothing reads: DDP would wait for their gradients, and an adapter would be of none.
+    """
+    transformer, meta = policy.pipeline.transformer, torch.device("meta")
+    config = {name: value for name, value in transformer.config.items() if name != "quantization_config"}
+    with meta:
+        like = type(transformer).from_config(config)
+    latents, texts = torch.empty(1, *policy.latent_shape, device=meta), policy.empty_conditioning().to(meta)
+    with torch.enable_grad():
+        predicted = policy.predict(like, latents, policy.schedule(1)[0], texts.to(torch.float32))
+        predicted.float().sum().backward()
+    unreached = [name for name, value in like.named_parameters() if value.grad is None]
+    if unreached:
+        names = ", ".join(unreached)
+        logger.warning("No gradient reaches %d weights, which are not trained: %s.", len(unreached), names)
+    return unreached
+
+
+def _exclude(peft_config: LoraConfig, modules: set[str]) -> None:
+    """Leave modules, by their whole names, out of an adapter, besides those that its config excludes."""
+    given = peft_config.exclude_modules or []
+    if modules and isinstance(given, str):  # a regular expression
+        peft_config.exclude_modules = "|".join([f"({given})", *map(re.escape, sorted(modules))])
+    elif modules:
+        peft_config.exclude_modules = sorted({*given, *modules})
 
 
 def _check_weights(transformer: ModelMixin, are_trained: bool) -> None:
@@ -246,6 +296,10 @@ def _set_attention_backend(transformer: ModelMixin, name: str) -> None:
         transformer.set_attention_backend(name)
     except (ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"attention_backend={name!r} cannot be used here: {error}") from error
+    if not hasattr(transformer, "attn_processors"):
+        reason = "has no attention processors to set it on"
+        kind = type(transformer).__name__
+        raise ValueError(f"attention_backend={name!r} has no effect: {kind} {reason}. Leave it out.")
     processors = {type(processor).__name__: processor for processor in transformer.attn_processors.values()}
     ignoring = [kind for kind, processor in processors.items() if not hasattr(processor, "_attention_backend")]
     if ignoring:

@@ -1,4 +1,4 @@
-"""Architectures without weights: config files of SD3.5-medium and FLUX.1-dev, and pipelines built from such files."""
+"""Architectures without weights: config files of a model of each family, and pipelines built from such files."""
 
 import importlib
 import json
@@ -14,8 +14,16 @@ from huggingface_hub.errors import HTTPError
 FOLDERS = {
     "stabilityai/stable-diffusion-3.5-medium": Path(__file__).parent / "sd3.5-medium",
     "black-forest-labs/FLUX.1-dev": Path(__file__).parent / "flux.1-dev",
+    "black-forest-labs/FLUX.1-Krea-dev": Path(__file__).parent / "flux.1-dev",
+    "stabilityai/stable-diffusion-3.5-large": Path(__file__).parent / "sd3.5-large",
+    "Qwen/Qwen-Image": Path(__file__).parent / "qwen-image",
+    "Tongyi-MAI/Z-Image": Path(__file__).parent / "z-image",
+    "black-forest-labs/FLUX.2-klein-base-4B": Path(__file__).parent / "flux.2-klein-base-4b",
+    "black-forest-labs/FLUX.2-dev": Path(__file__).parent / "flux.2-dev",
+    "krea/Krea-2-Raw": Path(__file__).parent / "krea-2-raw",
+    "lodestones/Chroma1-HD": Path(__file__).parent / "chroma1-hd",
 }
-"""Folders by Hub id; the weights are behind a licence, their sizes are published facts."""
+"""Folders by Hub id; the weights of most are behind a licence, their sizes are published facts."""
 
 
 def architecture_folder(name: str | Path, revision: str | None = None) -> Path:
@@ -48,31 +56,33 @@ def load_architecture(name: str | Path, dtype: torch.dtype = torch.float32, **pa
     Args:
         name: Hub id or folder.
         dtype: dtype of the weights.
-        **parts: Components to take instead of building them, tokenizers among them; `None` leaves one out.
+        **parts: Components and options to take instead of those of the files, tokenizers among them; `None` leaves a
+            component out.
     """
     folder = architecture_folder(name)
     index = json.loads((folder / "model_index.json").read_text())
-    pipeline_class = getattr(importlib.import_module("diffusers"), index["_class_name"])
-    settings = {key: value for key, value in index.items() if key[0] != "_" and not _is_part(value)}
-    names = [key for key, value in index.items() if _is_part(value) and key not in parts]
+    given = {key: value for key, value in index.items() if not key.startswith("_") and key not in parts}
+    names = [key for key, value in given.items() if is_part(value)]
+    options = {key: value for key, value in given.items() if key not in names}
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # `to` would take twice the memory
     try:
         built = {key: load_part(folder, key) for key in names}
     finally:
         torch.set_default_dtype(before)
-    return pipeline_class(**built, **settings, **parts)
+    pipeline_class = getattr(importlib.import_module("diffusers"), index["_class_name"])
+    return pipeline_class(**built, **options, **parts)
 
 
-def _is_part(value: Any) -> bool:
-    """Tell a component, its library and class or twice `None`, from a setting of the pipeline."""
-    return isinstance(value, list) and len(value) == 2 and not any(isinstance(one, int) for one in value)
+def is_part(value: Any) -> bool:
+    """Tell a component of `model_index.json`, which is a library and a class, from an option of the pipeline."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str | None) for name in value)
 
 
 def load_part(folder: Path, name: str) -> Any:
-    """Build a component with new weights; `None` for one that the pipeline does not have, or that knows words."""
+    """Build a component with new weights; `None` for one that the pipeline lacks, for tokenizers and processors."""
     library, class_name = json.loads((folder / "model_index.json").read_text())[name]
-    if library is None or class_name.endswith("Processor") or "Tokenizer" in class_name:
+    if library is None or "Tokenizer" in class_name or "Processor" in class_name:
         return None
     part_class = getattr(importlib.import_module(library), class_name)
     if library == "diffusers":
