@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import QwenImagePipeline
+from PIL import Image
 from torch import Tensor, nn
 
 from .base import FlowPolicy, Texts
@@ -21,7 +22,7 @@ class QwenImagePolicy(FlowPolicy):
     guidance_option = "true_cfg_scale"
     needs_negative_prompt = True
 
-    def encode_texts(self, texts: list[str]) -> Texts:
+    def encode_texts(self, texts: list[str], images: list[Image.Image] | None) -> Texts:
         options = {"device": self.device, "max_sequence_length": self.text_length}
         embeds, mask = self.pipeline.encode_prompt(texts, **options)
         if mask is None:
