@@ -50,10 +50,14 @@ class FluxPolicy(FlowPolicy):
             pooled_projections=texts.tensors["pooled_prompt_embeds"],
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=device, dtype=embeds.dtype),
-            img_ids=self.pipeline._prepare_latent_image_ids(number, *self.token_grid, device, latents.dtype),
+            img_ids=self.token_positions(latents),
             joint_attention_kwargs={},
             return_dict=False,
         )[0]
+
+    def token_positions(self, latents: Tensor) -> Tensor:
+        """Return the positions of the tokens of `latents`: (tokens, 3)."""
+        return self.pipeline._prepare_latent_image_ids(len(latents), *self.token_grid, latents.device, latents.dtype)
 
     def vae_latents(self, latents: Tensor) -> Tensor:
         size, factor = self.guidance, self.pipeline.vae_scale_factor

@@ -27,6 +27,7 @@ from .base import FlowPolicy, Guidance
 from .chroma import ChromaPolicy
 from .flux import FluxPolicy
 from .flux2 import Flux2KleinPolicy, Flux2Policy
+from .kontext import KontextPolicy
 from .krea2 import Krea2Policy
 from .qwen_image import QwenImagePolicy
 from .sd3 import SD3Policy
@@ -36,7 +37,8 @@ from .z_image import ZImagePolicy
 logger = logging.getLogger(__name__)
 
 POLICIES = (
-    SD3Policy, FluxPolicy, QwenImagePolicy, ZImagePolicy, Flux2KleinPolicy, Flux2Policy, ChromaPolicy, Krea2Policy
+    SD3Policy, FluxPolicy, KontextPolicy, QwenImagePolicy, ZImagePolicy, Flux2KleinPolicy, Flux2Policy, ChromaPolicy,
+    Krea2Policy,
 )  # fmt: skip
 SINGLE_FILES = ("sd3", "sd35_medium", "sd35_large", "flux-dev", "flux-schnell")  # diffusers' names of originals
 DTYPE = "dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype"
