@@ -216,7 +216,7 @@ def unreached_weights(policy: FlowPolicy) -> list[str]:
         like = type(transformer).from_config(config)
     latents, texts = torch.empty(1, *policy.latent_shape, device=meta), policy.empty_conditioning().to(meta)
     with torch.enable_grad():
-        predicted = policy.predict(like, latents, policy.schedule(1)[0], texts.to(torch.float32))
+        predicted = policy.predict(like, latents, policy.schedule(2)[0], texts.to(torch.float32))
         predicted.float().sum().backward()
     unreached = [name for name, value in like.named_parameters() if value.grad is None]
     if unreached:
