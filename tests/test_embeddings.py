@@ -9,10 +9,10 @@ from datasets import Dataset
 from test_trainer import PROMPTS, SIZE, assert_same, build, config, prompts, trained
 from tiny import tiny_flux, tiny_sd3
 
-from trl_tpgrpo.data import needed_prompts
+from trl_tpgrpo.data import needed_rows
 from trl_tpgrpo.policies import embeddings
 from trl_tpgrpo.policies.base import Conditioning, FlowPolicy, Guidance
-from trl_tpgrpo.policies.embeddings import PromptEmbeddings, checksum, fingerprint
+from trl_tpgrpo.policies.embeddings import Prompt, PromptEmbeddings, checksum, fingerprint
 from trl_tpgrpo.policies.loading import build_policy
 
 
@@ -24,12 +24,16 @@ def counted(of: FlowPolicy) -> list[str]:
     """The prompts that are encoded from now on, without the negative one."""
     encoded, encode = [], of.encode_texts
 
-    def counting(given: list[str]) -> dict[str, torch.Tensor]:
+    def counting(given: list[str], images: None) -> dict[str, torch.Tensor]:
         encoded.extend(text for text in given if text in PROMPTS)
-        return encode(given)
+        return encode(given, images)
 
     of.encode_texts = counting
     return encoded
+
+
+def texts(prompts: list[str]) -> list[Prompt]:
+    return [Prompt(prompt) for prompt in prompts]
 
 
 def assert_equal(one: Conditioning, other: Conditioning) -> None:
@@ -55,15 +59,15 @@ def test_prompts_are_encoded_once_and_come_back_to_the_bit(
     kept = PromptEmbeddings(its_policy, tmp_path if on_disk else None)
     for chosen in (PROMPTS[:3], PROMPTS[1:5], [PROMPTS[2], PROMPTS[2]]):
         for row, prompt in enumerate(chosen):
-            assert_equal(kept(chosen)[torch.tensor([row])], alone[prompt])
+            assert_equal(kept(texts(chosen))[torch.tensor([row])], alone[prompt])
     assert encoded == PROMPTS[:5]
 
 
 def test_a_later_run_finds_what_an_earlier_one_has_written(tmp_path: Path) -> None:
-    first = PromptEmbeddings(policy(), tmp_path)(PROMPTS)
+    first = PromptEmbeddings(policy(), tmp_path)(texts(PROMPTS))
     later = policy()
     encoded = counted(later)
-    assert_equal(PromptEmbeddings(later, tmp_path)(PROMPTS), first)
+    assert_equal(PromptEmbeddings(later, tmp_path)(texts(PROMPTS)), first)
     assert encoded == []
 
 
@@ -126,9 +130,9 @@ def test_the_oldest_leave_the_memory_first(monkeypatch) -> None:
     its_policy = policy()
     encoded, kept = counted(its_policy), PromptEmbeddings(its_policy)
     for chosen in (PROMPTS[:1], PROMPTS[1:2], PROMPTS[:1], PROMPTS[2:3], PROMPTS[:1], PROMPTS[1:2]):
-        kept(chosen)
+        kept(texts(chosen))
     assert encoded == [PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[1]]
-    assert len(kept(PROMPTS).tensors["prompt_embeds"]) == 6  # more than fit, at once
+    assert len(kept(texts(PROMPTS)).tensors["prompt_embeds"]) == 6  # more than fit, at once
 
 
 def test_encoders_are_on_the_device_only_while_they_encode() -> None:
@@ -138,9 +142,9 @@ def test_encoders_are_on_the_device_only_while_they_encode() -> None:
         encoder.to = lambda device: moved.append(torch.device(device).type)
     its_policy.device = torch.device("cpu")
     kept = PromptEmbeddings(its_policy)
-    kept(PROMPTS[:2])
+    kept(texts(PROMPTS[:2]))
     assert moved == ["cpu"] * 6  # three encoders, there and back
-    kept(PROMPTS[:2])
+    kept(texts(PROMPTS[:2]))
     assert len(moved) == 6
 
 
@@ -168,7 +172,7 @@ def test_prompts_are_encoded_as_far_as_a_run_takes_them(changes: dict, tmp_path:
     many = Dataset.from_dict({"prompt": names, "topic": [0] * len(names)})
     options = {"reward_funcs": watching, "train_dataset": many, "eval_dataset": prompts(2)}
     trainer = build(tmp_path, precompute_prompt_embeds=True, **options, **changes)
-    encoded = set(trainer.rollouts.embeddings._kept) - {""}
+    encoded = {prompt.text for prompt in trainer.rollouts.embeddings._kept} - {""}
     trainer.train()
     trainer.evaluate()
     assert encoded == seen and len(seen) == 4 + 2
@@ -178,7 +182,8 @@ def test_prompts_are_encoded_as_far_as_a_run_takes_them(changes: dict, tmp_path:
 def test_a_run_through_all_prompts_encodes_them_all(max_steps: int, tmp_path: Path) -> None:
     args = config(tmp_path, max_steps=max_steps)  # two prompts an update
     evaluated = {"one": prompts(1), "two": prompts(2)}
-    assert needed_prompts(prompts(), evaluated, args) == [*PROMPTS, *PROMPTS[:1], *PROMPTS[:2]]
+    rows = needed_rows(prompts(), evaluated, args, ["prompt"])
+    assert [row["prompt"] for row in rows] == [*PROMPTS, *PROMPTS[:1], *PROMPTS[:2]]
 
 
 def test_many_prompts_are_warned_of(tmp_path: Path, monkeypatch, caplog) -> None:
@@ -214,8 +219,8 @@ def test_a_broken_write_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> No
     kept = PromptEmbeddings(policy(), tmp_path)
     with monkeypatch.context() as broken, pytest.raises(OSError):
         broken.setattr(embeddings, "save_file", crash)
-        kept(PROMPTS[:1])
+        kept(texts(PROMPTS[:1]))
     its_policy = policy()
     encoded = counted(its_policy)
-    PromptEmbeddings(its_policy, tmp_path)(PROMPTS[:1])
+    PromptEmbeddings(its_policy, tmp_path)(texts(PROMPTS[:1]))
     assert encoded == PROMPTS[:1]

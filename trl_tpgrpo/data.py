@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, TypeAlias
 
+import PIL.Image
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerState
 from trl.trainer.utils import RepeatSampler
@@ -78,7 +79,20 @@ def _check_dataset(name: str, dataset: Dataset) -> None:
             raise ValueError(f"{name}: the prompt of row {row} must be a string, got {type(prompt).__name__}.")
 
 
-def needed_prompts(train: Dataset | None, evaluation: Datasets, args: Any) -> list[str]:
+def prompt_columns(named: dict[str, Any], takes_image: bool) -> list[str]:
+    """Return the columns that make a prompt; a `ValueError` names a dataset that has no images to change."""
+    for name, dataset in named.items() if takes_image else ():
+        if isinstance(dataset, dict):
+            prompt_columns(dataset, takes_image)
+        elif dataset is not None and "image" not in (columns := _columns(dataset)):
+            raise ValueError(f"{name} needs a column 'image', which the prompts of this model change, got {columns}.")
+        elif dataset is not None and not isinstance(image := dataset[0]["image"], PIL.Image.Image):
+            kind = type(image).__name__
+            raise ValueError(f"{name}: the column 'image' must hold images (datasets.Image), got {kind}.")
+    return ["prompt", "image"] if takes_image else ["prompt"]
+
+
+def needed_rows(train: Dataset | None, evaluation: Datasets, args: Any, columns: list[str]) -> list[dict[str, Any]]:
     """List the prompts of all datasets, of `train` those that the rollouts of `max_steps` updates take."""
     passes = args.steps_per_generation * args.num_iterations
     number = math.ceil(args.max_steps * args.gradient_accumulation_steps / passes) * args.prompts_per_generation
@@ -86,4 +100,5 @@ def needed_prompts(train: Dataset | None, evaluation: Datasets, args: Any) -> li
         options = {"batch_size": args.prompts_per_generation, "shuffle": args.shuffle_dataset, "seed": args.seed}
         train = train.select(list(islice(EpochSampler(train, mini_repeat_count=1, **options), number)))
     named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
-    return [prompt for dataset in (train, *named.values()) if dataset is not None for prompt in dataset["prompt"]]
+    datasets = [dataset for dataset in (train, *named.values()) if dataset is not None]
+    return [row for dataset in datasets for row in dataset.select_columns(columns)]

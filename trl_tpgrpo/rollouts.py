@@ -31,7 +31,7 @@ from .config import TPGRPOConfig
 from .metrics import Metrics, image_variety
 from .policies.base import FlowPolicy, on_device, to_images
 from .policies.conditioning import Conditioning
-from .policies.embeddings import PromptEmbeddings
+from .policies.embeddings import Prompt, PromptEmbeddings
 from .rewards.contract import RewardError, RewardFunc, check_applicability, declared, innermost, reward_names
 from .rewards.scorer import ImageBatch, Scorer, Scoring, runs_beside, save_evidence
 
@@ -276,13 +276,12 @@ class Rollouts:
         return sampled
 
     @torch.no_grad()
-    def sample(self, prompts: list[str]) -> list[Image.Image]:
-        """Make an image of each of N distinct prompts, by the ODE in `num_inference_steps_eval` steps."""
-        if not prompts:
+    def sample(self, rows: Rows) -> list[Image.Image]:
+        """Make an image of each of N rows' prompts, by the ODE in `num_inference_steps_eval` steps."""
+        if not rows:
             return []
-        encoded = Encoded(self.embeddings(prompts), torch.arange(len(prompts)))
-        rollout = self.roll_out(encoded, self.generators(CARD, 0, len(prompts), first=0), None, None)
-        return to_images(self.decode(rollout.final_latents))
+        generators = self.generators(CARD, 0, len(rows), first=0)
+        return to_images(self.decode(self.roll_out(self._encode(rows), generators, None, None).final_latents))
 
     def training_log_probs(self, trajectories: Trajectories, autocast: Callable[[], Any]) -> Tensor:
         """Compute log-probabilities (B, K) as training does, gradients and all, in the context of `autocast`."""
@@ -388,10 +387,11 @@ class Rollouts:
 
     def _encode(self, rows: Rows) -> Encoded:
         """Encode the distinct prompts of B rows."""
-        distinct = list(dict.fromkeys(row["prompt"] for row in rows))
-        prompts = torch.tensor([distinct.index(row["prompt"]) for row in rows])
+        prompts = [Prompt.of(row, self.policy.takes_image) for row in rows]
+        distinct = list(dict.fromkeys(prompts))
+        indices = torch.tensor([distinct.index(prompt) for prompt in prompts])
         with self.phase("encode", len(distinct), self._mode) as advance:
-            return Encoded(self.embeddings(distinct, advance), prompts)
+            return Encoded(self.embeddings(distinct, advance), indices)
 
     @contextmanager
     def phase(self, name: str, total: int, mode: str = "train") -> Iterator[Callable[..., None]]:

@@ -36,11 +36,11 @@ from .callbacks.progress import LogLines, ProgressDisplay
 from .callbacks.sample_table import SamplePrinter
 from .callbacks.samples import Samples
 from .config import TPGRPOConfig
-from .data import EpochSampler, SetEpoch, check_datasets, needed_prompts
-from .hub import HubRepository, RunCard, sample_prompts, without_tokens
+from .data import EpochSampler, SetEpoch, check_datasets, needed_rows, prompt_columns
+from .hub import HubRepository, RunCard, sample_rows, without_tokens
 from .metrics import Metrics, rollout_metrics
 from .policies import loading, sharding, weights
-from .policies.embeddings import PromptEmbeddings
+from .policies.embeddings import Prompt, PromptEmbeddings
 from .policies.reference import Reference
 from .rewards.contract import RewardFunc, check_available, reward_names
 from .rollouts import Rollouts
@@ -119,11 +119,15 @@ class TPGRPOTrainer(_BaseTrainer):
         transformer, frozen_copy = loading.prepare_transformer(self.policy, peft_config, args)
         parts = transformer, self.policy.pipeline, self.reward_func_names, train_dataset
         self._run_parts = resuming.describe_parts(*parts)
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        columns = prompt_columns(datasets, self.policy.takes_image)
+        self._shown_rows = sample_rows([eval_dataset, train_dataset], columns)
         embeddings = PromptEmbeddings(self.policy, args.prompt_embeds_dir)
         self.policy.to(args.device)
         if args.precompute_prompt_embeds:
             shows_bar = None if args.process_index == 0 and not args.disable_tqdm else False
-            prompts = needed_prompts(train_dataset, eval_dataset, args) + sample_prompts([eval_dataset, train_dataset])
+            rows = needed_rows(train_dataset, eval_dataset, args, columns) + self._shown_rows
+            prompts = [Prompt.of(row, self.policy.takes_image) for row in rows]
             embeddings.precompute(prompts, transformer, ProgressDisplay(shows_bar))
         self._step = self._num_evaluated = 0
         self._buffered_inputs: list[Trajectories] | None = None
@@ -134,11 +138,10 @@ class TPGRPOTrainer(_BaseTrainer):
         self.hub = HubRepository(args, is_lora=peft_config is not None)
         adapter = transformer.peft_config["default"] if isinstance(transformer, PeftModel) else None
         rewards = {"reward_funcs": self.reward_funcs, "eval_reward_funcs": self.eval_reward_funcs}
-        prompts = sample_prompts([eval_dataset, train_dataset])
-        self.card = RunCard(args=args, policy=self.policy, adapter=adapter, reward_funcs=rewards, prompts=prompts)
+        shown = [row["prompt"] for row in self._shown_rows]
+        self.card = RunCard(args=args, policy=self.policy, adapter=adapter, reward_funcs=rewards, prompts=shown)
         self.recipe_settings: dict[str, Any] | None = None  # the command line sets its options for the recipe
         args.ddp_find_unused_parameters = args.ddp_find_unused_parameters or False
-        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         super().__init__(transformer, args, list, callbacks=callbacks, optimizers=optimizers, **datasets)
         self._check_and_shard(frozen_copy)
         self._add_parts(embeddings)
@@ -499,7 +502,7 @@ class TPGRPOTrainer(_BaseTrainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         with self.averaged.in_use():
-            self.card.images = self.rollouts.sample(self.card.prompts)
+            self.card.images = self.rollouts.sample(self._shown_rows)
         if not self.is_world_process_zero():
             return None
         try:

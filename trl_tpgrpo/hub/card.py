@@ -142,12 +142,15 @@ def rewards_by_update(log_history: list[dict[str, Any]], pattern: str) -> dict[s
     return found
 
 
-def sample_prompts(datasets: Iterable[Any]) -> list[str]:
-    """Return the first prompts of the first dataset there is, of those that are a dict of datasets the first."""
+def sample_rows(datasets: Iterable[Any], columns: list[str]) -> list[dict[str, Any]]:
+    """Return rows of the first dataset there is, of those that are a dict of datasets the first: distinct prompts."""
     for dataset in datasets:
         chosen = next(iter(dataset.values()), None) if isinstance(dataset, dict) else dataset
         if isinstance(chosen, Dataset) and len(chosen):
-            return list(dict.fromkeys(chosen[:FIRST_ROWS]["prompt"]))[:NUM_SAMPLES]
+            rows: dict[str, dict] = {}
+            for row in chosen.select(range(min(FIRST_ROWS, len(chosen)))).select_columns(columns):
+                rows.setdefault(row["prompt"], row)
+            return list(rows.values())[:NUM_SAMPLES]
     return []
 
 

@@ -61,6 +61,7 @@ class FlowPolicy(ABC):
     least_guidance = 1.0  # classifier-free guidance is on above it
     takes_negative_prompt = True
     needs_negative_prompt = False  # whether classifier-free guidance is on with a negative prompt only
+    takes_image = False  # whether prompts come with an image that they change
     guides_in_one_pass = False  # whether one model call has negative and positive prompts, in this order
     noise_dtype: torch.dtype | None = None  # `None`: the transformer's
     velocity_dtype: torch.dtype | None = None
@@ -174,8 +175,8 @@ class FlowPolicy(ABC):
         return bool(self.pipeline.config.get("is_distilled")) or any(mark in names for mark in FEW_STEPS)
 
     @abstractmethod
-    def encode_texts(self, texts: list[str]) -> Texts:
-        """Encode N prompts or negative prompts."""
+    def encode_texts(self, texts: list[str], images: list[Image.Image] | None) -> Texts:
+        """Encode N prompts or negative prompts, with `takes_image` each with its image."""
 
     @abstractmethod
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -186,11 +187,12 @@ class FlowPolicy(ABC):
         """Call the model once: the velocity (N, ...), towards noise, of `latents` (N, ...) in `self.dtype`."""
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Conditioning:
+    def encode(self, prompts: list[str], images: list[Image.Image] | None = None) -> Conditioning:
         """Encode N prompts, and under classifier-free guidance the negative prompt, in `self.dtype`."""
-        encoded, negative = Conditioning.of(self.encode_texts(list(prompts))), None
+        encoded, negative = Conditioning.of(self.encode_texts(list(prompts), images)), None
         if self.uses_negative_prompt:
-            negative = Conditioning.of(self.encode_texts([self.guidance.negative_prompt or ""] * len(prompts)))
+            texts = [self.guidance.negative_prompt or ""] * len(prompts)
+            negative = Conditioning.of(self.encode_texts(texts, images))
         return replace(encoded, negative=negative).to(self.dtype)
 
     def empty_conditioning(self) -> Conditioning:

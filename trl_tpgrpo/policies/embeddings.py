@@ -1,6 +1,7 @@
 """Encoded prompts: each is encoded once, kept off the device or on disk, and the encoders make room in between.
 
-A prompt is always encoded alone, so that its encoding does not depend on those that happen to be encoded with it.
+A prompt is always encoded alone, so that its encoding does not depend on those that happen to be encoded with it. In
+editing a prompt comes with an image, and each pair of them is encoded once.
 """
 
 import hashlib
@@ -10,11 +11,12 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -29,6 +31,30 @@ KEPT_IN_MEMORY = 1024  # prompts; one of FLUX.1-dev takes 4 MB
 MUCH = 10e9  # bytes of prompts, of which a run should know before it fills a disk with them
 
 
+@dataclass(frozen=True)
+class InputImage:
+    """An image that a prompt changes; equal to another of the same pixels."""
+
+    digest: str
+    image: Image.Image = field(compare=False)
+
+
+class Prompt(NamedTuple):
+    """A text and, in editing, the image that it changes."""
+
+    text: str
+    image: InputImage | None = None
+
+    @classmethod
+    def of(cls, row: dict[str, Any], takes_image: bool) -> "Prompt":
+        """Return the prompt of a dataset's row."""
+        if not takes_image:
+            return cls(row["prompt"])
+        image = row["image"].convert("RGB")
+        digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+        return cls(row["prompt"], InputImage(digest, image))
+
+
 class PromptEmbeddings:
     """The encoded prompts of a policy, whose text encoders are on the device only while they encode.
 
@@ -39,19 +65,21 @@ class PromptEmbeddings:
     def __init__(self, policy: FlowPolicy, folder: str | Path | None = None):
         self.policy = policy
         self.folder = None if folder is None else Path(folder) / fingerprint(policy)
-        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # of a text, without a batch dimension
+        self._kept: OrderedDict[Prompt, dict[str, Tensor]] = OrderedDict()  # without a batch dimension
         self._negative = [policy.guidance.negative_prompt or ""] if policy.uses_negative_prompt else []
 
-    def __call__(self, prompts: list[str], on_prompt: Callable[[int], object] | None = None) -> Conditioning:
+    def __call__(self, prompts: list[Prompt], on_prompt: Callable[[int], object] | None = None) -> Conditioning:
         """Return encoded prompts, one row each, on the policy's device; call `on_prompt` with how many are new."""
-        self._encode_missing(prompts, on_prompt or (lambda number: None))
-        negative = Conditioning.of(self._rows(self._negative * len(prompts))) if self._negative else None
-        conditioning = replace(Conditioning.of(self._rows(prompts)), negative=negative)
-        while len(self._kept) > max(KEPT_IN_MEMORY, len(prompts)) + len(self._negative):
+        negative = self._negative_of(prompts)
+        self._encode_missing([*prompts, *negative], len(prompts), on_prompt or (lambda number: None))
+        conditioning = Conditioning.of(self._rows(prompts))
+        if negative:
+            conditioning = replace(conditioning, negative=Conditioning.of(self._rows(negative)))
+        while len(self._kept) > max(KEPT_IN_MEMORY, len(prompts)) + len(set(negative)):
             self._kept.popitem(last=False)
         return conditioning.to(self.policy.device)
 
-    def precompute(self, prompts: list[str], transformer: nn.Module, display: Any) -> None:
+    def precompute(self, prompts: list[Prompt], transformer: nn.Module, display: Any) -> None:
         """Encode the prompts of a run while the transformer is not on the device, and drop the encoders."""
         distinct = list(dict.fromkeys(prompts))
         if self.folder is None and len(distinct) > KEPT_IN_MEMORY:
@@ -64,63 +92,72 @@ class PromptEmbeddings:
         loaded_onto = next(transformer.parameters()).device  # for a quantised one the GPU
         transformer.to("cpu")
         with display.phase("encode prompts", len(distinct), alone=True) as advance:
-            self._encode_missing(distinct, advance)
+            self._encode_missing([*distinct, *self._negative_of(distinct)], len(distinct), advance)
         transformer.to(loaded_onto)
         for name in self.policy.text_encoders():
             setattr(self.policy.pipeline, name, None)
 
+    def _negative_of(self, prompts: list[Prompt]) -> list[Prompt]:
+        return [Prompt(text, prompt.image) for text in self._negative for prompt in prompts]
+
     @torch.no_grad()
-    def _encode_missing(self, prompts: list[str], on_prompt: Callable[[int], object]) -> None:
-        missing = [text for text in dict.fromkeys(prompts + self._negative) if not self._has(text)]
+    def _encode_missing(self, prompts: list[Prompt], number: int, on_prompt: Callable[[int], object]) -> None:
+        missing = [prompt for prompt in dict.fromkeys(prompts) if not self._has(prompt)]
         if not missing:
             return
         encoders = self.policy.text_encoders().values()
         if not encoders:
             reason = "has not been encoded before, and precompute_prompt_embeds has dropped the text encoders"
             remedy = "give the trainer all datasets and max_steps, or leave precompute_prompt_embeds out"
-            raise ValueError(f"The prompt {missing[0]!r} {reason}: {remedy}.")
-        on_prompt(len(prompts) - len(missing))  # -1, where the negative prompt comes on top
-        with on_device(encoders, self.policy.device):
-            for text in missing:
-                encoded = Conditioning.of(self.policy.encode_texts([text])).to(self.policy.dtype)
+            raise ValueError(f"The prompt {missing[0].text!r} {reason}: {remedy}.")
+        on_prompt(number - len(missing))  # below 0, where negative prompts come on top
+        vae = self.policy.pipeline.vae  # may be offloaded
+        images = [vae] if self.policy.takes_image and vae.device != self.policy.device else []
+        with on_device([*encoders, *images], self.policy.device):
+            for prompt in missing:
+                image = None if prompt.image is None else [prompt.image.image]
+                encoded = Conditioning.of(self.policy.encode_texts([prompt.text], image)).to(self.policy.dtype)
                 on_cpu = encoded.to(torch.device("cpu")).tensors
-                self._keep(text, {name: value[0] for name, value in on_cpu.items()})
+                self._keep(prompt, {name: value[0] for name, value in on_cpu.items()})
                 on_prompt(1)
 
-    def _rows(self, texts: list[str]) -> dict[str, list[Tensor]]:
-        encoded = {text: self._read(text) for text in dict.fromkeys(texts)}
-        return {name: [encoded[text][name] for text in texts] for name in self.policy.text_shapes()}
+    def _rows(self, prompts: list[Prompt]) -> dict[str, list[Tensor]]:
+        encoded = {prompt: self._read(prompt) for prompt in dict.fromkeys(prompts)}
+        return {name: [encoded[prompt][name] for prompt in prompts] for name in self.policy.text_shapes()}
 
-    def _read(self, text: str) -> dict[str, Tensor]:
+    def _read(self, prompt: Prompt) -> dict[str, Tensor]:
         if self.folder is not None:
-            return load_file(self._file(text))
-        self._kept.move_to_end(text)
-        return self._kept[text]
+            return load_file(self._file(prompt))
+        self._kept.move_to_end(prompt)
+        return self._kept[prompt]
 
-    def _has(self, text: str) -> bool:
-        return text in self._kept if self.folder is None else self._file(text).exists()
+    def _has(self, prompt: Prompt) -> bool:
+        return prompt in self._kept if self.folder is None else self._file(prompt).exists()
 
-    def _keep(self, text: str, tensors: dict[str, Tensor]) -> None:
+    def _keep(self, prompt: Prompt, tensors: dict[str, Tensor]) -> None:
         if self.folder is None:
-            self._kept[text] = tensors
+            self._kept[prompt] = tensors
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        written = self._file(text).with_suffix(f".{os.getpid()}.tmp")
+        written = self._file(prompt).with_suffix(f".{os.getpid()}.tmp")
         save_file({name: value.contiguous() for name, value in tensors.items()}, written)
-        written.replace(self._file(text))  # which is whole or absent, whatever other processes write
+        written.replace(self._file(prompt))  # which is whole or absent, whatever other processes write
 
-    def _file(self, text: str) -> Path:
+    def _file(self, prompt: Prompt) -> Path:
         assert self.folder is not None
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+        key = prompt.text if prompt.image is None else f"{prompt.image.digest} {prompt.text}"
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
 
 def fingerprint(policy: FlowPolicy) -> str:
     """Hash everything that an encoded prompt depends on but the prompt."""
-    settings = {name: getattr(policy.guidance, name) for name in ("negative_prompt", "max_sequence_length")}
+    names = ["negative_prompt", "max_sequence_length"] + ["height", "width"] * policy.takes_image
+    settings = {name: getattr(policy.guidance, name) for name in names}
     settings["negative"] = policy.uses_negative_prompt
     parts = [type(policy).__name__, str(policy.dtype), json.dumps(settings, sort_keys=True)]
     parts += [_templates(policy.pipeline)]
-    for name, encoder in policy.text_encoders().items():
+    encoders = policy.text_encoders() | ({"vae": policy.pipeline.vae} if policy.takes_image else {})
+    for name, encoder in encoders.items():
         weights = {key: checksum(value) for key, value in encoder.state_dict().items()}
         parts += [name, type(encoder).__name__, json.dumps(weights, sort_keys=True)]
     for name, part in policy.pipeline.components.items():

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import FluxPipeline
+from PIL import Image
 from torch import Tensor, nn
 
 from .base import FlowPolicy, Texts
@@ -27,7 +28,7 @@ class FluxPolicy(FlowPolicy):
         embedded = {"guidance_scale": 3.5} if self.pipeline.transformer.config.guidance_embeds else {}
         return {**embedded, "true_cfg_scale": 1.0}
 
-    def encode_texts(self, texts: list[str]) -> Texts:
+    def encode_texts(self, texts: list[str], images: list[Image.Image] | None) -> Texts:
         options = {"device": self.device, "max_sequence_length": self.text_length}
         embeds, pooled, _ = self.pipeline.encode_prompt(texts, prompt_2=None, **options)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}

@@ -2,6 +2,7 @@
 
 import numpy as np
 from diffusers import StableDiffusion3Pipeline
+from PIL import Image
 from torch import Tensor, nn
 
 from .base import FlowPolicy, Texts
@@ -29,7 +30,7 @@ class SD3Policy(FlowPolicy):
     def num_channels(self) -> int:
         return self.pipeline.transformer.config.in_channels
 
-    def encode_texts(self, texts: list[str]) -> Texts:
+    def encode_texts(self, texts: list[str], images: list[Image.Image] | None) -> Texts:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             texts, prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=False,
             max_sequence_length=self.text_length,
