@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from diffusers import ZImagePipeline
+from PIL import Image
 from torch import Tensor, nn
 
 from .base import FlowPolicy, Texts
@@ -28,7 +29,7 @@ class ZImagePolicy(FlowPolicy):
     def num_channels(self) -> int:
         return self.pipeline.transformer.config.in_channels
 
-    def encode_texts(self, texts: list[str]) -> Texts:
+    def encode_texts(self, texts: list[str], images: list[Image.Image] | None) -> Texts:
         embeds, _ = self.pipeline.encode_prompt(
             list(texts),  # into which the pipeline writes
             device=self.device,
