@@ -1,5 +1,7 @@
 """Qwen-Image-Edit."""
 
+import math
+
 import torch
 from diffusers import QwenImageEditPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
@@ -9,6 +11,9 @@ from torch import Tensor, nn
 from .base import Texts
 from .conditioning import Conditioning, Step
 from .qwen_image import QwenImagePolicy, own_tokens
+
+
+PATCH = 28  # pixels along the side of a token that the text encoder makes of an image
 
 
 class QwenImageEditPolicy(QwenImagePolicy):
@@ -23,9 +28,8 @@ class QwenImageEditPolicy(QwenImagePolicy):
     def _check_guidance(self) -> None:
         super()._check_guidance()
         if self.guidance.max_sequence_length is not None:
-            raise ValueError(
-                f"max_sequence_length has no effect on this {self._name}, which cuts no text: leave it out."
-            )
+            reason = "which cuts no text: leave it out"
+            raise ValueError(f"max_sequence_length has no effect on this {self._name}, {reason}.")
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -45,16 +49,14 @@ class QwenImageEditPolicy(QwenImagePolicy):
         resized = [processor.resize(image, *self.input_size) for image in images]
         embeds = own_tokens(*self.pipeline.encode_prompt(texts, resized, device=self.device))
         pixels = processor.preprocess(resized, *self.input_size).unsqueeze(2).to(self.device, self.dtype)
-        latents = self.pipeline._encode_vae_image(
-            pixels, [None] * len(images)
-        )  # by a list one by one; nothing is drawn
+        generators = [None] * len(images)  # a list has the images encoded one by one; nothing is drawn
+        latents = self.pipeline._encode_vae_image(pixels, generators)
         packed = self.pipeline._pack_latents(latents, len(images), self.num_channels, *latents.shape[3:])
         return {"prompt_embeds": embeds, "image_latents": packed}
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         config, (_, rows, columns) = self.pipeline.transformer.config, self.token_grids[1]
-        of_image = self.pipeline.processor._get_num_multimodal_tokens([self.input_size]).num_image_tokens[0]
-        longest = self.text_length + of_image
+        longest = self.text_length + math.prod(round(size / PATCH) for size in self.input_size)
         return {
             "prompt_embeds": (longest, config.joint_attention_dim),
             "image_latents": (rows * columns, config.in_channels),
