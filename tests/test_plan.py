@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from test_trainer import PROMPTS, build, config, logged, lora, prompts
 from test_trainer_cost import every_transition
 from tiny import tiny_flux, tiny_sd3
+from tiny_flux2 import tiny_chroma, tiny_flux2, tiny_flux2_klein, tiny_krea2
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -231,6 +232,20 @@ def test_options_of_a_pipeline_are_those_of_its_index(tmp_path: Path) -> None:
         pipelines = [load_architecture(folder, scheduler=None) for folder in (FOLDERS[KREA], tmp_path)]
     assert [pipeline.config.is_distilled for pipeline in pipelines] == [False, True]
     assert len(pipelines[0].text_encoder_select_layers) == pipelines[0].transformer.config.num_text_layers
+
+
+@pytest.mark.parametrize(
+    ("build", "length"), [(tiny_flux2_klein, 24), (tiny_flux2, 48), (tiny_krea2, 16), (tiny_chroma, 8)]
+)
+def test_other_families_are_planned(build: Callable, length: int, tmp_path: Path) -> None:
+    pipeline = build()
+    pipeline.save_pretrained(tmp_path)
+    args = PlannedConfig("x", height=32, width=16, max_sequence_length=length, beta=0)
+    model = PlannedModel(tmp_path, args, lora(), torch.bfloat16)
+    blocks = pipeline.transformer._repeated_blocks
+    assert model.num_text_tokens == length
+    assert model.hidden == (4 * 2 + length) * 32
+    assert model.layers == len(blocks)
 
 
 def test_what_is_no_pipeline_is_refused(tmp_path: Path, monkeypatch) -> None:

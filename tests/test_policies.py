@@ -17,12 +17,14 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
     UNet2DModel,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import IMAGE_SIZE, NEGATIVE_PROMPT, PROMPTS, tiny_flux, tiny_sd3
+from tiny_flux2 import tiny_chroma, tiny_flux2, tiny_flux2_klein, tiny_krea2
 from tiny_qwen import tiny_qwen_image, tiny_z_image
 from torch import Tensor
 
@@ -30,9 +32,12 @@ from trl_tpgrpo import TPGRPOConfig
 from trl_tpgrpo.algorithm.rollout import Velocity, Window, roll_out
 from trl_tpgrpo.algorithm.sde import log_prob, transition
 from trl_tpgrpo.policies.base import FlowPolicy, Guidance, to_images
+from trl_tpgrpo.policies.chroma import ChromaPolicy
 from trl_tpgrpo.policies.conditioning import Conditioning, Schedule
 from trl_tpgrpo.policies.flux import FluxPolicy
-from trl_tpgrpo.policies.loading import build_policy, load_pipeline, load_policy
+from trl_tpgrpo.policies.flux2 import Flux2KleinPolicy, Flux2Policy
+from trl_tpgrpo.policies.krea2 import Krea2Policy
+from trl_tpgrpo.policies.loading import build_policy, load_pipeline, load_policy, prepare_transformer
 from trl_tpgrpo.policies.qwen_image import QwenImagePolicy
 from trl_tpgrpo.policies.sd3 import SD3Policy
 from trl_tpgrpo.policies.weights import LORA_FILE, load_weights, save_weights
@@ -71,7 +76,16 @@ def built(family: str, **changes: Any) -> DiffusionPipeline:
     return fresh(family, **changes)
 
 
-FAMILIES = {"sd3": tiny_sd3, "flux": tiny_flux, "qwen_image": tiny_qwen_image, "z_image": tiny_z_image}
+FAMILIES = {
+    "sd3": tiny_sd3,
+    "flux": tiny_flux,
+    "qwen_image": tiny_qwen_image,
+    "z_image": tiny_z_image,
+    "flux2-klein": tiny_flux2_klein,
+    "flux2": tiny_flux2,
+    "krea2": tiny_krea2,
+    "chroma": tiny_chroma,
+}
 
 
 def fresh(family: str, **changes: Any) -> DiffusionPipeline:
@@ -86,6 +100,9 @@ DISTILLED = {"guidance_scale": 3.5}
 UNCUT = {"max_sequence_length": None}  # texts of their own lengths
 TRUE_CFG = NEGATIVE | {"true_cfg_scale": 2.5}
 UNGUIDED = {"guidance_scale": 0.0}
+KLEIN = {"max_sequence_length": 24}  # which the templates need
+DEV = {"guidance_scale": 2.5, "max_sequence_length": 48}
+KREA2 = {"guidance_scale": 0.0, "max_sequence_length": 16}
 CASES = {
     "sd3": Case("sd3"),
     "sd3-cfg": Case("sd3", guidance=CFG),
@@ -121,13 +138,38 @@ CASES = {
     "z_image-oblong": Case("z_image", guidance=UNCUT | CFG | {"height": 16}),
     "z_image-bf16": Case("z_image", BF16, UNCUT | UNGUIDED),
     "z_image-cfg-bf16": Case("z_image", BF16, UNCUT | CFG),
+    "flux2-klein": Case("flux2-klein", guidance=KLEIN),
+    "flux2-klein-cfg": Case("flux2-klein", guidance=KLEIN | CFG),
+    "flux2-klein-distilled": Case("flux2-klein", {"distilled": True}, KLEIN),
+    "flux2-klein-default-length": Case("flux2-klein", guidance=CFG | {"max_sequence_length": None}),
+    "flux2-klein-oblong": Case("flux2-klein", guidance=KLEIN | CFG | {"height": 16}),
+    "flux2-klein-cfg-bf16": Case("flux2-klein", BF16, KLEIN | CFG),
+    "flux2": Case("flux2", guidance=DEV),
+    "flux2-oblong": Case("flux2", guidance=DEV | {"width": 16}),
+    "flux2-bf16": Case("flux2", BF16, DEV),
+    "krea2": Case("krea2", guidance=KREA2),
+    "krea2-cfg": Case("krea2", guidance=KREA2 | CFG),
+    "krea2-cfg-negative": Case("krea2", guidance=KREA2 | CFG | NEGATIVE),
+    "krea2-distilled": Case("krea2", {"distilled": True}, KREA2),
+    "krea2-oblong": Case("krea2", guidance=KREA2 | CFG | {"width": 16}),
+    "krea2-cfg-bf16": Case("krea2", BF16, KREA2 | CFG),
+    "chroma": Case("chroma"),
+    "chroma-cfg": Case("chroma", guidance=CFG),
+    "chroma-cfg-negative": Case("chroma", guidance=CFG | NEGATIVE),
+    "chroma-default-length": Case("chroma", guidance=CFG | {"max_sequence_length": None}),
+    "chroma-oblong": Case("chroma", guidance=CFG | {"height": 16}),
+    "chroma-cfg-bf16": Case("chroma", BF16, CFG),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-ONE_OF_EACH = {"sd3": "sd3-cfg", "flux": "flux", "qwen_image": "qwen_image-cfg", "z_image": "z_image-cfg"}
-one_of_each_family = pytest.mark.parametrize("case", [CASES[name] for name in ONE_OF_EACH.values()], ids=ONE_OF_EACH)
-guided_of_each_family = pytest.mark.parametrize(
-    "name", ["sd3-cfg-negative", "flux-true-cfg", "qwen_image-cfg", "z_image-cfg-negative"]
-)
+ONE_OF_EACH = [
+    "sd3-cfg", "flux", "qwen_image-cfg", "z_image-cfg", "flux2-klein-cfg", "flux2", "krea2-cfg", "chroma-cfg",
+]  # fmt: skip
+GUIDED = [
+    "sd3-cfg-negative", "flux-true-cfg", "qwen_image-cfg", "z_image-cfg-negative", "flux2-klein-cfg",
+    "krea2-cfg-negative", "chroma-cfg-negative",
+]  # fmt: skip
+one_of_each_family = pytest.mark.parametrize("case", [CASES[name] for name in ONE_OF_EACH], ids=ONE_OF_EACH)
+guided_of_each_family = pytest.mark.parametrize("name", GUIDED)
 
 
 def seeded(number: int = BATCH) -> list[torch.Generator]:
@@ -142,7 +184,9 @@ def call_pipeline(pipeline: DiffusionPipeline, policy: FlowPolicy, **options: An
         options["negative_prompt"] = [guidance.negative_prompt] * BATCH
     if guidance.max_sequence_length is not None:
         options["max_sequence_length"] = guidance.max_sequence_length
-    return pipeline(list(PROMPTS), **{"num_inference_steps": NUM_STEPS, "generator": seeded(), **options}).images
+    return pipeline(
+        prompt=list(PROMPTS), **{"num_inference_steps": NUM_STEPS, "generator": seeded(), **options}
+    ).images
 
 
 def velocity_of(
@@ -156,6 +200,12 @@ def ode_latents(policy: FlowPolicy) -> Tensor:
     schedule = policy.schedule(NUM_STEPS)
     velocity = velocity_of(policy, policy.pipeline.transformer, schedule, policy.encode(list(PROMPTS)))
     return roll_out(velocity, policy.initial_noise(seeded()), schedule.sigmas).final_latents
+
+
+def as_returned(policy: FlowPolicy, latents: Tensor) -> Tensor:
+    """Final latents as the pipeline returns them: those of FLUX.2 klein are ready for the VAE."""
+    latents = latents.to(policy.velocity_dtype or policy.dtype)
+    return policy.vae_latents(latents) if policy.pipeline_class is Flux2KleinPipeline else latents
 
 
 def pixels(images: list[Image.Image]) -> np.ndarray:
@@ -180,8 +230,8 @@ def add_lora(policy: FlowPolicy, seed: int = 1) -> PeftModel:
 def test_rollout_without_noise_equals_the_pipelines_latents_to_the_bit(case: Case) -> None:
     expected = call_pipeline(case.pipeline(), case.policy(), output_type="latent")
     computed = ode_latents(case.policy())
-    assert torch.equal(computed, expected.float())
-    assert torch.equal(computed.to(expected.dtype), expected)
+    assert torch.equal(as_returned(case.policy(), computed), expected)
+    assert torch.equal(computed.to(expected.dtype).float(), computed)
 
 
 @every_case
@@ -210,6 +260,14 @@ def test_decoded_images_equal_the_pipelines_to_the_bit(case: Case) -> None:
         ("z_image", "z_image-cut"),
         ("z_image", "z_image-cfg"),
         ("z_image-cfg", "z_image-cfg-negative"),
+        ("flux2-klein", "flux2-klein-cfg"),
+        ("flux2-klein-cfg", "flux2-klein-default-length"),
+        ("krea2", "krea2-cfg"),
+        ("krea2", "krea2-distilled"),
+        ("krea2-cfg", "krea2-cfg-negative"),
+        ("chroma", "chroma-cfg"),
+        ("chroma-cfg", "chroma-cfg-negative"),
+        ("chroma-cfg", "chroma-default-length"),
     ],
 )
 def test_the_cases_differ(first: str, second: str) -> None:
@@ -287,7 +345,7 @@ def test_negative_prompts_follow_the_rows(name: str) -> None:
     negative = conditioning[torch.tensor([1, 1])].to(torch.bfloat16).negative
     for name, value in conditioning.negative.tensors.items():
         assert negative.tensors[name].shape == (2, *value.shape[1:])
-        assert negative.tensors[name].dtype == torch.bfloat16
+        assert negative.tensors[name].dtype in (torch.bfloat16, torch.bool)
     assert not torch.equal(conditioning.negative.texts()[0], conditioning.texts()[0])
 
 
@@ -302,8 +360,8 @@ def test_noise_of_a_sample_depends_on_its_generator_alone(case: Case) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "sd3", "sd3-unshifted", "sd3-dynamic-shift", "sd3-oblong", "flux", "flux-oblong",
-        "qwen_image", "qwen_image-oblong", "z_image",
+        "sd3", "sd3-unshifted", "sd3-dynamic-shift", "sd3-oblong", "flux", "flux-oblong", "qwen_image",
+        "qwen_image-oblong", "z_image", "flux2-klein-oblong", "flux2", "krea2-oblong", "krea2-distilled", "chroma",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("num_steps", [10, 7])
@@ -320,7 +378,7 @@ def test_schedule_is_what_the_pipeline_leaves_in_its_scheduler(name: str, num_st
     assert (computed.sigmas.diff() < 0).all()
 
 
-@pytest.mark.parametrize("name", ["sd3-dynamic-shift", "flux", "qwen_image"])
+@pytest.mark.parametrize("name", ["sd3-dynamic-shift", "flux", "qwen_image", "krea2", "chroma"])
 @pytest.mark.parametrize(
     "changed", [{"base_shift": 0.9}, {"max_shift": 1.9}, {"base_image_seq_len": 8}, {"max_image_seq_len": 512}]
 )
@@ -403,9 +461,7 @@ def with_lora(name: str, dtype: torch.dtype) -> tuple[FlowPolicy, PeftModel]:
 
 @pytest.mark.parametrize(("sde_type", "log_prob_type"), SCORES)
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
-@pytest.mark.parametrize(
-    "name", ["sd3", "sd3-cfg", "flux", "flux-true-cfg", "qwen_image", "qwen_image-cfg", "z_image", "z_image-cfg"]
-)
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, "sd3", "flux-true-cfg", "qwen_image", "z_image"])
 def test_ratio_is_exactly_one_before_the_first_update(
     name: str, precision: Precision, sde_type: str, log_prob_type: str
 ) -> None:
@@ -429,7 +485,7 @@ def test_ratio_is_exactly_one_before_the_first_update(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
-@pytest.mark.parametrize("name", ONE_OF_EACH.values())
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_ratio_moves_with_the_adapter_and_gradient_reaches_all_of_it(name: str, precision: Precision) -> None:
     case = CASES[name]
     policy = case.policy(fresh(case.family, **case.build, dtype=precision.dtype))
@@ -460,6 +516,21 @@ def test_velocity_stays_in_the_pipelines_dtype_under_a_float32_adapter(case: Cas
     assert conditioning.tensors["prompt_embeds"].dtype == policy.dtype == torch.bfloat16
 
 
+@one_of_each_family
+def test_recomputed_activations_change_no_gradient(case: Case) -> None:
+    policy = case.policy(fresh(case.family, **case.build))
+    model, _ = prepare_transformer(policy, LoraConfig(r=4, init_lora_weights=False), TPGRPOConfig(use_cpu=True))
+    step, conditioning = policy.schedule(NUM_STEPS)[0], policy.encode(list(PROMPTS))
+    gradients = []
+    for is_recomputed in (False, True):
+        model.zero_grad()
+        if is_recomputed:
+            model.activation_checkpointing_enable()
+        policy.velocity(model.train(), policy.initial_noise(seeded()), step, conditioning).square().sum().backward()
+        gradients.append({name: value.grad for name, value in model.named_parameters() if value.requires_grad})
+    assert all(torch.equal(value, gradients[1][name]) for name, value in gradients[0].items())
+
+
 class OutputsInFloat32(torch.nn.Module):
     """What a model is once accelerate has prepared it for mixed precision."""
 
@@ -471,7 +542,7 @@ class OutputsInFloat32(torch.nn.Module):
         return convert_to_fp32(self.model(*args, **inputs))
 
 
-@pytest.mark.parametrize("name", ["sd3-cfg", "flux", "flux-true-cfg", "qwen_image-cfg", "z_image-cfg"])
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, "flux-true-cfg"])
 def test_rollout_through_a_prepared_model_equals_the_pipeline_under_autocast_to_the_bit(name: str) -> None:
     policy, model = with_lora(name, torch.bfloat16)
     schedule, noise = policy.schedule(NUM_STEPS), policy.initial_noise(seeded())
@@ -479,7 +550,7 @@ def test_rollout_through_a_prepared_model_equals_the_pipeline_under_autocast_to_
         velocity = velocity_of(policy, OutputsInFloat32(model), schedule, policy.encode(list(PROMPTS)))
         computed = roll_out(velocity, noise, schedule.sigmas).final_latents
         expected = call_pipeline(policy.pipeline, policy, output_type="latent")
-    assert torch.equal(computed, expected.float())
+    assert torch.equal(as_returned(policy, computed).float(), expected.float())
 
 
 # LoRA and weights on disk
@@ -489,7 +560,7 @@ def test_rollout_through_a_prepared_model_equals_the_pipeline_under_autocast_to_
 def test_every_lora_target_exists_and_is_a_matrix(case: Case) -> None:
     modules = dict(case.pipeline().transformer.named_modules())
     for target in case.policy().lora_target_modules:
-        matches = [module for name, module in modules.items() if name.endswith(f".{target}")]
+        matches = [module for name, module in modules.items() if f".{name}".endswith(f".{target}")]
         assert matches, target
         assert all(isinstance(module, torch.nn.Linear) for module in matches)
 
@@ -572,6 +643,10 @@ def test_an_adapter_of_another_rank_is_refused(tmp_path: Path) -> None:
         (tiny_flux, FluxPolicy),
         (tiny_qwen_image, QwenImagePolicy),
         (tiny_z_image, ZImagePolicy),
+        (tiny_flux2_klein, Flux2KleinPolicy),
+        (tiny_flux2, Flux2Policy),
+        (tiny_krea2, Krea2Policy),
+        (tiny_chroma, ChromaPolicy),
     ],
 )
 def test_a_pipeline_gets_the_policy_of_its_family(
@@ -595,6 +670,22 @@ def test_an_unsupported_pipeline_is_refused_with_those_that_are_supported() -> N
 def test_a_size_that_the_pipeline_cannot_make_is_named(family: str, name: str, size: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be a multiple of 8.*{size[name]}"):
         build_policy(built(family), Guidance(**size, guidance_scale=1.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("flux2-klein-distilled", CFG, "guidance_scale has no effect on this Flux2KleinPipeline"),
+        ("flux2-klein", CFG | NEGATIVE, "negative_prompt has no effect on this Flux2KleinPipeline"),
+        ("flux2", NEGATIVE, "negative_prompt has no effect on this Flux2Pipeline"),
+        ("krea2", NEGATIVE, "guidance_scale 0.0 is not above 0"),
+        ("chroma", {"true_cfg_scale": 2.0}, "true_cfg_scale has no effect on this ChromaPipeline"),
+    ],
+)
+def test_guidance_without_an_effect_is_refused(name: str, changes: dict[str, Any], message: str) -> None:
+    case = CASES[name]
+    with pytest.raises(ValueError, match=message):
+        Case(case.family, case.build, case.guidance | changes).policy()
 
 
 # Loading

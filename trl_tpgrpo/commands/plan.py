@@ -113,14 +113,14 @@ class PlannedModel:
             self.largest = max(value.nbytes for value in transformer.parameters())
             model, _ = prepare_transformer(self.policy, peft_config, changed(args, plain))
         self.reward_names, self.rewards = rewards, 4 * sum(REWARD_MODELS.get(name, 0) for name in rewards)
-        self.vae, self.tile = weights_size(pipeline.vae), pipeline.vae.config.sample_size**2
+        self.vae, self.tile = weights_size(pipeline.vae), self.policy.tile_side**2
         self.encoders = sum(weights_size(encoder) for encoder in self.policy.text_encoders().values())
         self.trained = [value.numel() for value in model.parameters() if value.requires_grad]
         self.policy.device = torch.device("cpu")
         self.latent_shape = self.policy.latent_shape
         shapes, config = self.policy.text_shapes().values(), transformer.config
         self.num_text_tokens, self.prompt_size = next(iter(shapes))[0], dtype.itemsize * sum(map(math.prod, shapes))
-        tokens = math.prod(self.latent_shape) // (config.in_channels * config.patch_size**2) + self.num_text_tokens
+        tokens = math.prod(self.policy.token_grid) + self.num_text_tokens
         self.hidden = tokens * config.num_attention_heads * config.attention_head_dim
         self.layers = sum(type(module).__name__ in self.policy.repeated_blocks for module in transformer.modules())
 

@@ -158,6 +158,11 @@ class FlowPolicy(ABC):
         return self.guidance.height // self.size_multiple, self.guidance.width // self.size_multiple
 
     @property
+    def tile_side(self) -> int:
+        """Pixels along the side of a tile, of which the VAE decodes one after the other if told to."""
+        return self.pipeline.vae.config.sample_size
+
+    @property
     def num_channels(self) -> int:
         """Channels of a latent before two by two are packed."""
         return self.pipeline.transformer.config.in_channels // 4

@@ -24,7 +24,10 @@ from torch import nn
 
 from ..testbed import TESTBED
 from .base import FlowPolicy, Guidance
+from .chroma import ChromaPolicy
 from .flux import FluxPolicy
+from .flux2 import Flux2KleinPolicy, Flux2Policy
+from .krea2 import Krea2Policy
 from .qwen_image import QwenImagePolicy
 from .qwen_image_edit import QwenImageEditPolicy
 from .sd3 import SD3Policy
@@ -33,7 +36,10 @@ from .z_image import ZImagePolicy
 
 logger = logging.getLogger(__name__)
 
-POLICIES = (SD3Policy, FluxPolicy, QwenImagePolicy, QwenImageEditPolicy, ZImagePolicy)
+POLICIES = (
+    SD3Policy, FluxPolicy, QwenImagePolicy, QwenImageEditPolicy, ZImagePolicy, Flux2KleinPolicy, Flux2Policy,
+    ChromaPolicy, Krea2Policy,
+)  # fmt: skip
 SINGLE_FILES = ("sd3", "sd35_medium", "sd35_large", "flux-dev", "flux-schnell")  # diffusers' names of originals
 DTYPE = "dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype"
 """Name that `DiffusionPipeline.from_pretrained` has for it; another one it ignores."""
