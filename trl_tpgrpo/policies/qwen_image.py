@@ -23,6 +23,10 @@ class QwenImagePolicy(FlowPolicy):
     needs_negative_prompt = True
 
     @property
+    def tile_side(self) -> int:
+        return self.pipeline.vae.tile_sample_min_height
+
+    @property
     def token_grids(self) -> list[tuple[int, int, int]]:
         """Frames, rows and columns of the tokens of each image that the model is given."""
         return [(1, *self.token_grid)]

@@ -26,6 +26,10 @@ class ZImagePolicy(FlowPolicy):
     velocity_dtype = torch.float32
 
     @property
+    def width(self) -> int:
+        return self.pipeline.transformer.config.dim
+
+    @property
     def num_channels(self) -> int:
         return self.pipeline.transformer.config.in_channels
 
