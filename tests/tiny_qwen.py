@@ -142,7 +142,7 @@ def _qwen_image_vae() -> AutoencoderKLQwenImage:
 
 
 def _z_image_transformer() -> ZImageTransformer2DModel:
-    return ZImageTransformer2DModel(
+    transformer = ZImageTransformer2DModel(
         in_channels=LATENT_CHANNELS,
         dim=32,
         n_layers=2,
@@ -153,6 +153,9 @@ def _z_image_transformer() -> ZImageTransformer2DModel:
         axes_dims=[4, 6, 6],
         axes_lens=[1024, 64, 64],
     )
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)  # which is 0, or in old versions what the memory held
+    return transformer
 
 
 def _qwen2_5_vl_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:

@@ -118,10 +118,10 @@ class PlannedModel:
         self.trained = [value.numel() for value in model.parameters() if value.requires_grad]
         self.policy.device = torch.device("cpu")
         self.latent_shape = self.policy.latent_shape
-        shapes, config = self.policy.text_shapes().values(), transformer.config
+        shapes = self.policy.text_shapes().values()
         self.num_text_tokens, self.prompt_size = next(iter(shapes))[0], dtype.itemsize * sum(map(math.prod, shapes))
         tokens = math.prod(self.policy.token_grid) + self.num_text_tokens
-        self.hidden = tokens * config.num_attention_heads * config.attention_head_dim
+        self.hidden = tokens * self.policy.width
         self.layers = sum(type(module).__name__ in self.policy.repeated_blocks for module in transformer.modules())
 
     def activations(self, args: Any, batch_size: int, trains: bool = False) -> float:

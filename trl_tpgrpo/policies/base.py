@@ -163,6 +163,12 @@ class FlowPolicy(ABC):
         return self.pipeline.vae.config.sample_size
 
     @property
+    def width(self) -> int:
+        """Numbers that the transformer's blocks hold of a token."""
+        config = self.pipeline.transformer.config
+        return config.num_attention_heads * config.attention_head_dim
+
+    @property
     def num_channels(self) -> int:
         """Channels of a latent before two by two are packed."""
         return self.pipeline.transformer.config.in_channels // 4

@@ -30,6 +30,7 @@ from .flux2 import Flux2KleinPolicy, Flux2Policy
 from .kontext import KontextPolicy
 from .krea2 import Krea2Policy
 from .qwen_image import QwenImagePolicy
+from .qwen_image_edit import QwenImageEditPolicy
 from .sd3 import SD3Policy
 from .z_image import ZImagePolicy
 
@@ -37,8 +38,8 @@ from .z_image import ZImagePolicy
 logger = logging.getLogger(__name__)
 
 POLICIES = (
-    SD3Policy, FluxPolicy, KontextPolicy, QwenImagePolicy, ZImagePolicy, Flux2KleinPolicy, Flux2Policy, ChromaPolicy,
-    Krea2Policy,
+    SD3Policy, FluxPolicy, KontextPolicy, QwenImagePolicy, QwenImageEditPolicy, ZImagePolicy, Flux2KleinPolicy,
+    Flux2Policy, ChromaPolicy, Krea2Policy,
 )  # fmt: skip
 SINGLE_FILES = ("sd3", "sd35_medium", "sd35_large", "flux-dev", "flux-schnell")  # diffusers' names of originals
 DTYPE = "dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype"
@@ -223,7 +224,7 @@ def unreached_weights(policy: FlowPolicy) -> list[str]:
         like = type(transformer).from_config(config)
     latents, texts = torch.empty(1, *policy.latent_shape, device=meta), policy.empty_conditioning().to(meta)
     with torch.enable_grad():
-        predicted = policy.predict(like, latents, policy.schedule(1)[0], texts.to(torch.float32))
+        predicted = policy.predict(like, latents, policy.schedule(2)[0], texts.to(torch.float32))
         predicted.float().sum().backward()
     unreached = [name for name, value in like.named_parameters() if value.grad is None]
     if unreached:

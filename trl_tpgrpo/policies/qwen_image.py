@@ -22,12 +22,18 @@ class QwenImagePolicy(FlowPolicy):
     guidance_option = "true_cfg_scale"
     needs_negative_prompt = True
 
+    @property
+    def tile_side(self) -> int:
+        return self.pipeline.vae.tile_sample_min_height
+
+    @property
+    def token_grids(self) -> list[tuple[int, int, int]]:
+        """Frames, rows and columns of the tokens of each image that the model is given."""
+        return [(1, *self.token_grid)]
+
     def encode_texts(self, texts: list[str], images: list[Image.Image] | None) -> Texts:
         options = {"device": self.device, "max_sequence_length": self.text_length}
-        embeds, mask = self.pipeline.encode_prompt(texts, **options)
-        if mask is None:
-            return {"prompt_embeds": embeds}
-        return {"prompt_embeds": [text[own.bool()] for text, own in zip(embeds, mask, strict=True)]}
+        return {"prompt_embeds": own_tokens(*self.pipeline.encode_prompt(texts, **options))}
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (self.text_length, self.pipeline.transformer.config.joint_attention_dim)}
@@ -40,7 +46,7 @@ class QwenImagePolicy(FlowPolicy):
             guidance=None,
             encoder_hidden_states_mask=texts.mask(),
             encoder_hidden_states=texts.tensors["prompt_embeds"],
-            img_shapes=[[(1, *self.token_grid)]] * number,
+            img_shapes=[self.token_grids] * number,
             attention_kwargs={},
             return_dict=False,
         )[0]
@@ -59,3 +65,8 @@ class QwenImagePolicy(FlowPolicy):
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         return unpacked / (1.0 / std) + mean  # the pipeline's own rounding
+
+
+def own_tokens(embeds: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """Return the texts (N, S, C) without their padding."""
+    return list(embeds) if mask is None else [text[own.bool()] for text, own in zip(embeds, mask, strict=True)]

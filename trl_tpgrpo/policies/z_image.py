@@ -26,6 +26,10 @@ class ZImagePolicy(FlowPolicy):
     velocity_dtype = torch.float32
 
     @property
+    def width(self) -> int:
+        return self.pipeline.transformer.config.dim
+
+    @property
     def num_channels(self) -> int:
         return self.pipeline.transformer.config.in_channels
 
@@ -42,7 +46,8 @@ class ZImagePolicy(FlowPolicy):
         return {"prompt_embeds": (self.text_length, self.pipeline.transformer.config.cap_feat_dim)}
 
     def sigmas(self, num_inference_steps: int) -> np.ndarray:
-        return torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps).numpy()  # not numpy's rounding
+        # numpy's differ in the last bit, and in plans the default device is another
+        return torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps, device="cpu").numpy()
 
     def predict(self, model: nn.Module, latents: Tensor, step: Step, texts: Conditioning) -> Tensor:
         time = (1000 - step.timestep.to(latents.device).expand(len(latents))) / 1000
