@@ -1,4 +1,4 @@
-"""TurningPoint-GRPO for flow-matching text-to-image models, as a trainer for TRL."""
+"""TurningPoint-GRPO for flow-matching image models, as a trainer for TRL."""
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version

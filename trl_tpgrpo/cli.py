@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     listing = "\n".join(f"  {name:<{width}}  {help_text}" for name, help_text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="trl-tpgrpo",
-        description="TurningPoint-GRPO for flow-matching text-to-image models.",
+        description="TurningPoint-GRPO for flow-matching image models.",
         epilog=f"commands:\n{listing}\n\nEach has its own help: trl-tpgrpo train --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

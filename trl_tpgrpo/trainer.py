@@ -48,7 +48,7 @@ from .rollouts import Rollouts
 
 class TPGRPOTrainer(_BaseTrainer):
     """
-    Trainer for TurningPoint-GRPO (arXiv 2602.06422): reinforcement learning of flow-matching text-to-image models with
+    Trainer for TurningPoint-GRPO (arXiv 2602.06422): reinforcement learning of flow-matching image models with
     step-level credit.
 
     ```python
