@@ -4,15 +4,19 @@
 """
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
 
 import trl_tpgrpo
+from trl_tpgrpo.policies.loading import POLICIES
 
 
 ROOT = Path(trl_tpgrpo.__file__).parent
+FAMILY = re.compile(r"flux|sd3|sd\.?3|qwen|z.?image|krea|chroma|kontext|stable.?diffusion", re.IGNORECASE)
 FILES = sorted(ROOT.rglob("*.py"))
 HEART = ["config.py", "trainer.py", "data.py", "rollouts.py", "batches.py", "metrics.py", "algorithm", "policies",
          "rewards/scorer.py", "rewards/contract.py"]  # fmt: skip
@@ -58,11 +62,17 @@ def lines(paths: list[Path]) -> int:
     return sum(len(path.read_text().splitlines()) for path in paths)
 
 
+def families() -> set[Path]:
+    """The files that know one family each."""
+    return {Path(inspect.getfile(policy)) for policy in POLICIES}
+
+
 def heart() -> int:
-    """Count the lines, blank ones aside, of what a change of the method touches, with all of `policies/`."""
+    """Count the lines, blank ones aside, of what a change of the method touches, with `policies/` but for families."""
     named = [ROOT / name for name in HEART]
     files = [file for path in named for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
-    return sum(bool(line.strip()) for file in files for line in file.read_text().splitlines())
+    counted = [file for file in files if file not in families()]
+    return sum(bool(line.strip()) for file in counted for line in file.read_text().splitlines())
 
 
 def lengths() -> dict[str, int]:
@@ -114,6 +124,36 @@ def without_verb() -> tuple[list[str], int]:
 
 def test_ls_tells_the_story() -> None:
     assert len(entries()) <= 14, entries()
+
+
+def test_a_family_is_a_short_file_and_the_base_stays_short() -> None:
+    assert len(families()) >= 9
+    assert not {path.name: lines([path]) for path in families() if lines([path]) >= 90}
+    assert lines([ROOT / "policies/base.py"]) < 350
+
+
+def words(path: Path) -> list[str]:
+    """The names and texts of a file's code, without docstrings, which may say what was tried."""
+    nodes = list(ast.walk(tree(path)))
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    texts = [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+    ]
+    kinds = {ast.Name: "id", ast.Attribute: "attr", ast.alias: "name", ast.FunctionDef: "name", ast.ClassDef: "name"}
+    return texts + [getattr(node, kinds[type(node)]) for node in nodes if type(node) in kinds]
+
+
+def test_only_policies_and_the_config_files_for_plans_know_a_family() -> None:
+    known = {path.name: {word for word in words(path) if FAMILY.search(word)} for path in outside_policies()}
+    assert not {name: found for name, found in known.items() if found}
+    assert any(FAMILY.search(word) for word in words(ROOT / "policies/loading.py"))  # so it could have found some
+
+
+def outside_policies() -> list[Path]:
+    """The package's files but for `policies/` and the table of architectures."""
+    return [path for path in FILES if not {"policies", "architectures"} & set(path.relative_to(ROOT).parts)]
 
 
 def test_the_heart_and_the_whole_stay_small() -> None:

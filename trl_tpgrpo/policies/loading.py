@@ -20,6 +20,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.quantizers.quantization_config import QuantizationMethod
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..testbed import TESTBED
@@ -196,6 +197,8 @@ def prepare_transformer(
         model = transformer.requires_grad_(True)
         for name in left_out:
             transformer.get_parameter(name).requires_grad_(False)
+        if left_out:
+            _tell_left_out(left_out)
         if args.beta > 0:
             reference = copy.deepcopy(transformer).requires_grad_(False).eval()
     elif args.offload_reference:
@@ -226,20 +229,24 @@ def unreached_weights(policy: FlowPolicy) -> list[str]:
     with torch.enable_grad():
         predicted = policy.predict(like, latents, policy.schedule(2)[0], texts.to(torch.float32))
         predicted.float().sum().backward()
-    unreached = [name for name, value in like.named_parameters() if value.grad is None]
-    if unreached:
-        names = ", ".join(unreached)
-        logger.warning("No gradient reaches %d weights, which are not trained: %s.", len(unreached), names)
-    return unreached
+    return [name for name, value in like.named_parameters() if value.grad is None]
 
 
 def _exclude(peft_config: LoraConfig, modules: set[str]) -> None:
-    """Leave modules, by their whole names, out of an adapter, besides those that its config excludes."""
+    """Leave modules, by their whole names, out of an adapter that would have them, besides those that it excludes."""
+    targeted = sorted(name for name in modules if check_target_module_exists(peft_config, name))
+    if not targeted:
+        return
+    _tell_left_out(targeted)
     given = peft_config.exclude_modules or []
-    if modules and isinstance(given, str):  # a regular expression
-        peft_config.exclude_modules = "|".join([f"({given})", *map(re.escape, sorted(modules))])
-    elif modules:
-        peft_config.exclude_modules = sorted({*given, *modules})
+    if isinstance(given, str):  # a regular expression
+        peft_config.exclude_modules = "|".join([f"({given})", *map(re.escape, targeted)])
+    else:
+        peft_config.exclude_modules = [*given, *targeted]
+
+
+def _tell_left_out(names: list[str]) -> None:
+    logger.warning("Not trained, as no gradient reaches them: %s.", ", ".join(names))
 
 
 def _check_weights(transformer: ModelMixin, are_trained: bool) -> None:
