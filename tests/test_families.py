@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from families import FAMILIES
-from test_trainer import build, logged, lora, trained
+from test_trainer import brightness, build, logged, lora, trained
 
 from trl_tpgrpo import batches
 from trl_tpgrpo.policies.loading import unreached_weights
@@ -42,6 +42,31 @@ def test_the_first_ratio_is_exactly_one_with_texts_of_mixed_length(
     )  # fmt: skip
     trainer.train()
     assert logged(trainer, "ratio/max_deviation") == [0.0] * 3
+
+
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-3}  # docs/troubleshooting.md says what was measured
+
+
+def brightness_of_some(images: list, prompts: list[str], **columns: object) -> list[float]:
+    """A reward that tells no two images of one prompt apart."""
+    rewards = zip(prompts, brightness(images), strict=True)
+    return [0.0 if prompt == "a circle" else reward for prompt, reward in rewards]
+
+
+@every_family
+@pytest.mark.parametrize("dtype", ROUNDING, ids=["fp32", "bf16"])
+def test_fewer_rows_in_training_than_in_the_rollout_move_the_first_ratio_by_rounding_alone(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Transitions without advantage are left out, and a group shares what precedes its first SDE step."""
+    trainer = trainer_of(
+        name, tmp_path, dtype, bf16=dtype == torch.bfloat16, train_dataset=MIXED, reward_funcs=brightness_of_some,
+        beta=0.0, share_initial_noise=True, log_prob_type="gaussian", learning_rate=0.0, generation_batch_size=12,
+        gradient_accumulation_steps=1, max_steps=3, optim="sgd",
+    )  # fmt: skip
+    trainer.train()
+    assert sum(logged(trainer, "num_train_evaluations")) < 12 * trainer.args.num_sde_steps
+    assert max(logged(trainer, "ratio/max_deviation")) <= ROUNDING[dtype]
 
 
 @every_family
