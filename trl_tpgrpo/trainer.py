@@ -70,7 +70,8 @@ class TPGRPOTrainer(_BaseTrainer):
         args ([`TPGRPOConfig`], *optional*):
             Settings. `None`: the paper's.
         train_dataset ([`~datasets.Dataset`], *optional*):
-            Rows with a string in the column `"prompt"`; other columns are passed to the reward functions.
+            Rows with a string in the column `"prompt"` and, for models that edit, an image in `"image"`; columns other
+            than the prompt are passed to the reward functions.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             The same for evaluation.
         eval_reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
