@@ -44,7 +44,7 @@ def test_the_first_ratio_is_exactly_one_with_texts_of_mixed_length(
     assert logged(trainer, "ratio/max_deviation") == [0.0] * 3
 
 
-ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-3}  # docs/troubleshooting.md says what was measured
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-3}  # docs/troubleshooting.md says what was measured
 
 
 def brightness_of_some(images: list, prompts: list[str], **columns: object) -> list[float]:
