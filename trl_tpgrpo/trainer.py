@@ -70,7 +70,7 @@ class TPGRPOTrainer(_BaseTrainer):
         args ([`TPGRPOConfig`], *optional*):
             Settings. `None`: the paper's.
         train_dataset ([`~datasets.Dataset`], *optional*):
-            Rows with a string in `"prompt"`, to edit an image in `"image"`; all but the prompt also goes to the rewards.
+            Rows with a string in `"prompt"`, to edit an image in `"image"`; rewards get all but the prompt besides.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             The same for evaluation.
         eval_reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
