@@ -249,7 +249,8 @@ def test_a_checkpoint_of_version_0_1_0_is_resumed(tmp_path: Path, monkeypatch: p
     whole = build(tmp_path, **INSIDE_A_ROLLOUT)
     whole.train()
     as_version_0_1_0_saved(tmp_path / "checkpoint-1/rollout_0.pt", monkeypatch)
-    assert b"trl_tpgrpo.trajectories" in (tmp_path / "checkpoint-1/rollout_0.pt").read_bytes()
+    written = (tmp_path / "checkpoint-1/rollout_0.pt").read_bytes()
+    assert b"trl_tpgrpo.trajectories" in written and b"trl_tpgrpo.policies.base" in written
     resumed = build(tmp_path / "resumed", **INSIDE_A_ROLLOUT)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert_same(trained(whole), trained(resumed))

@@ -145,7 +145,10 @@ class Trajectories:
 
 # What may be in the file of a rollout that is in use when a checkpoint is saved, also under the names of version 0.1.0
 SAVED_CLASSES: list[Any] = [Conditioning, CreditedSteps, CreditRule, RewardTable, Schedule, Trajectories, Window]
-FORMER = {"credit": (CreditRule, RewardTable), "trajectories": (Trajectories,), "rollout": (Window,)}
+FORMER: dict[str, tuple] = {
+    "credit": (CreditRule, RewardTable), "trajectories": (Trajectories,), "rollout": (Window,),
+    "policies.base": (Conditioning, Schedule),
+}  # fmt: skip
 SAVED_CLASSES += [(one, f"trl_tpgrpo.{module}.{one.__name__}") for module, known in FORMER.items() for one in known]
 
 

@@ -220,16 +220,23 @@ def unreached_weights(policy: FlowPolicy) -> list[str]:
     """Return the names of weights that no gradient reaches, by a backward pass of the architecture without weights.
 
     Some blocks end in outputs that nothing reads: DDP would wait for their gradients, and an adapter would be of none.
+    A transformer that reads numbers of its inputs cannot be searched so: none is returned, and the first backward pass
+    names those without a gradient.
     """
     transformer, meta = policy.pipeline.transformer, torch.device("meta")
     config = {name: value for name, value in transformer.config.items() if name != "quantization_config"}
     with meta:
         like = type(transformer).from_config(config)
     latents, texts = torch.empty(1, *policy.latent_shape, device=meta), policy.empty_conditioning().to(meta)
-    with torch.enable_grad():
-        predicted = policy.predict(like, latents, policy.schedule(2)[0], texts.to(torch.float32))
+    try:
+        with torch.enable_grad():
+            predicted = policy.predict(like, latents, policy.schedule(2)[0], texts.to(torch.float32))
         predicted.float().sum().backward()
-    return [name for name, value in like.named_parameters() if value.grad is None]
+    except (NotImplementedError, RuntimeError) as error:  # of numbers that meta tensors do not have
+        logger.info("Weights that no gradient reaches are not searched for: %s", error)
+        return []
+    own = dict(transformer.named_parameters())
+    return [name for name, value in like.named_parameters() if value.grad is None and name in own]
 
 
 def _exclude(peft_config: LoraConfig, modules: set[str]) -> None:
