@@ -176,4 +176,4 @@ def sample(pipeline: Any, prompt: str, number: int, seed: int, options: dict) ->
     from torch import Generator
 
     generators = [Generator("cpu").manual_seed(seed + index) for index in range(number)]
-    return [pipeline(prompt, generator=generator, **options).images[0] for generator in generators]
+    return [pipeline(prompt=prompt, generator=generator, **options).images[0] for generator in generators]
