@@ -17,6 +17,7 @@ from tiny_qwen import tiny_qwen_image_edit
 from torch import Tensor
 
 from trl_tpgrpo.algorithm.rollout import roll_out
+from trl_tpgrpo.commands.sample import input_options
 from trl_tpgrpo.policies.base import FlowPolicy, Guidance, to_images
 from trl_tpgrpo.policies.conditioning import Conditioning
 from trl_tpgrpo.policies.embeddings import Prompt, PromptEmbeddings
@@ -103,6 +104,15 @@ def test_an_image_alone_is_resized_as_the_pipeline_does(case: Case) -> None:
     image = pictures(case.height // 2, case.width // 2)[0]
     latents = ode_latents(policy, policy.encode([PROMPTS[0]], [image]))
     assert torch.equal(latents, call_pipeline(policy, image, 1, output_type="latent").float())
+
+
+@every_case
+def test_an_image_of_another_shape_is_given_to_the_pipeline_in_its_size(case: Case) -> None:
+    policy = case.policy()
+    image, size = pictures(case.height + 8, case.width)[0], (case.height, case.width)
+    given = input_options(policy.pipeline, [image], *size)[0]
+    latents = ode_latents(policy, policy.encode([PROMPTS[0]], [image]))
+    assert torch.equal(latents, call_pipeline(policy, number=1, output_type="latent", **given).float())
 
 
 def test_texts_and_images_matter() -> None:

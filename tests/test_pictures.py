@@ -159,7 +159,7 @@ def test_images_are_of_a_size_that_can_be_seen(size: int, shown: int) -> None:
 def test_a_grid_shows_the_images_under_their_prompts() -> None:
     colours = ["red", "green", "blue", "yellow", "cyan"]
     images = [picture(32, colour) for colour in colours]
-    shown = grid({"a prompt": [(image, 0.5) for image in images], "another": [(images[0], 0.25)]})
+    shown = grid([("a prompt", [(image, 0.5) for image in images]), ("another", [(images[0], 0.25)])])
     width, height = resized(images[0]).width + 2 * GAP, resized(images[0]).height + TITLE + CAPTION
     assert shown.size == (4 * width, 3 * height)  # the first in rows of 4 and 1
     for index, colour in {0: "red", 3: "yellow", 4: "cyan", 8: "red"}.items():
@@ -171,6 +171,6 @@ def test_a_grid_shows_the_images_under_their_prompts() -> None:
 
 def test_long_prompts_are_cut_off_and_short_rows_leave_them_room() -> None:
     image = picture(256, "red")
-    short, long, longer = (grid({text: [(image, 0.5)]}) for text in ("a prompt", "word " * 20, "word " * 40))
+    short, long, longer = (grid([(text, [(image, 0.5)])]) for text in ("a prompt", "word " * 20, "word " * 40))
     assert short.width == long.width >= 360
     assert (np.asarray(long) == np.asarray(longer)).all() and (np.asarray(short) != np.asarray(long)).any()

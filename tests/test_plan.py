@@ -29,7 +29,6 @@ from trl_tpgrpo.commands.architectures import FOLDERS, architecture_folder, load
 from trl_tpgrpo.commands.hours import GIB, UTILISATION, Flops, count_evaluated, count_flops, find_gpu, time_rows
 from trl_tpgrpo.commands.plan import (
     CONTEXT,
-    DECODING,
     REWARD_MODELS,
     PlannedConfig,
     PlannedModel,
@@ -43,7 +42,7 @@ from trl_tpgrpo.commands.plan import (
     savings,
     weights_size,
 )
-from trl_tpgrpo.policies.base import Guidance
+from trl_tpgrpo.policies.base import FlowPolicy, Guidance
 from trl_tpgrpo.policies.loading import build_policy, prepare_transformer
 
 
@@ -412,7 +411,7 @@ def test_what_the_vae_needs_is_what_is_allocated() -> None:
     latents = torch.zeros(2, 16, 8, 8)
     with torch.no_grad():
         most = allocated(lambda: vae.decode(latents))
-    assert 0.5 * most < DECODING * 4 * 2 * 64 * 64 < 1.1 * most
+    assert 0.5 * most < FlowPolicy.decoding * 4 * 2 * 64 * 64 < 1.1 * most
 
 
 def test_weights_and_states_are_those_of_real_tensors(tmp_path: Path) -> None:

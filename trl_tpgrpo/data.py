@@ -6,11 +6,14 @@ from itertools import islice
 from typing import Any, TypeAlias
 
 import PIL.Image
-from datasets import Dataset
+from datasets import Dataset, Image
 from transformers import TrainerCallback, TrainerState
 from trl.trainer.utils import RepeatSampler
 
 from .rewards.contract import RESERVED_COLUMNS, RewardFunc, check_signature
+
+
+READ_AT_ONCE = 100  # rows with images, which a selection of a dataset copies
 
 
 Datasets: TypeAlias = Dataset | dict[str, Dataset] | None  # for evaluation: one, several by name, or none
@@ -84,12 +87,23 @@ def prompt_columns(named: dict[str, Any], takes_image: bool) -> list[str]:
     for name, dataset in named.items() if takes_image else ():
         if isinstance(dataset, dict):
             prompt_columns(dataset, takes_image)
-        elif dataset is not None and "image" not in (columns := _columns(dataset)):
-            raise ValueError(f"{name} needs a column 'image', which the prompts of this model change, got {columns}.")
-        elif dataset is not None and not isinstance(image := dataset[0]["image"], PIL.Image.Image):
-            kind = type(image).__name__
-            raise ValueError(f"{name}: the column 'image' must hold images (datasets.Image), got {kind}.")
+        elif dataset is not None:
+            _check_images(name, dataset)
     return ["prompt", "image"] if takes_image else ["prompt"]
+
+
+def _check_images(name: str, dataset: Dataset) -> None:
+    if "image" not in (columns := _columns(dataset)):
+        raise ValueError(f"{name} needs a column 'image', which the prompts of this model change, got {columns}.")
+    if isinstance(dataset.features.get("image"), Image):
+        batches = dataset.select_columns("image").with_format("arrow").iter(READ_AT_ONCE)
+        absent = (is_null.as_py() for batch in batches for is_null in batch["image"].is_null())
+        for row in (row for row, is_absent in enumerate(absent) if is_absent):
+            raise ValueError(f"{name}: the image of row {row} is missing.")
+    if not isinstance(image := dataset[0]["image"], PIL.Image.Image):
+        kind = type(image).__name__
+        remedy = "dataset.cast_column('image', datasets.Image()), or a folder of images with a metadata.jsonl"
+        raise ValueError(f"{name}: the column 'image' must hold images, got {kind}. Of paths {remedy} makes images.")
 
 
 def needed_rows(train: Dataset | None, evaluation: Datasets, args: Any, columns: list[str]) -> list[dict[str, Any]]:

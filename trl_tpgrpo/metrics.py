@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 
@@ -135,7 +135,7 @@ def _credit_metrics(table: RewardTable) -> dict[str, Tensor]:
     return metrics
 
 
-def image_variety(images: list[Image.Image], prompts: list[str]) -> Tensor:
+def image_variety(images: list[Image.Image], prompts: Sequence[Hashable]) -> Tensor:
     """Return a pixel's deviation among the images of each of P prompts, neighbours of one size: (P,); NaN for one."""
     pixels = torch.stack([_thumbnail(image) for image in images])
     sizes = [len(list(group)) for _, group in groupby(prompts)]

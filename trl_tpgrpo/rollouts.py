@@ -64,6 +64,7 @@ class Pending:
     """Trajectories whose M images are being scored."""
 
     rollout: Rollout
+    prompts: list[int]  # B, indices of the rows' prompts
     images: list[Image.Image]
     scoring: Scoring
 
@@ -169,9 +170,9 @@ class Rollouts:
 
     def _finish_sweep(self, pending: Pending) -> Sampled:
         """Wait for a sweep's rewards, and keep no image of it but what callbacks want to see."""
-        sampled, prompts = self._scored(pending, "train"), pending.scoring.batch.prompts
+        sampled = self._scored(pending, "train")
         final = sampled.rollout.image_of[:, -1].tolist()
-        variety = image_variety([sampled.images[index] for index in final], [prompts[index] for index in final])
+        variety = image_variety([sampled.images[index] for index in final], pending.prompts)
         self.metrics["train"].record("image_variety", variety, "nanmean")
         self.samples.keep(sampled)
         return sampled.without_images()
@@ -234,7 +235,8 @@ class Rollouts:
         except RewardError as inapplicable:  # on this process alone
             error = error or inapplicable
         self._stop_together(error)
-        self.samples.keep_evaluated(prompts, sampled.images, self.weighted(rewards[:, :trained, -1]))
+        keys = [Prompt.of(row, self.policy.takes_image) for row in rows]
+        self.samples.keep_evaluated(prompts, keys, sampled.images, self.weighted(rewards[:, :trained, -1]))
         # Not by gather_for_metrics, which takes the dataset's length for the number of rows.
         num_left = num_rows - first + self.accelerator.process_index * len(rows)
         final = self.accelerator.gather(rewards[:, :, -1].to(self.args.device)).cpu()[:num_left]
@@ -322,7 +324,7 @@ class Rollouts:
             extra = {"trainer_state": self._state(), "log_metric": log_metric}
             with on_device(self._offloaded, self.args.device, self.args.offload_between_phases):
                 scoring = self.scorer.start(reward_funcs, batch, extra, advance)
-        return Pending(rollout, images, scoring)
+        return Pending(rollout, encoded.prompts.tolist(), images, scoring)
 
     def _scored(self, pending: Pending, mode: str) -> Sampled:
         """Wait for the rewards; an error that has to stop the run is in the result, so that no process stops alone."""

@@ -117,10 +117,10 @@ class TPGRPOTrainer(_BaseTrainer):
         set_seed(args.seed)  # before the adapter's random weights
         self.policy = loading.load_policy(model, args, use_lora=peft_config is not None)
         transformer, frozen_copy = loading.prepare_transformer(self.policy, peft_config, args)
-        parts = transformer, self.policy.pipeline, self.reward_func_names, train_dataset
-        self._run_parts = resuming.describe_parts(*parts)
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         columns = prompt_columns(datasets, self.policy.takes_image)
+        parts = transformer, self.policy.pipeline, self.reward_func_names, train_dataset
+        self._run_parts = resuming.describe_parts(*parts, self.policy.takes_image)
         self._shown_rows = sample_rows([eval_dataset, train_dataset], columns)
         embeddings = PromptEmbeddings(self.policy, args.prompt_embeds_dir)
         self.policy.to(args.device)
@@ -387,6 +387,7 @@ class TPGRPOTrainer(_BaseTrainer):
         """Return rewards of images sampled by the ODE in `num_inference_steps_eval` steps, from the same noise."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
             check_datasets(None, eval_dataset, self.reward_funcs, self.eval_reward_funcs, self.args)
+            prompt_columns({"eval_dataset": eval_dataset}, self.policy.takes_image)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
         self._metrics["eval"].clear()
         sharding.prepare_to_evaluate(self)

@@ -70,7 +70,7 @@ class PictureCallback(SampleCallback):
         folder = Path(args.output_dir) / "images" / sample.prefix
         folder.mkdir(parents=True, exist_ok=True)
         scored = (list(zip(*pair, strict=True)) for pair in zip(sample.images, sample.rewards, strict=True))
-        shown = grid(dict(zip(sample.prompts, scored, strict=True)))
+        shown = grid(list(zip(sample.prompts, map(list, scored), strict=True)))
         shown.save(folder / f"step_{state.global_step:06d}.png")
         name = sample.prefix.replace("_", "/", 1)  # as transformers names the metrics of evaluations
         self._send(Pictures({f"{name}{'_' if '/' in name else '/'}images": shown}), state.global_step)
@@ -89,15 +89,14 @@ class PictureCallback(SampleCallback):
 def rollout_pictures(sample: RolloutSample) -> Pictures:
     """Return the sample's images with prompts and rewards, and what the histograms of the whole rollout show."""
     own, rewards = [images[-1] for images in sample.images], sample.rewards[:, -1].tolist()
-    by_prompt: dict[str, list[tuple[Image.Image, float]]] = {}
-    for prompt, image, reward in zip(sample.prompts, own, rewards, strict=True):
-        by_prompt.setdefault(prompt, []).append((image, reward))
+    scored, size = list(zip(own, rewards, strict=True)), sample.table.num_generations
+    groups = [(sample.prompts[first], scored[first : first + size]) for first in range(0, len(scored), size)]
     captions = [f"{prompt}: {reward:.3f}" for prompt, reward in zip(sample.prompts, rewards, strict=True)]
     spread = {"rewards": sample.table.rewards[:, -1], "advantages": sample.table.advantages}
     if sample.rewards.shape[1] > 1:
         spread["step_rewards"] = sample.table.step_rewards
     return Pictures(
-        captioned={"rollout/samples": (list(zip(own, captions, strict=True)), grid(by_prompt))},
+        captioned={"rollout/samples": (list(zip(own, captions, strict=True)), grid(groups))},
         histograms={f"rollout/{name}": tensor[tensor.isfinite()].numpy() for name, tensor in spread.items()},
     )
 
@@ -137,20 +136,20 @@ def to_library(library: str, pictures: Pictures, step: int) -> None:
     module.log(media | {"train/global_step": step})
 
 
-def grid(shown: dict[str, list[tuple[Image.Image, float]]], names: Sequence[str] = ()) -> Image.Image:
+def grid(shown: list[tuple[str, list[tuple[Image.Image, float]]]], names: Sequence[str] = ()) -> Image.Image:
     """Draw each prompt above its images, with rewards below these, in rows of 4 (more if images are narrow).
 
     `names` of the images of a prompt stand before the rewards.
     """
-    labels = [f"{name} " for name in names] + [""] * max(map(len, shown.values()))
+    labels = [f"{name} " for name in names] + [""] * max(len(images) for _, images in shown)
     rows = [
         [_cell(image, f"{label}{reward:.3f}") for label, (image, reward) in zip(labels, images, strict=False)]
-        for images in shown.values()
+        for _, images in shown
     ]
     columns = max(min(4, max(map(len, rows))), -(-TITLE_WIDTH // rows[0][0].width))
     cells: list[Image.Image] = []
     titles: list[str] = []
-    for prompt, row in zip(shown, rows, strict=True):
+    for (prompt, _), row in zip(shown, rows, strict=True):
         cells += row + [Image.new("RGB", row[0].size, PAPER)] * (-len(row) % columns)
         titles += [prompt] + [""] * ((len(row) - 1) // columns)
     picture = make_image_grid(cells, len(titles), columns)

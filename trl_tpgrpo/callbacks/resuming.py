@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Image
 from diffusers import DiffusionPipeline
 from peft import PeftModel
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 logger = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"  # in a checkpoint: what its run was given
-SAMPLED = 4096  # numbers of each weight by which a model is recognised
+SAMPLED = 4096  # numbers of each weight by which a model is recognised, and bytes of an image
+READ_AT_ONCE = 100  # rows with images, which a selection of a dataset copies
 # What says how a run is carried out, watched and stored, or how long it is: it may change without being accepted.
 FREE = (
     "max_steps", "num_train_epochs", "disable_tqdm", "log_*", "logging_*", "eval_*", "*_eval", "*_eval_*", "save_*",
@@ -48,17 +50,41 @@ def describe_settings(args: Any, guidance: Any) -> dict[str, Any]:
     return {"settings": settings, "given": sorted({*args.given, "bf16"} - {*LAYOUT, "generation_batch_size"})}
 
 
-def describe_parts(model: nn.Module, pipeline: DiffusionPipeline, rewards: list[str], train: Any) -> dict[str, Any]:
-    """Return what a run consists of besides its settings: adapter, models, prompts of `train`, names of rewards."""
+def describe_parts(
+    model: nn.Module, pipeline: DiffusionPipeline, rewards: list[str], train: Any, takes_image: bool
+) -> dict[str, Any]:
+    """Return what a run consists of besides its settings: adapter, models, prompts of `train`, rewards."""
     adapter = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else {}
     models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    prompts = json.dumps([] if train is None else list(train["prompt"])).encode()
+    prompts = json.dumps([] if train is None else list(train["prompt"]))
+    prompts += image_digest(train, "image") if takes_image and train is not None else ""
     return {
         "peft_config": {name: _plain(adapter.get(name)) for name in ADAPTER} if adapter else None,
         "model": {name: fingerprint(part) for name, part in models.items()},
-        "train_dataset": f"{0 if train is None else len(train)} prompts, {sha256(prompts).hexdigest()[:8]}",
+        "train_dataset": f"{0 if train is None else len(train)} prompts, {sha256(prompts.encode()).hexdigest()[:8]}",
         "reward_funcs": rewards,
     }
+
+
+def image_digest(dataset: Any, column: str) -> str:
+    """Hash the lengths and ends of a dataset's encoded images; `""` for a column that is not of `datasets.Image`."""
+    if not isinstance(dataset.features.get(column), Image):
+        return ""
+    digest = sha256()
+    for batch in dataset.select_columns(column).with_format("arrow").iter(READ_AT_ONCE):
+        for image in batch[column]:
+            encoded = _encoded(image) if image.is_valid else b""
+            digest.update(f"{len(encoded)} ".encode())
+            digest.update(encoded[-SAMPLED:])
+    return digest.hexdigest()
+
+
+def _encoded(image: Any) -> Any:
+    """Return the bytes of Arrow's `bytes` or, without any, of the file at its `path`."""
+    if (data := image["bytes"].as_buffer()) is not None:
+        return data
+    path = Path(image["path"].as_py())
+    return path.read_bytes() if path.is_file() else str(path).encode()
 
 
 def fingerprint(module: nn.Module) -> str:

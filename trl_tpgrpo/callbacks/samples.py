@@ -1,5 +1,6 @@
 """Samples of a run for callbacks that want to see some: their interface, and what is kept for them until then."""
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +93,7 @@ class Samples:
         self._waiting: list[SampleCallback] = []
         self._images: list[list[Image.Image]] = []
         self._extra: list[dict[str, Any]] = []
-        self._evaluated: dict[str, list[tuple[Image.Image, float]]] = {}
+        self._evaluated: dict[Hashable, tuple[str, list[tuple[Image.Image, float]]]] = {}
 
     def _callbacks(self) -> list[SampleCallback]:
         return [one for one in self._handler.callbacks if self._is_main and isinstance(one, SampleCallback)]
@@ -123,12 +124,18 @@ class Samples:
         """Forget the evaluation before."""
         self._evaluated = {}
 
-    def keep_evaluated(self, prompts: list[str], images: list[Image.Image], rewards: Tensor) -> None:
-        """Keep the first images of the first prompts of an evaluation, with their weighted rewards (B,)."""
-        for prompt, image, reward in zip(prompts, images, rewards.tolist(), strict=True) if self._callbacks() else []:
-            if prompt not in self._evaluated and len(self._evaluated) == NUM_EVALUATION_PROMPTS:
+    def keep_evaluated(
+        self, prompts: list[str], keys: Sequence[Hashable], images: list[Image.Image], rewards: Tensor
+    ) -> None:
+        """Keep the first images of the first prompts of an evaluation, with their weighted rewards (B,).
+
+        `keys` tell prompts apart that come with different images.
+        """
+        scored = zip(keys, prompts, images, rewards.tolist(), strict=True)
+        for key, prompt, image, reward in scored if self._callbacks() else ():
+            if key not in self._evaluated and len(self._evaluated) == NUM_EVALUATION_PROMPTS:
                 return
-            kept = self._evaluated.setdefault(prompt, [])
+            kept = self._evaluated.setdefault(key, (prompt, []))[1]
             if len(kept) < min(NUM_EVALUATION_IMAGES, self._args.num_generations_eval):
                 kept.append((image, reward))
 
@@ -136,8 +143,9 @@ class Samples:
         """Hand the sample out; a dictionary of datasets ends after the last of them, with nothing of its own."""
         evaluated, self._evaluated = self._evaluated, {}
         if evaluated:
-            images = [[image for image, _ in kept] for kept in evaluated.values()]
-            rewards = [[reward for _, reward in kept] for kept in evaluated.values()]
-            sample = EvaluationSample(prefix, list(evaluated), images, rewards)
+            prompts = [prompt for prompt, _ in evaluated.values()]
+            images = [[image for image, _ in kept] for _, kept in evaluated.values()]
+            rewards = [[reward for _, reward in kept] for _, kept in evaluated.values()]
+            sample = EvaluationSample(prefix, prompts, images, rewards)
             for callback in self._callbacks():
                 callback.on_evaluation_end(self._args, state, control, sample=sample)

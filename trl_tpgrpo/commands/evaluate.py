@@ -13,12 +13,14 @@ from typing import Annotated, Any
 import torch
 from accelerate import skip_first_batches
 from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ..algorithm.comparison import compare
 from ..callbacks.pictures import grid
+from ..callbacks.resuming import image_digest
 from ..config import described
 from ..policies.weights import load_weights
 from . import sample, train
@@ -121,7 +123,10 @@ def settings_of(
     """Return what images and rewards depend on by name, as JSON gives it back."""
     known = {**vars(script_args), **vars(model_args), **vars(dataset_args), **vars(args), **vars(own)}
     found = {name: known[name] for name in (*SETTINGS, *(SDE_SETTINGS if own.sampler == "sde" else ()))}
-    rows = json.dumps(trainer.eval_dataset.with_format("arrow")[:].to_pylist(), default=str)
+    prompts = trainer.eval_dataset
+    images = [name for name, feature in prompts.features.items() if isinstance(feature, ImageFeature)]
+    rows = json.dumps(prompts.remove_columns(images).with_format("arrow")[:].to_pylist(), default=str)
+    rows += "".join(image_digest(prompts, name) for name in images)
     found |= {"num_prompts": len(trainer.eval_dataset), "num_processes": args.world_size}
     return as_json({**found, "prompts": hashlib.sha256(rows.encode()).hexdigest()})
 
@@ -171,7 +176,7 @@ def report(trainer: Any, results: Results, by: str | None) -> None:
     print(table(summary, by))  # noqa: T201
     images = [
         {
-            **prompts[index * len(prompts) // results.num_images],
+            **without_images(prompts[index * len(prompts) // results.num_images]),
             "rewards": {model: dict(zip(names, row[index].tolist(), strict=True)) for model, row in rewards.items()},
             "files": {name: str(results.file(name, index).relative_to(output_dir)) for name in rewards},
         }
@@ -182,8 +187,13 @@ def report(trainer: Any, results: Results, by: str | None) -> None:
     (output_dir / "evaluation.json").write_text(json.dumps(as_json({**found, "images": images}), indent=1))
     print(f"Settings and the rewards of each image: {output_dir}/evaluation.json")  # noqa: T201
     if shown := differences(results, {name: values[:, 0] for name, values in rewards.items()}, images):
-        grid(shown, names=["base", "trained"]).save(output_dir / "differences.png")
+        grid(list(shown.items()), names=["base", "trained"]).save(output_dir / "differences.png")
         print(f"The largest gains and losses: {output_dir}/differences.png")  # noqa: T201
+
+
+def without_images(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what JSON can hold of a dataset's row."""
+    return {name: value for name, value in row.items() if not isinstance(value, Image.Image)}
 
 
 def summarise(

@@ -40,7 +40,6 @@ MARGIN = 0.95  # share of a GPU that is used: cards have a little less than thei
 EVALUATION = 57
 KEPT = {True: 53, False: 91}  # for the backward pass, by each layer: with an adapter, with all weights trained
 CHECKPOINTED = 82  # in the layer that is computed anew; of each layer the input is kept besides, 2 bytes
-DECODING = 768  # numbers a pixel
 ENCODING = 200_000  # bytes a text token
 # Bytes a weight of a linear layer, and a row of them; nf4 has scales of 64 weights each, in 8 bit and with scales too.
 QUANTIZED = {"nf4": (1 / 2 + 1 / 64 + 4 / (64 * 256), 0), "int8": (1, 2), "fp8": (1, 4)}
@@ -120,8 +119,8 @@ class PlannedModel:
         self.latent_shape = self.policy.latent_shape
         shapes = self.policy.text_shapes().values()
         self.num_text_tokens, self.prompt_size = next(iter(shapes))[0], dtype.itemsize * sum(map(math.prod, shapes))
-        tokens = math.prod(self.policy.token_grid) + self.num_text_tokens
-        self.hidden = tokens * self.policy.width
+        given = sum(shape[0] for shape in shapes if len(shape) > 1)  # tokens of texts and of images that are changed
+        self.hidden = (math.prod(self.policy.token_grid) + given) * self.policy.width
         self.layers = sum(type(module).__name__ in self.policy.repeated_blocks for module in transformer.modules())
 
     def activations(self, args: Any, batch_size: int, trains: bool = False) -> float:
@@ -165,6 +164,10 @@ def estimate(args: Any, model: PlannedModel) -> dict[str, dict[str, float]]:
         "CUDA context": CONTEXT,
     }
     alone = {"VAE": model.vae, "CUDA context": CONTEXT} if args.precompute_prompt_embeds else stays
+    encoding = {"text encoders": model.encoders, "activations": ENCODING * model.num_text_tokens}
+    if model.policy.takes_image:  # which the VAE encodes; that takes no more than decoding
+        largest = max(encoding["activations"], model.policy.decoding * itemsize * math.prod(model.policy.input_size))
+        encoding |= {"VAE": model.vae, "activations": largest}
     prompts = {"prompt embeddings": model.prompt_size * math.ceil(rows / args.num_generations)}
     states = 0 if args.offload_trajectories else 4 * latent * rows * (args.num_sde_steps + 1)
     first = sweeps(rows, args)[0]
@@ -173,12 +176,12 @@ def estimate(args: Any, model: PlannedModel) -> dict[str, dict[str, float]]:
     sampling = {"trajectories": max(sweep + states, 2 * states), "activations": model.activations(args, batch)}
     pixels = min(args.height * args.width, model.tile if args.vae_tiling else math.inf)
     pixels *= 1 if args.vae_slicing else min(batch, images)
-    decoding = {"trajectories": states + 4 * latent * images, "activations": DECODING * itemsize * pixels}
+    decoding = {"trajectories": states + 4 * latent * images, "activations": model.policy.decoding * itemsize * pixels}
     keeps = args.beta > 0 and (args.num_iterations > 1 or offloads and not args.offload_trajectories)
     velocities = itemsize * latent * rows * args.num_sde_steps if keeps else 0
     training = stays | {"gradients": trained} | prompts | {"states": states, "reference's velocities": velocities}
     phases: dict[str, dict[str, float]] = {
-        "encode": alone | {"text encoders": model.encoders, "activations": ENCODING * model.num_text_tokens},
+        "encode": alone | encoding,
         "rollout": stays | prompts | sampling,
         "decode": stays | {"VAE": model.vae} | prompts | decoding,
         "score": stays | {"reward models": model.rewards} | prompts | {"trajectories": decoding["trajectories"]},

@@ -2,7 +2,14 @@
 
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progress_bars, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
 
 from .options import near
@@ -10,6 +17,9 @@ from .options import near
 
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 """How `datasets` calls what a file's name ends in; a text file has a prompt a line."""
+
+SAVED = ("dataset_dict.json", "dataset_info.json")
+"""Files of a folder that `save_to_disk` has written."""
 
 
 def is_local(name: str) -> bool:
@@ -47,6 +57,9 @@ def _load_local(name: str, config: str | None) -> DatasetDict:
         raise ValueError(f"--dataset_name: {name} must end in one of {', '.join(FORMATS)}.")
     if path.is_file() and not path.read_bytes().strip():
         raise ValueError(f"--dataset_name: {name} is empty.")
+    if any((path / file).is_file() for file in SAVED):
+        saved = load_from_disk(str(path))
+        return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
     disable_progress_bars()
     try:
         kind, files = (FORMATS[path.suffix], str(path)) if path.is_file() else (str(path), None)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ..testbed import PIPELINE_KWARGS
@@ -31,14 +31,19 @@ def main(argv: list[str]) -> int:
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts:
         raise ValueError("There is no prompt: use --prompt or --prompts_file.")
+    images = read_images(args.image, len(prompts))
     adapter = args.adapter and find_weights(args.adapter)
-    pipeline = build_pipeline(args.model_name_or_path, adapter, args.dtype, args.device)
+    pipeline = build_pipeline(args.model_name_or_path, None, args.dtype, args.device)
+    inputs = input_options(pipeline, images, args.height, args.width)
+    if adapter:
+        load_adapter(pipeline, adapter)
     options = {**PIPELINE_KWARGS} if args.model_name_or_path == "testbed" else {}
     options |= {name: value for name, value in vars(args).items() if name in SAMPLING_OPTIONS and value is not None}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for number, prompt in enumerate(tqdm(prompts, desc="Prompts")):
         name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
-        for index, image in enumerate(sample(pipeline, prompt, args.num_images_per_prompt, args.seed, options)):
+        given = options | (inputs[number] if inputs else {})
+        for index, image in enumerate(sample(pipeline, prompt, args.num_images_per_prompt, args.seed, given)):
             image.save(args.output_dir / f"{number:03d}-{name}-{index}.png")
     tqdm.write(f"{len(prompts) * args.num_images_per_prompt} images in {args.output_dir}")
     return 0
@@ -53,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--adapter", help="Hub id or folder of a LoRA, folder with a trained transformer, or of a run")
     add("--prompt", action="append", default=[], help="a prompt; may be repeated")
     add("--prompts_file", type=Path, help="text file with a prompt a line")
+    add("--image", type=Path, action="append", default=[], help="an image to change: one, or one for each prompt")
     add("--output_dir", type=Path, default=Path("samples"), help="folder of the PNG files (default: %(default)s)")
     add("--num_images_per_prompt", type=int, default=1, help="images of each prompt (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of each prompt's first image (default: %(default)s)")
@@ -64,22 +70,74 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def build_pipeline(model: str, adapter: str | None, dtype: str | None, device: str | None) -> Any:
-    """Load a pipeline and the trained weights into it: a LoRA, or a transformer in the folder `transformer`."""
+    """Load a pipeline and, with an `adapter`, the trained weights into it."""
     import torch  # here, and not for a mistake in the options
 
-    from ..policies.loading import DTYPE, load_pipeline
+    from ..policies.loading import load_pipeline
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    pipeline = load_pipeline(model, dtype)
-    if adapter is not None and is_whole(adapter):
-        load = type(pipeline.transformer).from_pretrained
-        transformer = load(adapter, subfolder="transformer", **{DTYPE: getattr(torch, dtype)})
-        pipeline.register_modules(transformer=transformer)
-    elif adapter is not None:
-        pipeline.load_lora_weights(adapter)
+    pipeline = load_pipeline(model, dtype).to(device)
+    if adapter is not None:
+        load_adapter(pipeline, adapter)
     pipeline.set_progress_bar_config(leave=False)
-    return pipeline.to(device)
+    return pipeline
+
+
+def load_adapter(pipeline: Any, adapter: str) -> None:
+    """Load a LoRA into a pipeline, or the transformer in the folder `transformer` in place of its own."""
+    from ..policies.loading import DTYPE
+
+    if not is_whole(adapter):
+        pipeline.load_lora_weights(adapter)
+        return
+    former = pipeline.transformer
+    transformer = type(former).from_pretrained(adapter, subfolder="transformer", **{DTYPE: former.dtype})
+    pipeline.register_modules(transformer=transformer.to(former.device))
+
+
+def read_images(files: list[Path], num_prompts: int) -> list[Image.Image]:
+    """Read an image for each prompt, turned as its metadata says, from one file for all or from one for each."""
+    if len(files) not in (0, 1, num_prompts):
+        raise ValueError(f"--image is given {len(files)} times for {num_prompts} prompts: give one, or one for each.")
+    images = list(map(_read_image, files))
+    return images * num_prompts if len(images) == 1 else images
+
+
+def _read_image(file: Path) -> Image.Image:
+    if not file.is_file():
+        others = [other.name for other in file.parent.glob("*")]
+        raise FileNotFoundError(f"--image: there is no file {file}{near(file.name, others)}")
+    try:
+        return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    except OSError as error:
+        raise ValueError(f"--image: {file} cannot be read as an image: {error}") from error
+
+
+def input_options(
+    pipeline: Any, images: list[Image.Image], height: int | None, width: int | None
+) -> list[dict[str, Any]]:
+    """Return what the pipeline is given beside each prompt, so that an image is resized as in training at that size.
+
+    Without a size it is left to the pipeline. The list is empty if the model takes no images; a ValueError says that
+    there must be some, or none.
+    """
+    from ..policies.base import Guidance
+    from ..policies.loading import build_policy, policy_class
+
+    family = policy_class(pipeline)
+    takes_image = family is not None and family.takes_image
+    if takes_image != bool(images):
+        wrong = "needs an image that it changes: give --image" if takes_image else "takes no image: leave out --image"
+        raise ValueError(f"The model is a {type(pipeline).__name__}, which {wrong}.")
+    if (height is None) != (width is None) and images:
+        raise ValueError("--height and --width go together where an image is changed: give both, or none.")
+    if height is None or width is None or not images:
+        return [{"image": image} for image in images]
+    policy = build_policy(pipeline, Guidance(height, width))
+    rows, columns = policy.input_size
+    resized = [image.resize((columns, rows), Image.Resampling.LANCZOS) for image in images]
+    return [{"image": image, **policy.image_options} for image in resized]
 
 
 def is_whole(adapter: str) -> bool:
@@ -118,4 +176,4 @@ def sample(pipeline: Any, prompt: str, number: int, seed: int, options: dict) ->
     from torch import Generator
 
     generators = [Generator("cpu").manual_seed(seed + index) for index in range(number)]
-    return [pipeline(prompt, generator=generator, **options).images[0] for generator in generators]
+    return [pipeline(prompt=prompt, generator=generator, **options).images[0] for generator in generators]

@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import TrainerState
 
 from ..policies.base import FlowPolicy
+from ..policies.embeddings import Prompt
 
 
 CARD_FILE, RECIPE_FILE, SAMPLE_FILE = "README.md", "recipe.yaml", "images/sample_{}.png"
@@ -81,14 +82,15 @@ class RunCard:
         """Return the card, with metadata in the Hub's conventions for diffusers."""
         is_lora, base_model = self.adapter is not None, self._base_model
         shown = enumerate(self.prompts[: len(self.images)])
+        task = "image-to-image" if self.policy.takes_image else "text-to-image"
         metadata = ModelCardData(
             base_model=base_model,
             base_model_relation=None if base_model is None else "adapter" if is_lora else "finetune",
             library_name="diffusers",
-            pipeline_tag="text-to-image",
+            pipeline_tag=task,
             datasets=dataset if dataset and "/" in dataset else None,  # others, as "testbed", are not on the Hub
             model_name=name,
-            tags=sorted({*tags, "text-to-image", "diffusers", *(["lora"] if is_lora else [])}),
+            tags=sorted({*tags, task, "diffusers", *(["lora"] if is_lora else [])}),
             widget=[{"text": prompt, "output": {"url": SAMPLE_FILE.format(i)}} for i, prompt in shown] or None,
         )
         evaluated = rewards_by_update(state.log_history, r"eval_(.+_)?(reward|rewards/.+/mean)")
@@ -99,6 +101,9 @@ class RunCard:
             is_lora=is_lora,
             repo=repo,
             scales=self.policy.scales,
+            takes_image=self.policy.takes_image,
+            input_size=self.policy.input_size,
+            image_options=self.policy.image_options,
             transformer=type(self.policy.pipeline.transformer).__name__,
             prompt=next(iter(self.prompts), "a photo of a cat"),
             updates=state.global_step,
@@ -147,9 +152,9 @@ def sample_rows(datasets: Iterable[Any], columns: list[str]) -> list[dict[str, A
     for dataset in datasets:
         chosen = next(iter(dataset.values()), None) if isinstance(dataset, dict) else dataset
         if isinstance(chosen, Dataset) and len(chosen):
-            rows: dict[str, dict] = {}
+            rows: dict[Prompt, dict] = {}
             for row in chosen.select(range(min(FIRST_ROWS, len(chosen)))).select_columns(columns):
-                rows.setdefault(row["prompt"], row)
+                rows.setdefault(Prompt.of(row, takes_image="image" in columns), row)
             return list(rows.values())[:NUM_SAMPLES]
     return []
 

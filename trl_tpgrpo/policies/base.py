@@ -62,6 +62,7 @@ class FlowPolicy(ABC):
     takes_negative_prompt = True
     needs_negative_prompt = False  # whether classifier-free guidance is on with a negative prompt only
     takes_image = False  # whether prompts come with an image that they change
+    decoding = 768  # numbers a pixel that the VAE keeps while it decodes
     guides_in_one_pass = False  # whether one model call has negative and positive prompts, in this order
     noise_dtype: torch.dtype | None = None  # `None`: the transformer's
     velocity_dtype: torch.dtype | None = None
@@ -161,6 +162,16 @@ class FlowPolicy(ABC):
     def tile_side(self) -> int:
         """Pixels along the side of a tile, of which the VAE decodes one after the other if told to."""
         return self.pipeline.vae.config.sample_size
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width to which an image that a prompt changes is resized, with `takes_image`."""
+        return self.guidance.height, self.guidance.width
+
+    @property
+    def image_options(self) -> dict[str, Any]:
+        """What the pipeline is told beside an image of `input_size`, to leave it and the output's size as they are."""
+        return {}
 
     @property
     def width(self) -> int:

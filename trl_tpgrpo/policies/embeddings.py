@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,7 +156,10 @@ def fingerprint(policy: FlowPolicy) -> str:
     settings["negative"] = policy.uses_negative_prompt
     parts = [type(policy).__name__, str(policy.dtype), json.dumps(settings, sort_keys=True)]
     parts += [_templates(policy.pipeline)]
-    encoders = policy.text_encoders() | ({"vae": policy.pipeline.vae} if policy.takes_image else {})
+    encoders = policy.text_encoders()
+    if policy.takes_image:
+        encoders |= {"vae": policy.pipeline.vae}
+        parts += [_plain_json(part.config) for part in (policy.pipeline.vae, policy.pipeline.image_processor)]
     for name, encoder in encoders.items():
         weights = {key: checksum(value) for key, value in encoder.state_dict().items()}
         parts += [name, type(encoder).__name__, json.dumps(weights, sort_keys=True)]
@@ -180,11 +183,13 @@ def _tokenization(part: Any) -> list[str]:
 
 def _templates(pipeline: Any) -> str:
     """Return the pipeline's own plain attributes and settings, templates of prompts among them."""
+    return _plain_json({**pipeline.config, **vars(pipeline), "class": type(pipeline).__name__})
+
+
+def _plain_json(settings: Mapping[str, Any]) -> str:
     plain = (str, int, float, bool, list, tuple)
-    found = {**pipeline.config, **vars(pipeline), "class": type(pipeline).__name__}
-    return json.dumps(
-        {name: value for name, value in found.items() if name[0] != "_" and isinstance(value, plain)}, sort_keys=True
-    )
+    found = {name: value for name, value in settings.items() if name[0] != "_" and isinstance(value, plain)}
+    return json.dumps(found, sort_keys=True)
 
 
 def checksum(values: Tensor) -> str:

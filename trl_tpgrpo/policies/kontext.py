@@ -1,6 +1,7 @@
 """FLUX.1 Kontext."""
 
 import math
+from typing import Any
 
 import torch
 from diffusers import FluxKontextPipeline
@@ -15,13 +16,16 @@ from .flux import FluxPolicy
 class KontextPolicy(FluxPolicy):
     """FLUX.1 Kontext: FLUX.1 with the latents of an image as tokens behind those of the noise.
 
-    An image is resized to the size of the output; the pipeline does so with `_auto_resize=False` and an image of that
-    size, and keeps the output's size with `max_area` of its pixels.
+    An image is resized to the size of the output.
     """
 
     pipeline_class = FluxKontextPipeline
     lora_target_modules = [*FluxPolicy.lora_target_modules, "proj_mlp"]
     takes_image = True
+
+    @property
+    def image_options(self) -> dict[str, Any]:
+        return {"_auto_resize": False, "max_area": self.guidance.height * self.guidance.width}
 
     def encode_texts(self, texts: list[str], images: list[Image.Image] | None) -> Texts:
         assert images is not None

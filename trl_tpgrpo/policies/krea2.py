@@ -21,6 +21,7 @@ class Krea2Policy(FlowPolicy):
     default_length = 512
     default_guidance = {"guidance_scale": 4.5}
     least_guidance = 0.0
+    decoding = 2042
 
     @property
     def size_multiple(self) -> int:

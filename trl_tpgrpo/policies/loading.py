@@ -112,12 +112,17 @@ def _quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig | 
 
 def build_policy(pipeline: DiffusionPipeline, guidance: Guidance) -> FlowPolicy:
     """Wrap a pipeline in the policy of its family, or raise a `ValueError` if its class is not supported."""
-    for policy in POLICIES:
-        if isinstance(pipeline, policy.pipeline_class):
-            _check_as_loaded(pipeline.transformer)
-            return policy(pipeline, guidance)
-    supported = ", ".join(policy.pipeline_class.__name__ for policy in POLICIES)
-    raise ValueError(f"{type(pipeline).__name__} is not supported. Supported pipeline classes: {supported}.")
+    policy = policy_class(pipeline)
+    if policy is None:
+        supported = ", ".join(policy.pipeline_class.__name__ for policy in POLICIES)
+        raise ValueError(f"{type(pipeline).__name__} is not supported. Supported pipeline classes: {supported}.")
+    _check_as_loaded(pipeline.transformer)
+    return policy(pipeline, guidance)
+
+
+def policy_class(pipeline: DiffusionPipeline) -> type[FlowPolicy] | None:
+    """Return the family of a pipeline; `None` if its class is not supported."""
+    return next((policy for policy in POLICIES if isinstance(pipeline, policy.pipeline_class)), None)
 
 
 def _check_as_loaded(transformer: nn.Module) -> None:

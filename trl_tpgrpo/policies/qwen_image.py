@@ -21,6 +21,7 @@ class QwenImagePolicy(FlowPolicy):
     default_guidance = {"true_cfg_scale": 4.0}
     guidance_option = "true_cfg_scale"
     needs_negative_prompt = True
+    decoding = 2042
 
     @property
     def tile_side(self) -> int:

@@ -19,7 +19,8 @@ PATCH = 28  # pixels along the side of a token that the text encoder makes of an
 class QwenImageEditPolicy(QwenImagePolicy):
     """Qwen-Image-Edit: the text encoder reads the image, and its latents are tokens behind those of the noise.
 
-    An image is resized to the pipeline's own 1 megapixel, in the aspect of the output. Texts are never cut.
+    An image is resized to the pipeline's own 1 megapixel, about in the aspect of the output: to a size that the
+    pipeline does not change further, though it rounds the sides. Texts are never cut.
     """
 
     pipeline_class = QwenImageEditPipeline
@@ -33,10 +34,12 @@ class QwenImageEditPolicy(QwenImagePolicy):
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """Height and width to which an image is resized."""
-        ratio = self.guidance.width / self.guidance.height
-        width, height, _ = pipeline_qwenimage_edit.calculate_dimensions(1024 * 1024, ratio)
-        return height, width
+        size, before = (self.guidance.height, self.guidance.width), None
+        while size != before:
+            before = size
+            width, height, _ = pipeline_qwenimage_edit.calculate_dimensions(1024 * 1024, size[1] / size[0])
+            size = height, width
+        return size
 
     @property
     def token_grids(self) -> list[tuple[int, int, int]]:
