@@ -14,6 +14,7 @@ from trl_tpgrpo.policies import embeddings
 from trl_tpgrpo.policies.base import Conditioning, FlowPolicy, Guidance
 from trl_tpgrpo.policies.embeddings import Prompt, PromptEmbeddings, checksum, fingerprint
 from trl_tpgrpo.policies.loading import build_policy
+from trl_tpgrpo.policies.sd3 import SD3Policy
 
 
 def policy(family: Callable = tiny_sd3, **changes: object) -> FlowPolicy:
@@ -61,6 +62,23 @@ def test_prompts_are_encoded_once_and_come_back_to_the_bit(
         for row, prompt in enumerate(chosen):
             assert_equal(kept(texts(chosen))[torch.tensor([row])], alone[prompt])
     assert encoded == PROMPTS[:5]
+
+
+class Prefixed(SD3Policy):
+    """Encodes negative prompts in another way, as some pipelines do."""
+
+    def encode_negatives(self, texts: list[str], images: None) -> dict[str, torch.Tensor]:
+        return self.encode_texts([f"two {text}" for text in texts], images)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_negative_prompt_is_encoded_in_its_own_way_even_where_it_is_also_a_prompt(
+    on_disk: bool, tmp_path: Path
+) -> None:
+    its_policy = Prefixed(tiny_sd3(), Guidance(**SIZE, guidance_scale=2.0, negative_prompt=PROMPTS[0]))
+    kept, expected = PromptEmbeddings(its_policy, tmp_path if on_disk else None), its_policy.encode(PROMPTS[:1])
+    assert not torch.equal(expected.texts()[0], expected.negative.texts()[0])
+    assert_equal(kept(texts(PROMPTS[:1])), expected)
 
 
 def test_a_later_run_finds_what_an_earlier_one_has_written(tmp_path: Path) -> None:

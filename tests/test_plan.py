@@ -714,7 +714,9 @@ def test_recipes_are_the_same_run_on_any_number_of_processes(model: str, size: s
     assert all({**each.rollout, CALLS: None} == {**counts[0].rollout, CALLS: None} for each in counts)
     for interval in (runs[1].save_steps, runs[1].eval_steps, runs[1].log_images_steps):
         assert interval % counts[0].updates == 0 and interval <= runs[1].max_steps / 2
-    text_length = 512 if model.startswith("flux.2") else 128  # where padding is attended to, the pipeline's own
+    text_length = (
+        512 if model.startswith(("flux.2", "chroma")) else 128
+    )  # where padding is attended to, the pipeline's own
     assert (runs[1].num_generations, runs[1].max_sequence_length) == (24, text_length)
 
 

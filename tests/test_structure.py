@@ -158,9 +158,10 @@ def outside_policies() -> list[Path]:
 
 def test_the_heart_and_the_whole_stay_small() -> None:
     # 3,200 and 9,000 after the redesign. Since then: settings compared on resuming, models in one file, weights that
-    # mean the same everywhere (the heart); `evaluate`, hours, mistakes and help without PyTorch (the whole).
-    assert heart() <= 3450
-    assert lines(FILES) <= 10_650  # a model family takes about 100
+    # mean the same everywhere, and for ten families texts of any length, images beside prompts, defaults of guidance
+    # and weights that no gradient reaches (the heart); `evaluate`, hours, mistakes, help without PyTorch (the whole).
+    assert heart() <= 3700
+    assert lines(FILES) <= 11_750  # a model family takes 50 to 85
 
 
 def test_files_and_functions_fit_a_screen() -> None:
@@ -170,7 +171,7 @@ def test_files_and_functions_fit_a_screen() -> None:
 
 
 def test_modules_know_few_others() -> None:
-    assert internal_imports() <= 1.95  # 1.79 after the redesign; commands know many parts
+    assert internal_imports() <= 2.15  # 1.79 after the redesign; commands know many parts, a family two or three
 
 
 def test_importing_one_family_loads_no_other() -> None:

@@ -40,7 +40,7 @@ from .data import EpochSampler, SetEpoch, check_datasets, needed_rows, prompt_co
 from .hub import HubRepository, RunCard, sample_rows, without_tokens
 from .metrics import Metrics, rollout_metrics
 from .policies import loading, sharding, weights
-from .policies.embeddings import Prompt, PromptEmbeddings
+from .policies.embeddings import PromptEmbeddings
 from .policies.reference import Reference
 from .rewards.contract import RewardFunc, check_available, reward_names
 from .rollouts import Rollouts
@@ -119,16 +119,14 @@ class TPGRPOTrainer(_BaseTrainer):
         transformer, frozen_copy = loading.prepare_transformer(self.policy, peft_config, args)
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         columns = prompt_columns(datasets, self.policy.takes_image)
-        parts = transformer, self.policy.pipeline, self.reward_func_names, train_dataset
-        self._run_parts = resuming.describe_parts(*parts, self.policy.takes_image)
+        self._run_parts = resuming.describe_parts(transformer, self.policy, self.reward_func_names, train_dataset)
         self._shown_rows = sample_rows([eval_dataset, train_dataset], columns)
         embeddings = PromptEmbeddings(self.policy, args.prompt_embeds_dir)
         self.policy.to(args.device)
         if args.precompute_prompt_embeds:
             shows_bar = None if args.process_index == 0 and not args.disable_tqdm else False
             rows = needed_rows(train_dataset, eval_dataset, args, columns) + self._shown_rows
-            prompts = [Prompt.of(row, self.policy.takes_image) for row in rows]
-            embeddings.precompute(prompts, transformer, ProgressDisplay(shows_bar))
+            embeddings.precompute(rows, transformer, ProgressDisplay(shows_bar))
         self._step = self._num_evaluated = 0
         self._buffered_inputs: list[Trajectories] | None = None
         self._is_new_rollout, self._eval_prefix = False, "eval"

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from datasets import Image
-from diffusers import DiffusionPipeline
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -50,14 +49,12 @@ def describe_settings(args: Any, guidance: Any) -> dict[str, Any]:
     return {"settings": settings, "given": sorted({*args.given, "bf16"} - {*LAYOUT, "generation_batch_size"})}
 
 
-def describe_parts(
-    model: nn.Module, pipeline: DiffusionPipeline, rewards: list[str], train: Any, takes_image: bool
-) -> dict[str, Any]:
-    """Return what a run consists of besides its settings: adapter, models, prompts of `train`, rewards."""
+def describe_parts(model: nn.Module, policy: Any, rewards: list[str], train: Any) -> dict[str, Any]:
+    """Return what a run consists of besides its settings: adapter, models of `policy`, prompts of `train`, rewards."""
     adapter = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else {}
-    models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    models = {name: part for name, part in policy.pipeline.components.items() if isinstance(part, nn.Module)}
     prompts = json.dumps([] if train is None else list(train["prompt"]))
-    prompts += image_digest(train, "image") if takes_image and train is not None else ""
+    prompts += image_digest(train, "image") if policy.takes_image and train is not None else ""
     return {
         "peft_config": {name: _plain(adapter.get(name)) for name in ADAPTER} if adapter else None,
         "model": {name: fingerprint(part) for name, part in models.items()},

@@ -50,7 +50,7 @@ def count_flops(policy: Any, is_adapter: bool, recomputes: bool) -> Flops:
     meta, pipeline = torch.device("meta"), policy.pipeline
     latents, conditioning = policy.initial_noise([torch.Generator()]).to(meta), policy.empty_conditioning().to(meta)
     with FlopCounterMode(display=False) as evaluation:
-        policy.velocity(pipeline.transformer, latents, policy.schedule(1)[0], conditioning)
+        policy.velocity(pipeline.transformer, latents, policy.schedule(2)[0], conditioning)
     with FlopCounterMode(display=False) as image:
         pipeline.vae.decode(policy.vae_latents(latents))
     passes = (2 if is_adapter else 3) + recomputes

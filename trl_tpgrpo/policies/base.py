@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .conditioning import Conditioning, Schedule, Step
 
 
-FEW_STEPS = ("turbo", "schnell", "lightning", "hyper-sd", "distill")
+FEW_STEPS = ("turbo", "schnell", "lightning", "hyper-sd", "flash", "distill")
 """What names of models that were distilled to few steps say of themselves."""
 
 Texts = dict[str, Sequence[Tensor]]
@@ -200,6 +200,10 @@ class FlowPolicy(ABC):
     def encode_texts(self, texts: list[str], images: list[Image.Image] | None) -> Texts:
         """Encode N prompts or negative prompts, with `takes_image` each with its image."""
 
+    def encode_negatives(self, texts: list[str], images: list[Image.Image] | None) -> Texts:
+        """Encode N negative prompts, for pipelines that do so in another way."""
+        return self.encode_texts(texts, images)
+
     @abstractmethod
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the longest text's tensors, from configs alone; the first begins with the tokens."""
@@ -214,7 +218,7 @@ class FlowPolicy(ABC):
         encoded, negative = Conditioning.of(self.encode_texts(list(prompts), images)), None
         if self.uses_negative_prompt:
             texts = [self.guidance.negative_prompt or ""] * len(prompts)
-            negative = Conditioning.of(self.encode_texts(texts, images))
+            negative = Conditioning.of(self.encode_negatives(texts, images))
         return replace(encoded, negative=negative).to(self.dtype)
 
     def empty_conditioning(self) -> Conditioning:

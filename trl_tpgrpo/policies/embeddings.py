@@ -44,6 +44,7 @@ class Prompt(NamedTuple):
 
     text: str
     image: InputImage | None = None
+    is_negative: bool = False
 
     @classmethod
     def of(cls, row: dict[str, Any], takes_image: bool) -> "Prompt":
@@ -79,9 +80,9 @@ class PromptEmbeddings:
             self._kept.popitem(last=False)
         return conditioning.to(self.policy.device)
 
-    def precompute(self, prompts: list[Prompt], transformer: nn.Module, display: Any) -> None:
-        """Encode the prompts of a run while the transformer is not on the device, and drop the encoders."""
-        distinct = list(dict.fromkeys(prompts))
+    def precompute(self, rows: list[dict[str, Any]], transformer: nn.Module, display: Any) -> None:
+        """Encode the prompts of a run's rows while the transformer is not on the device, and drop the encoders."""
+        distinct = list(dict.fromkeys(Prompt.of(row, self.policy.takes_image) for row in rows))
         if self.folder is None and len(distinct) > KEPT_IN_MEMORY:
             number = f"{len(distinct)} prompts, more than the {KEPT_IN_MEMORY} that are kept in memory"
             raise ValueError(f"precompute_prompt_embeds: {number}: set prompt_embeds_dir, a folder to keep them in.")
@@ -98,7 +99,7 @@ class PromptEmbeddings:
             setattr(self.policy.pipeline, name, None)
 
     def _negative_of(self, prompts: list[Prompt]) -> list[Prompt]:
-        return [Prompt(text, prompt.image) for text in self._negative for prompt in prompts]
+        return [Prompt(text, prompt.image, is_negative=True) for text in self._negative for prompt in prompts]
 
     @torch.no_grad()
     def _encode_missing(self, prompts: list[Prompt], number: int, on_prompt: Callable[[int], object]) -> None:
@@ -116,7 +117,8 @@ class PromptEmbeddings:
         with on_device([*encoders, *images], self.policy.device):
             for prompt in missing:
                 image = None if prompt.image is None else [prompt.image.image]
-                encoded = Conditioning.of(self.policy.encode_texts([prompt.text], image)).to(self.policy.dtype)
+                encode = self.policy.encode_negatives if prompt.is_negative else self.policy.encode_texts
+                encoded = Conditioning.of(encode([prompt.text], image)).to(self.policy.dtype)
                 on_cpu = encoded.to(torch.device("cpu")).tensors
                 self._keep(prompt, {name: value[0] for name, value in on_cpu.items()})
                 on_prompt(1)
@@ -146,7 +148,8 @@ class PromptEmbeddings:
     def _file(self, prompt: Prompt) -> Path:
         assert self.folder is not None
         key = prompt.text if prompt.image is None else f"{prompt.image.digest} {prompt.text}"
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+        kind = "-negative" if prompt.is_negative else ""
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}{kind}.safetensors"
 
 
 def fingerprint(policy: FlowPolicy) -> str:
