@@ -132,3 +132,18 @@ def test_the_trainer_learns_from_pairs_at_a_ratio_of_exactly_one(
     assert logged(trainer, "ratio/max_deviation") == [0.0, 0.0]
     after = dict(trainer.model.named_parameters())
     assert [name for name, value in before.items() if torch.equal(value, after[name])] == []
+
+
+def test_two_images_of_one_prompt_are_two_groups_of_a_batch(tmp_path: Path) -> None:
+    inputs, seen = pictures(number=2), []
+
+    def reward(images: list[Image.Image], image: list[Image.Image], **columns: object) -> list[float]:
+        seen.extend(np.asarray(one).tobytes() for one in image)
+        return [float(np.asarray(one).mean()) for one in images]
+
+    rows = Dataset.from_dict({"prompt": [PROMPTS[0]] * 2, "image": inputs})
+    settings = {"guidance_scale": 3.5, "log_prob_type": "gaussian", "credit": "outcome", "max_steps": 1}
+    trainer = build(tmp_path, tiny_kontext(), reward_funcs=reward, train_dataset=rows, **settings)
+    trainer.train()
+    assert sorted(seen) == sorted(np.asarray(one).tobytes() for one in [*inputs, *inputs])  # groups of two
+    assert len(trainer.rollouts.embeddings._kept) == 2 and logged(trainer, "ratio/max_deviation") == [0.0]

@@ -160,6 +160,25 @@ CASES = {
     "chroma-oblong": Case("chroma", guidance=CFG | {"height": 16}),
     "chroma-cfg-bf16": Case("chroma", BF16, CFG),
 }
+OFF_AND_ON = {
+    "sd3": ({}, CFG),
+    "flux": (DISTILLED, DISTILLED | TRUE_CFG),
+    "qwen_image": (UNCUT, UNCUT | TRUE_CFG),
+    "z_image": (UNCUT | UNGUIDED, UNCUT | CFG),
+    "flux2-klein": (KLEIN, KLEIN | CFG),
+    "flux2": (DEV, DEV | {"guidance_scale": 4.0}),  # an input of the model
+    "krea2": (KREA2, KREA2 | CFG),
+    "chroma": ({}, CFG),
+}
+CASES |= {
+    f"{family}-{'on' if is_guided else 'off'}-{size.get('height', 32)}x{size.get('width', 32)}-{dtype}": Case(
+        family, {} if dtype == "fp32" else BF16, off_and_on[is_guided] | size
+    )
+    for family, off_and_on in OFF_AND_ON.items()
+    for is_guided in (False, True)
+    for size in ({}, {"height": 16}, {"width": 16})
+    for dtype in ("fp32", "bf16")
+}
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 ONE_OF_EACH = [
     "sd3-cfg", "flux", "qwen_image-cfg", "z_image-cfg", "flux2-klein-cfg", "flux2", "krea2-cfg", "chroma-cfg",

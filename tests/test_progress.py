@@ -157,7 +157,7 @@ def test_a_terminal_has_a_bar_with_the_phases(tmp_path: Path, monkeypatch: pytes
 
     written = on_a_terminal(monkeypatch, run)
     for shown in (
-        r"update 0/2 .* sweep 1/2, encode 0/1", r"sweep 2/2, rollout 0/4", r"decode 0/8", r"score 0/1",
+        r"update 0/2 .* encode 0/2", r"sweep 1/2, rollout 0/4", r"sweep 2/2, rollout 0/4", r"decode 0/8", r"score 0/1",
         r"micro-batch 2/2, train 0/3", r"update 1/2 .* reward 0\.\d+ \|\s*[\d.]+s/update, 00:\d\d left",
         r"update 2/2 .* evaluation, rollout 0/3", r"evaluation 1/2, rollout",
         r"\revaluation 1/2, score 0/1 \[00:\d\d\]",
