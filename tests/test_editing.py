@@ -179,3 +179,21 @@ def test_the_trainer_learns_from_pairs_at_a_ratio_of_exactly_one(
     assert logged(trainer, "ratio/max_deviation") == [0.0, 0.0]
     after = dict(trainer.model.named_parameters())
     assert all(not torch.equal(value, after[name]) for name, value in start.items())
+
+
+def test_two_images_of_one_prompt_are_two_groups_of_a_batch(tmp_path: Path) -> None:
+    inputs, seen = pictures(number=2), []
+
+    def reward(images: list[Image.Image], image: list[Image.Image], **columns: object) -> list[float]:
+        seen.extend(np.asarray(one).tobytes() for one in image)
+        return [float(np.asarray(one).mean()) for one in images]
+
+    rows = Dataset.from_dict({"prompt": [PROMPTS[0]] * 2, "image": inputs})
+    settings = {"guidance_scale": None, "max_sequence_length": None, "log_prob_type": "gaussian"}
+    trainer = build(
+        tmp_path, tiny_qwen_image_edit(), reward_funcs=reward, train_dataset=rows, credit="outcome", max_steps=1,
+        **settings,
+    )  # fmt: skip
+    trainer.train()
+    assert sorted(seen) == sorted(np.asarray(one).tobytes() for one in [*inputs, *inputs])  # groups of two
+    assert len(trainer.rollouts.embeddings._kept) == 2 and logged(trainer, "ratio/max_deviation") == [0.0]
