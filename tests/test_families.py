@@ -205,6 +205,8 @@ def test_a_distilled_model_is_known_by_its_name(tmp_path: Path) -> None:
     pipeline.register_to_config(_name_or_path="Tongyi-MAI/Z-Image-Turbo")
     with pytest.raises(ValueError, match="Tongyi-MAI/Z-Image-Turbo is distilled to few steps"):
         build(tmp_path, pipeline, **settings)
+    pipeline.register_to_config(_name_or_path="/turbo/flash/z-image")  # of folders above it
+    build(tmp_path, pipeline, **settings)
 
 
 def test_a_pipeline_that_cannot_save_adapters_is_refused_at_the_start(

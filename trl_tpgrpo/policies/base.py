@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -193,7 +194,7 @@ class FlowPolicy(ABC):
     def is_distilled(self) -> bool:
         """Whether the model has been distilled to few steps, as its config or name says."""
         parts = self.pipeline, self.pipeline.transformer
-        names = " ".join(str(part.config.get("_name_or_path")) for part in parts).lower()
+        names = " ".join(Path(str(part.config.get("_name_or_path"))).name for part in parts).lower()
         return bool(self.pipeline.config.get("is_distilled")) or any(mark in names for mark in FEW_STEPS)
 
     @abstractmethod

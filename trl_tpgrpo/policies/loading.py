@@ -174,7 +174,7 @@ def _check_distilled(policy: FlowPolicy, is_allowed: bool) -> None:
     if not is_allowed:
         remedy = "Train the model that it was distilled from, or set allow_distilled=True"
         raise ValueError(f"{what}, by its config or name, which training undoes. {remedy}: docs/models.md.")
-    logger.warning("%s: expect images to blur in some thousand updates. See docs/models.md.", what)
+    logger.warning("%s: in training, expect images to blur in some thousand updates. See docs/models.md.", what)
 
 
 def run_dtype(args: Any) -> torch.dtype:
