@@ -44,7 +44,7 @@ def test_a_judge_that_is_gone_stops_the_run(tmp_path: Path) -> None:
 def test_a_judge_that_goes_stops_the_run(tmp_path: Path) -> None:
     with scripted(lambda request, number: as_json({}, 503)) as server:
         judge = VLMJudge(f"{server.url}/v1", "a-model", num_retries=0)
-        with pytest.raises(RewardError, match="'vlm_quality' raised JudgeUnavailable: The judge at .* for row 0"):
+        with pytest.raises(RewardError, match=r"'vlm_quality' raised JudgeUnavailable: The judge at .* for row \d:"):
             build(tmp_path, reward_funcs=judge).train()
 
 
