@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .algorithm.chunks import chunk_means, step_weights
 from .algorithm.credit import CreditedSteps, CreditRule, RewardTable
+from .algorithm.losses import LossRule, Surrogate, normalized_log_ratio
 from .algorithm.rollout import Rollout, Window
 from .algorithm.sde import Transition, log_prob, transition
 from .policies.conditioning import Conditioning, Schedule, Step
@@ -58,6 +60,9 @@ class Transitions:
     table: RewardTable  # rewards of all N trajectories
     num_trajectories: int  # B and those left out because they add nothing to the loss, which is the mean over all
     reference: dict[int, Tensor]  # velocities of the reference by position, where they are kept
+    old_means: Tensor | None  # float32, (B, ...), of the next latents when they were sampled, as `old_log_probs`
+    chunk_log_ratios: Tensor | None  # float32, (B,), means over the step's chunk; None: the step's own
+    weight: float  # of the step's surrogate among those of the window
 
     def transition(self, velocity: Tensor) -> Transition:
         """Return the distribution of the next latents that a predicted velocity (B, ...) gives."""
@@ -67,6 +72,20 @@ class Transitions:
     def log_prob(self, step: Transition) -> Tensor:
         """Return the log-probability (B,) of the next latents under `step`."""
         return log_prob(step, self.next_latents, self.window.log_prob_type)
+
+    def surrogate(self, step: Transition, advantages: Tensor, rule: LossRule) -> Surrogate:
+        """Return the surrogate of transitions that are `step` now, with advantages (B,), weighted among steps."""
+        old = Transition(step.mean.detach() if self.old_means is None else self.old_means, step.std)
+        if rule.ratio_norm:
+            log_ratio = normalized_log_ratio(step, old, self.next_latents)
+        else:
+            log_probs = self.log_prob(step)
+            log_ratio = log_probs - (log_probs.detach() if self.old_log_probs is None else self.old_log_probs)
+        if self.chunk_log_ratios is not None:  # with the gradient of this step alone: others bring their own
+            log_ratio = log_ratio + (self.chunk_log_ratios - log_ratio).detach()
+        surrogate, (sigma, sigma_next) = rule.surrogate(log_ratio, advantages, step, old), self.step.sigmas
+        weight = self.weight / float(sigma - sigma_next) if rule.ratio_norm else self.weight
+        return replace(surrogate, loss=weight * surrogate.loss)
 
 
 @dataclass(frozen=True)
@@ -82,6 +101,9 @@ class Trajectories:
     rows: Tensor  # (B,), on the CPU, the trajectories' rows in the reward table
     table: RewardTable  # rewards of all N trajectories, on the CPU
     reference: dict[int, Tensor] = field(default_factory=dict)  # velocities of the reference by position, if kept
+    means: Tensor | None = None  # float32, (B, K, ...), where the states are; None: not kept, or as `log_probs`
+    chunks: tuple[int, ...] | None = None  # sizes of the chunks of steps that share a ratio; None: each has its own
+    chunk_log_ratios: Tensor | None = None  # float32, (B, K), means over the steps' chunks
 
     def __len__(self) -> int:
         return len(self.states)
@@ -95,6 +117,7 @@ class Trajectories:
             prompts=self.prompts[chosen],
             rows=self.rows[chosen],
             reference={},
+            means=None if self.means is None else self.means[chosen],
         )
 
     def to(self, device: torch.device, offload: bool) -> "Trajectories":
@@ -106,7 +129,16 @@ class Trajectories:
             log_probs=None if self.log_probs is None else self.log_probs.to(device),
             conditioning=self.conditioning.to(device),
             reference={position: velocity.to(states_device) for position, velocity in self.reference.items()},
+            means=None if self.means is None else self.means.to(states_device),
         )
+
+    def with_chunk_ratios(self, now: "Trajectories") -> "Trajectories":
+        """Add the ratios of chunks of steps, from the log-probabilities of the policy that is trained `now`.
+
+        With these known beforehand gradients are taken step by step, in the memory of one.
+        """
+        assert self.chunks is not None and self.log_probs is not None and now.log_probs is not None
+        return replace(self, chunk_log_ratios=chunk_means(now.log_probs - self.log_probs, self.chunks))
 
     def contributing(self, skip_zeros: bool, keep_steps: bool) -> dict[int, Tensor]:
         """Choose by SDE step the trajectories that add to the loss, as indices on the CPU.
@@ -140,6 +172,9 @@ class Trajectories:
             table=self.table,
             num_trajectories=len(self),
             reference=self.reference,
+            old_means=None if self.means is None else self.means[chosen, position].to(device),
+            chunk_log_ratios=None if self.chunk_log_ratios is None else self.chunk_log_ratios[chosen, position],
+            weight=1.0 if self.chunks is None else step_weights(self.chunks)[position],
         )
 
 

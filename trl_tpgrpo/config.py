@@ -13,8 +13,10 @@ from typing import Annotated, Any, TypeVar, get_origin
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
+from .algorithm.chunks import LEVELS
 from .algorithm.completion import CompletionRule
 from .algorithm.credit import AGGREGATIONS, BASELINES, CREDITS, SCALES, SCOPES, TRENDS, CreditRule
+from .algorithm.losses import LOSS_TYPES, LossRule
 from .algorithm.rollout import Window
 from .algorithm.sde import LOG_PROB_TYPES, SDE_TYPES
 
@@ -163,9 +165,20 @@ class TPGRPOConfig(_BaseConfig):
         > Parameters that control the training
         beta (`float`, *optional*, defaults to `4e-4`): Weight of the KL divergence; `0.0` needs no reference model.
         num_iterations (`int`, *optional*, defaults to `1`): Number of times that each rollout is trained on.
-        epsilon (`float`, *optional*, defaults to `1e-5`): Clip range of the ratio; at 0 every update would be clipped
-            away. Belongs to `log_prob_type="squared_error"`: a Gaussian log-probability moves more.
+        loss_type (`str`, *optional*, defaults to `"clip"`): Trust region of an update: `"clip"` the ratio, or
+            `"dppo"` (Flow-DPPO, arXiv 2606.11025), which leaves out transitions that are too far and would go further.
+        epsilon (`float`, *optional*): Clip range of the ratio. `None`: 1e-5, which belongs to
+            `log_prob_type="squared_error"`; what is published for `ratio_norm` (2e-6) and for Gaussian chunks (5e-5).
         epsilon_high (`float`, *optional*): Upper clip range. `None`: `epsilon`.
+        ratio_norm (`bool`, *optional*, defaults to `False`): Whether the ratio that is clipped is GRPO-Guard's (arXiv
+            2510.22319), centred at 1 at every step, and the loss of a step is divided by its length in sigma. Needs
+            `log_prob_type="gaussian"` and an SDE that it is published for, `"flow_sde"` or `"dance_sde"`.
+        kl_mask_threshold (`float`, *optional*): KL divergence of a transition from the sampled one, a mean over the
+            latent's dimensions, from which on `"dppo"` leaves it out. `None`: 1e-6.
+        importance_sampling_level (`str`, *optional*, defaults to `"step"`): Steps that share a ratio, the geometric
+            mean of theirs: each `"step"` its own, a `"chunk"` (GCPO, arXiv 2510.21583) or the `"trajectory"`.
+        chunk_sizes (`list[int]`, *optional*): Sizes of the chunks, first steps first. `None`: cut where the relative
+            change of the latents turns, in each rollout.
         ema_decay (`float`, *optional*, defaults to `0.9`): Decay of the moving average of the trained weights, which
             is what is evaluated and saved. `None`: no average.
         ema_update_every (`int`, *optional*, defaults to `8`): Updates between two moves of the average. Before the
@@ -271,8 +284,13 @@ class TPGRPOConfig(_BaseConfig):
     advantage_scope: Annotated[str, SCOPES] = "step"
     beta: Annotated[float, "at least 0"] = 4e-4
     num_iterations: Annotated[int, "at least 1"] = 1
-    epsilon: Annotated[float, "above 0"] = 1e-5
-    epsilon_high: Annotated[float | None, "above 0"] = None
+    loss_type: Annotated[str, LOSS_TYPES] = "clip"
+    epsilon: Annotated[float | None, "above 0, or None"] = None
+    epsilon_high: Annotated[float | None, "above 0, or None"] = None
+    ratio_norm: bool = False
+    kl_mask_threshold: Annotated[float | None, "above 0, or None"] = None
+    importance_sampling_level: Annotated[str, LEVELS] = "step"
+    chunk_sizes: list[int] | None = None
     ema_decay: Annotated[float | None, "at least 0 and below 1, or None"] = 0.9
     ema_update_every: Annotated[int, "at least 1"] = 8
     guard_rails: Annotated[str, ("off", "warn", "skip", "stop")] = "warn"
@@ -311,7 +329,7 @@ class TPGRPOConfig(_BaseConfig):
         super().__post_init__()
         self._check_values()
         sizes = self._settle_batch_sizes("gradient_accumulation_steps" in given)
-        for message in chain(sizes, self._sampling_errors(), self._credit_errors()):
+        for message in chain(sizes, self._sampling_errors(), self._credit_errors(), self._loss_errors()):
             raise ValueError(message)
         derived = non_defaults(self).keys() - given
         self.derived = {name: value for name, value in self.to_dict().items() if name in derived}
@@ -340,7 +358,6 @@ class TPGRPOConfig(_BaseConfig):
         derived = {
             "activation_checkpointing": self.gradient_checkpointing is not False,
             "bf16": not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available(),
-            "epsilon_high": self.epsilon,
             "gradient_accumulation_steps": 1,  # until _settle_batch_sizes, for TrainingArguments
             "log_prob_type": "squared_error" if self.sde_type == "cps" else "gaussian",
             "per_device_eval_batch_size": evaluated * max(1, self.num_generations // evaluated),
@@ -349,11 +366,22 @@ class TPGRPOConfig(_BaseConfig):
         for name, value in derived.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        self._set_trust_region()
         self.gradient_checkpointing = self.activation_checkpointing  # which transformers reads before 5.23
         # The command line gives strings where a field takes several types
         scale, size = str(self.scale_rewards), str(self.per_device_rollout_batch_size)
         self.scale_rewards = {"true": "group", "false": "none"}.get(scale.lower(), scale)
         self.per_device_rollout_batch_size = int(size) if size.isdecimal() else size
+
+    def _set_trust_region(self) -> None:
+        """Take what is published for the loss where nothing is given."""
+        if self.loss_type == "dppo":
+            self.kl_mask_threshold = 1e-6 if self.kl_mask_threshold is None else self.kl_mask_threshold
+            return
+        if self.epsilon is None:
+            is_gcpo = self.importance_sampling_level == "chunk" and self.log_prob_type == "gaussian"
+            self.epsilon = 2e-6 if self.ratio_norm else 5e-5 if is_gcpo else 1e-5
+        self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     def _check_values(self) -> None:
         # On the command line, scale_rewards may also be true or false
@@ -424,6 +452,26 @@ class TPGRPOConfig(_BaseConfig):
         if self.offload_reference and self.beta == 0:
             yield "offload_reference=True: with beta=0 there is no reference model; leave it out."
 
+    def _loss_errors(self) -> Iterator[str]:
+        clips, level, sizes = self.loss_type == "clip", self.importance_sampling_level, self.chunk_sizes
+        for name in ["kl_mask_threshold"] if clips else ["epsilon", "epsilon_high", "ratio_norm"]:
+            if value := getattr(self, name):
+                yield f"{name} has no effect with loss_type={self.loss_type!r}: leave it out, got {value}."
+        if level != "step" and (self.ratio_norm or not clips):
+            other = "ratio_norm" if clips else f"loss_type={self.loss_type!r}"
+            yield f"importance_sampling_level={level!r} and {other} cannot be combined: each defines another ratio."
+        if self.ratio_norm and (self.sde_type == "cps" or self.log_prob_type != "gaussian"):
+            yield (
+                "ratio_norm needs sde_type='flow_sde' or 'dance_sde' with log_prob_type='gaussian', for which it is "
+                f"published; got {self.sde_type!r} with {self.log_prob_type!r}."
+            )
+        if sizes is not None and level != "chunk":
+            yield f"chunk_sizes {sizes} are for importance_sampling_level='chunk': it is {level!r}."
+        if sizes is not None and self.sde_window_share is not None:
+            yield f"chunk_sizes {sizes}: the number of steps is measured, by sde_window_share. Leave out one of them."
+        if sizes is not None and (min(sizes, default=0) < 1 or sum(sizes) != self.num_sde_steps):
+            yield f"chunk_sizes must be at least 1 each and {self.num_sde_steps} SDE steps together, got {sizes}."
+
     @property
     def prompts_per_generation(self) -> int:
         """Prompts per rollout, over all processes."""
@@ -460,6 +508,13 @@ class TPGRPOConfig(_BaseConfig):
     def completion_rule(self) -> CompletionRule | None:
         """The rule that completes states; `None` where credit needs no completions."""
         return None if self.credit == "outcome" else CompletionRule.parse(self.completion)
+
+    @property
+    def loss_rule(self) -> LossRule:
+        """The trust region of an update."""
+        return LossRule(
+            self.loss_type, self.epsilon, self.epsilon_high, self.kl_mask_threshold, self.ratio_norm
+        )  # fmt: skip
 
     @property
     def credit_rule(self) -> CreditRule:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from .algorithm.credit import RewardTable
+from .algorithm.losses import Surrogate
 
 
 def _spread(values: Tensor) -> Tensor:
@@ -94,6 +95,21 @@ def _reduced(values: dict[tuple[str, str], list[Tensor]], taken: Collection[str]
         name: REDUCTIONS[reduction][1](torch.tensor(numbers)).item()
         for (name, reduction), numbers in sorted(gathered.items())
     }
+
+
+def record_surrogate(metrics: Metrics, surrogate: Surrogate) -> None:
+    """Record how far transitions (B,) have moved, and the share that gets no gradient for it."""
+    deviation = surrogate.ratio - 1
+    metrics.record("ratio/mean", surrogate.ratio.mean())
+    metrics.record("ratio/max_deviation", deviation.abs().max(), "max")
+    metrics.record("ratio/frac_above_one", (0.5 * deviation.sign() + 0.5).mean())
+    if surrogate.divergence is None:
+        metrics.record("clip_ratio", surrogate.left_out.float().mean())
+    else:
+        metrics.record("mask_ratio", surrogate.left_out.float().mean())
+        metrics.record("divergence/mean", surrogate.divergence.mean())
+        metrics.record("divergence/max", surrogate.divergence.max(), "max")
+    metrics.record("num_train_evaluations", len(deviation), "sum")
 
 
 def rollout_metrics(table: RewardTable, names: list[str]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import TrainerState
 
+from .algorithm.chunks import chunks_by_change, relative_change
 from .algorithm.completion import CompletionRule
 from .algorithm.credit import RewardTable, shortest_window, step_reward_variances
 from .algorithm.fidelity import compare
 from .algorithm.rollout import EXACT, Generators, Rollout, Window, fastest_batch_size, roll_out
-from .batches import LARGEST_BATCH, Sampled, Trajectories, sweeps
+from .batches import LARGEST_BATCH, Sampled, Trajectories, Transitions, sweeps
 from .config import TPGRPOConfig
 from .metrics import Metrics, image_variety
 from .policies.base import FlowPolicy, on_device, to_images
@@ -131,7 +132,7 @@ class Rollouts:
         self.samples.rollout_begins(self._state())
         generators = self.generators(NOISE, generation, len(rows))
         encoded = self._encode(rows)
-        states, log_probs, table = self._sample_in_sweeps(rows, encoded, generators, window, rule)
+        states, log_probs, means, table = self._sample_in_sweeps(rows, encoded, generators, window, rule)
         if self.args.completion_check_every and generation % self.args.completion_check_every == 0:
             self._check_completions(rows, encoded, window, generation, table)
         first = self.accelerator.process_index * len(rows)
@@ -144,12 +145,25 @@ class Rollouts:
             prompts=encoded.prompts,
             rows=torch.arange(first, first + len(rows)),
             table=table,
+            means=means,
+            chunks=self._chunks(states),
         )
+
+    def _chunks(self, states: Tensor) -> tuple[int, ...] | None:
+        """Return the sizes of chunks of the steps between states (B, K + 1, ...), the same on all processes."""
+        num_steps, level, sizes = states.shape[1] - 1, self.args.importance_sampling_level, self.args.chunk_sizes
+        if level != "chunk":
+            return (num_steps,) if level == "trajectory" else None
+        if sizes is not None:
+            return tuple(sizes) if max(sizes) > 1 else None
+        chunks = chunks_by_change(self.accelerator.reduce(relative_change(states).to(self.args.device), "mean"))
+        self.metrics["train"].record("num_chunks", len(chunks))
+        return chunks
 
     def _sample_in_sweeps(
         self, rows: Rows, encoded: Encoded, generators: Generators, window: Window, rule: CompletionRule | None
-    ) -> tuple[Tensor, Tensor, RewardTable]:
-        """Return states, log-probabilities and rewards of B rows; a sweep is scored while the next are sampled."""
+    ) -> tuple[Tensor, Tensor, Tensor | None, RewardTable]:
+        """Return states, log-probabilities, means and rewards of B rows; a sweep is scored as the next are sampled."""
         sampled: list[Sampled] = []
         pending: deque[Pending] = deque()
         for part in self.progress.sweeps(sweeps(len(rows), self.args)):
@@ -162,11 +176,12 @@ class Rollouts:
         self._stop_together(next((one.error for one in sampled if one.error), None))
         states = torch.cat([one.rollout.states for one in sampled])
         log_probs = torch.cat([one.rollout.log_probs for one in sampled])
+        kept = [one.rollout.means for one in sampled if one.rollout.means is not None]
         rewards, failed = torch.cat([one.rewards for one in sampled]), torch.cat([one.failed for one in sampled])
         table = self._reward_table([row["prompt"] for row in rows], rewards, failed, window, rule)
         if table.left_out.all():
             self._stop_together(next(error for one in sampled for error in one.skipped))
-        return states, log_probs, table
+        return states, log_probs, torch.cat(kept) if kept else None, table
 
     def _finish_sweep(self, pending: Pending) -> Sampled:
         """Wait for a sweep's rewards, and keep no image of it but what callbacks want to see."""
@@ -285,16 +300,22 @@ class Rollouts:
         generators = self.generators(CARD, 0, len(rows), first=0)
         return to_images(self.decode(self.roll_out(self._encode(rows), generators, None, None).final_latents))
 
-    def training_log_probs(self, trajectories: Trajectories, autocast: Callable[[], Any]) -> Tensor:
-        """Compute log-probabilities (B, K) as training does, gradients and all, in the context of `autocast`."""
-        log_probs = []
-        for position in range(len(trajectories.window)):
-            with torch.enable_grad(), autocast():
-                inputs = trajectories.transitions(position)
-                velocity = self.policy.velocity(self._model(), inputs.latents, inputs.step, inputs.conditioning)
-                log_probs.append(inputs.log_prob(inputs.transition(velocity)).detach())
-        self.metrics["train"].record("num_train_evaluations", len(trajectories) * len(log_probs), "sum")
-        return torch.stack(log_probs, 1)
+    def recomputed(self, trajectories: Trajectories, autocast: Callable[[], Any]) -> Trajectories:
+        """Compute log-probabilities, and means where they are kept, as training does, in the context of `autocast`."""
+        steps = [self._recomputed(trajectories.transitions(k), autocast) for k in range(len(trajectories.window))]
+        self.metrics["train"].record("num_train_evaluations", len(trajectories) * len(steps), "sum")
+        log_probs = torch.stack([log_prob for log_prob, _ in steps], 1)
+        means = None if trajectories.means is None else torch.stack([mean for _, mean in steps if mean is not None], 1)
+        return replace(trajectories, log_probs=log_probs, means=means)
+
+    @torch.enable_grad()  # the kernels are those of training
+    def _recomputed(self, inputs: Transitions, autocast: Callable[[], Any]) -> tuple[Tensor, Tensor | None]:
+        with autocast():
+            velocity = self.policy.velocity(self._model(), inputs.latents, inputs.step, inputs.conditioning)
+            step = inputs.transition(velocity)
+            kept_on = "cpu" if self.args.offload_trajectories else velocity.device
+            mean = None if inputs.old_means is None else step.mean.detach().to(kept_on)
+            return inputs.log_prob(step).detach(), mean
 
     def _sample(
         self,
@@ -373,7 +394,7 @@ class Rollouts:
             )
         return roll_out(
             velocity, noise, schedule.sigmas, window, generators, completion, self.batch_sizes["model"], on_step,
-            offload_states=self.args.offload_trajectories,
+            offload_states=self.args.offload_trajectories, keep_means=self.args.loss_rule.needs_means,
         )  # fmt: skip
 
     def decode(

@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler
 
-from .algorithm.losses import clipped_surrogate, first_wrong_term, relative_difference
+from .algorithm.losses import first_wrong_term, relative_difference
 from .algorithm.sde import kl_divergence
 from .batches import Sampled, Trajectories, Transitions
 from .callbacks import checkpoints, guard_rails, resuming
@@ -38,7 +38,7 @@ from .callbacks.samples import Samples
 from .config import TPGRPOConfig
 from .data import EpochSampler, SetEpoch, check_datasets, needed_rows, prompt_columns
 from .hub import HubRepository, RunCard, sample_rows, without_tokens
-from .metrics import Metrics, rollout_metrics
+from .metrics import Metrics, record_surrogate, rollout_metrics
 from .policies import loading, sharding, weights
 from .policies.embeddings import PromptEmbeddings
 from .policies.reference import Reference
@@ -239,10 +239,9 @@ class TPGRPOTrainer(_BaseTrainer):
             autocast = self.compute_loss_context_manager
             first_update = self.args.gradient_accumulation_steps if self.args.num_iterations == 1 else 0
             chunks = [
-                replace(
-                    chunk,
-                    log_probs=None if number < first_update else self.rollouts.training_log_probs(chunk, autocast),
-                )
+                replace(chunk, log_probs=None, means=None)
+                if number < first_update
+                else self.rollouts.recomputed(chunk, autocast)
                 for number, chunk in enumerate(chunks)
             ]
         return chunks
@@ -282,6 +281,10 @@ class TPGRPOTrainer(_BaseTrainer):
         model.train()
         getattr(self.optimizer, "train", lambda: None)()  # schedule-free optimizers have modes too
         trajectories = self._prepare_inputs(inputs)
+        is_first_update = self._step % self._generate_every < self.args.gradient_accumulation_steps
+        if trajectories.chunks is not None and not is_first_update:  # whose ratios are 1
+            now = self.rollouts.recomputed(trajectories, self.compute_loss_context_manager)
+            trajectories = trajectories.with_chunk_ratios(now)
         together = self.accelerator.num_processes > 1
         chosen = trajectories.contributing(skip_zeros=self.args.beta == 0, keep_steps=together)
         losses, self._loss_terms = [], []
@@ -319,7 +322,7 @@ class TPGRPOTrainer(_BaseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Compute the clipped surrogate of one SDE step of a micro-batch, with the KL divergence from the reference.
+        """Compute the surrogate of one SDE step of a micro-batch, with the KL divergence from the reference.
 
         Credit and advantages are computed here, from the reward table of the whole generation batch that the inputs
         carry; the table keeps them for other steps and micro-batches, for metrics and for pictures. (With `beta=0` the
@@ -330,9 +333,7 @@ class TPGRPOTrainer(_BaseTrainer):
         advantages = inputs.table.credited.advantages[inputs.rows, inputs.position].to(inputs.latents.device)  # (B,)
         velocity = self.policy.velocity(model, inputs.latents, inputs.step, inputs.conditioning)
         step = inputs.transition(velocity)
-        log_probs = inputs.log_prob(step)
-        old_log_probs = log_probs.detach() if inputs.old_log_probs is None else inputs.old_log_probs
-        surrogate = clipped_surrogate(log_probs, old_log_probs, advantages, self.args.epsilon, self.args.epsilon_high)
+        surrogate = inputs.surrogate(step, advantages, self.args.loss_rule)
         loss, metrics = surrogate.loss.sum() / inputs.num_trajectories, self._metrics["train"]
         terms = {"surrogate": loss.detach()}
         if self.args.beta > 0:
@@ -343,11 +344,7 @@ class TPGRPOTrainer(_BaseTrainer):
             metrics.record("kl", kl)
             metrics.record("reference_drift", relative_difference(velocity.detach(), reference))
         self._loss_terms.append((inputs.position, terms, surrogate.ratio.max()))
-        metrics.record("ratio/mean", surrogate.ratio.mean())
-        metrics.record("ratio/max_deviation", (surrogate.ratio - 1).abs().max(), "max")
-        metrics.record("ratio/frac_above_one", (0.5 * (surrogate.ratio - 1).sign() + 0.5).mean())
-        metrics.record("clip_ratio", surrogate.clipped.float().mean())
-        metrics.record("num_train_evaluations", len(log_probs), "sum")
+        record_surrogate(metrics, surrogate)
         return loss
 
     def _report_rollout(self, rows: list[dict[str, Any]], trajectories: Trajectories) -> None:

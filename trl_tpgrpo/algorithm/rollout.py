@@ -63,6 +63,7 @@ class Rollout:
 
     states: Tensor  # float32, (B, K + 1, ...): the trajectory before each SDE step and after the last
     log_probs: Tensor  # float32, (B, K): of the SDE steps
+    means: Tensor | None  # float32, (B, K, ...), of the states after the SDE steps, if they are kept
     final_latents: Tensor  # float32, (M, ...): ends of completions, in the order of the states, then of trajectories
     image_of: Tensor  # on the CPU, (B, C + 1): indices of the images of a trajectory's completions and of its own
     rows: Tensor  # on the CPU, (M,): index of the trajectory of an image, the first if several share it
@@ -81,6 +82,7 @@ def roll_out(
     batch_size: int | None = None,
     on_step: Callable[[], object] | None = None,
     offload_states: bool = False,
+    keep_means: bool = False,
 ) -> Rollout:
     """Sample trajectories and, from states in the window, the images that the ODE makes of them.
 
@@ -93,7 +95,8 @@ def roll_out(
         completion: Rule by which states in the window are completed; `None`: not at all.
         batch_size: Largest number of samples in a model call; `None`: no limit.
         on_step: Function called after each step, for a progress bar.
-        offload_states: Whether `states` are on the CPU, in pinned memory if there is a GPU.
+        offload_states: Whether `states` and `means` are on the CPU, in pinned memory if there is a GPU.
+        keep_means: Whether the result has the means of the SDE steps' transitions.
 
     Raises:
         ValueError: If the window does not lie in the schedule, or takes steps without noise, or B is no multiple of N.
@@ -101,7 +104,7 @@ def roll_out(
     """
     if window is not None:
         _check(window, len(sigmas) - 1, generators, len(initial_noise))
-    sweep = _Sweep(initial_noise, sigmas, window, generators or [], offload_states)
+    sweep = _Sweep(initial_noise, sigmas, window, generators or [], offload_states, keep_means)
     for step in range(len(sigmas) - 1):
         predicted = sweep.evaluate(velocity, step, batch_size)
         if window is not None and step in window:
@@ -129,7 +132,9 @@ def _check(window: Window, num_steps: int, generators: Generators | None, num_no
 class _Sweep:
     """A pending rollout: the trajectories and the completions that have branched off."""
 
-    def __init__(self, noise: Tensor, sigmas: Tensor, window: Window | None, generators: Generators, offload: bool):
+    def __init__(
+        self, noise: Tensor, sigmas: Tensor, window: Window | None, generators: Generators, offload: bool, means: bool
+    ):
         self.sigmas, self.generators = sigmas, generators
         number, num_states = (len(noise), 0) if window is None else (len(generators), len(window) + 1)
         rows = torch.arange(0, number, number // len(noise))
@@ -141,6 +146,7 @@ class _Sweep:
         shape = (num_states, number, *noise.shape[1:])  # a state is contiguous, so that it is one copy
         device, pin_memory = ("cpu", torch.cuda.is_available()) if offload else (noise.device, False)
         self.states = torch.empty(shape, device=device, pin_memory=pin_memory)
+        self.means = torch.empty_like(self.states[1:], pin_memory=pin_memory) if means else None
 
     def evaluate(self, velocity: Velocity, step: int, batch_size: int | None) -> Tensor:
         """Evaluate all that is at `step`, advance the completions, return the trajectories' velocity."""
@@ -178,6 +184,8 @@ class _Sweep:
         trajectories.latents, trajectories.stops = sample(drawn, noise), trajectories.stops[1:]
         self.log_probs.append(log_prob(drawn, trajectories.latents, window.log_prob_type))
         self.states[position + 1].copy_(trajectories.latents, non_blocking=True)
+        if self.means is not None:
+            self.means[position].copy_(drawn.mean, non_blocking=True)
 
     def result(self) -> Rollout:
         """Return the rollout, once all branches are at their end, or raise if a prediction was not finite."""
@@ -193,8 +201,8 @@ class _Sweep:
         image_of = torch.stack([image.repeat_interleave(len(last) // len(image)) for image in images], 1)
         log_probs = torch.stack(self.log_probs, 1) if self.log_probs else last.new_empty(len(last), 0)
         ends = torch.cat([branch.latents for branch in branches])
-        states = self.states.transpose(0, 1)
-        return Rollout(states, log_probs, ends, image_of, rows, self.num_evaluations, self.num_calls)
+        states, means = self.states.transpose(0, 1), None if self.means is None else self.means.transpose(0, 1)
+        return Rollout(states, log_probs, means, ends, image_of, rows, self.num_evaluations, self.num_calls)
 
 
 def fastest_batch_size(seconds: Callable[[int], float], largest: int) -> int:

@@ -27,8 +27,11 @@ REPEAT_AFTER = 100  # updates until a warning that still holds is given again
 
 MESSAGES = {
     "on_policy_ratio": "the probability ratio is off 1 by {deviation:.1e} in the first update on a rollout, for a "
-    "clip range of {clip_range:.1e}: sampling and training do not compute the same. Set recompute_old_log_probs=True, "
+    "clip range of {limit:.1e}: sampling and training do not compute the same. Set recompute_old_log_probs=True, "
     "or leave per_device_rollout_batch_size out, and use no dropout.",
+    "on_policy_divergence": "a transition's KL divergence is {deviation:.1e} in the first update on a rollout, for a "
+    "kl_mask_threshold of {limit:.1e}: sampling and training do not compute the same. Set "
+    "recompute_old_log_probs=True, or leave per_device_rollout_batch_size out, and use no dropout.",
     "one_sided_ratio": "{share:.0%} of the probability ratios lie on one side of 1: the policy has moved so far "
     "within one rollout that the clip acts on one sign of the advantages alone. Lower learning_rate, or make fewer "
     "updates a rollout (gradient_accumulation_steps=steps_per_generation).",
@@ -88,7 +91,8 @@ class GuardRails(TrainerCallback):
 
     Args:
         action: `"warn"`; `"skip"`, warn and leave the update out; or `"stop"`, raise a [`GuardRailError`] before it.
-        max_on_policy_deviation: Distance of the ratio from 1 in the first update on a rollout, in clip ranges.
+        max_on_policy_deviation: Distance of the ratio from 1 in the first update on a rollout, in clip ranges; under
+            `loss_type="dppo"` the divergence, in thresholds.
         max_one_sided: Share of the ratios of a later update on one side of 1.
         max_frac_reward_zero_std: Share of the groups without spread in their final rewards.
         max_grad_norm_factor: Norm of the gradient, in medians of earlier norms.
@@ -173,13 +177,15 @@ class GuardRails(TrainerCallback):
 
     def problems_of_update(self, metrics: dict[str, float], args: Any) -> Iterator[Problem]:
         """Check ratio, distance from the reference and gradient of an update; see `watch_over` for `metrics`."""
-        clip_range, is_on_policy = min(args.epsilon, args.epsilon_high), metrics.get("is_on_policy")
-        deviation, above = metrics.get("ratio/max_deviation", 0.0), metrics.get("ratio/frac_above_one", 0.5)
+        clips, is_on_policy = args.loss_type == "clip", metrics.get("is_on_policy")
+        limit = min(args.epsilon, args.epsilon_high) if clips else args.kl_mask_threshold
+        deviation = metrics.get("ratio/max_deviation" if clips else "divergence/max", 0.0)
+        above = metrics.get("ratio/frac_above_one", 0.5)
         share = max(above, 1 - above)
         enough = args.train_batch_size * args.world_size * args.gradient_accumulation_steps >= FEWEST_TRANSITIONS
         drift = metrics.get("reference_drift", 0.0)
-        if is_on_policy and deviation > self.max_on_policy_deviation * clip_range:
-            yield Problem("on_policy_ratio", deviation=deviation, clip_range=clip_range)
+        if is_on_policy and deviation > self.max_on_policy_deviation * limit:
+            yield Problem("on_policy_ratio" if clips else "on_policy_divergence", deviation=deviation, limit=limit)
         if enough and not is_on_policy and share > self.max_one_sided:
             yield Problem("one_sided_ratio", share=share)
         if drift > self.max_reference_drift:

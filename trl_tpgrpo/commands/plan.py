@@ -169,7 +169,7 @@ def estimate(args: Any, model: PlannedModel) -> dict[str, dict[str, float]]:
         largest = max(encoding["activations"], model.policy.decoding * itemsize * math.prod(model.policy.input_size))
         encoding |= {"VAE": model.vae, "activations": largest}
     prompts = {"prompt embeddings": model.prompt_size * math.ceil(rows / args.num_generations)}
-    states = 0 if args.offload_trajectories else 4 * latent * rows * (args.num_sde_steps + 1)
+    states = 0 if args.offload_trajectories else 4 * latent * rows * num_states(args)
     first = sweeps(rows, args)[0]
     images = count_sampling(args, len(range(rows)[first]), args.completion_rule)[2][0] // args.world_size
     sweep = images * latent * 3 * (4 + itemsize)  # latents, velocities and their copies in a step
@@ -193,6 +193,11 @@ def estimate(args: Any, model: PlannedModel) -> dict[str, dict[str, float]]:
     return {name: items for name, items in phases.items() if not left_out.get(name)}
 
 
+def num_states(args: Any) -> int:
+    """Count the latents that are kept of a trajectory: those before and after SDE steps, and means where needed."""
+    return (2 if args.loss_rule.needs_means else 1) * args.num_sde_steps + 1
+
+
 def elsewhere(args: Any, model: PlannedModel, num_prompts: int | None) -> dict[str, float]:
     """Estimate the bytes that each process keeps off the device, and all on disk, with so many encoded prompts."""
     rows, states = args.generation_batch_size // args.world_size, 4 * math.prod(model.latent_shape)
@@ -201,7 +206,7 @@ def elsewhere(args: Any, model: PlannedModel, num_prompts: int | None) -> dict[s
         "prompt embeddings on disk": number * model.prompt_size if on_disk else 0,
         "prompt embeddings": 0 if on_disk else min(number, KEPT_IN_MEMORY) * model.prompt_size,
         "text encoders": 0 if args.precompute_prompt_embeds else model.encoders,
-        "states": states * rows * (args.num_sde_steps + 1) if args.offload_trajectories else 0,
+        "states": states * rows * num_states(args) if args.offload_trajectories else 0,
         "VAE and reward models": model.vae + model.rewards if args.offload_between_phases else 0,
         "reference": model.weights[None] if args.offload_reference else 0,
     }
