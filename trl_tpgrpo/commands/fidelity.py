@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..algorithm.completion import CompletionRule
 from ..algorithm.fidelity import Fidelity, compare
+from ..rewards.contract import takes_states_alone
 from ..rollouts import NOISE
 from ..trainer import TPGRPOTrainer
 from .train import build_trainer, make_parser
@@ -53,6 +54,8 @@ def main(argv: list[str]) -> int:
     for name in names:
         CompletionRule.parse(name)
     trainer = build_trainer(*training)
+    if takes_states_alone(trainer.reward_funcs):
+        raise ValueError("All reward functions score noisy states: there are no completions to compare.")
     chosen = trainer.train_dataset.take(min(own.num_prompts, len(trainer.train_dataset)))
     measured = measure(trainer, [dict(row) for row in chosen], names)
     print(table(measured))  # noqa: T201
@@ -87,7 +90,7 @@ def measure(trainer: TPGRPOTrainer, prompts: list[dict[str, Any]], names: list[s
         weighted = (sampled.rewards * trainer.rollouts.reward_weights[:, None]).nansum(1)
         rewards[name].append(weighted.masked_fill(sampled.failed[:, None], torch.nan))
         evaluations[name] += sampled.rollout.num_evaluations
-        images[name] += len(sampled.images)
+        images[name] += len(sampled.rollout.final_latents)
     total, measured, exact = len(prompts) * number, [], torch.cat(rewards["exact"])
     for name, cheap in ((name, torch.cat(parts)) for name, parts in rewards.items()):
         both = ~(exact.isnan().any(1) | cheap.isnan().any(1))  # a reward function may have failed, if that is skipped
