@@ -99,6 +99,7 @@ class Rollouts:
         functions = [*reward_funcs, *eval_reward_funcs]
         self._names = reward_names(functions)
         self._trained_names = self._names[: len(reward_funcs)]
+        self.scores_states_alone = all(declared(function).scores_states for function in reward_funcs)
         self._scores_tensors = any(declared(function).image_type == "pt" for function in functions)
         movable = [one for one in functions if hasattr(innermost(one), "to")]
         self._offloaded = [innermost(one) for one in movable if not runs_beside(one)]
@@ -267,7 +268,8 @@ class Rollouts:
                 groups need each prompt `num_generations` times in a row.
             generators: B generators, each the only source of its trajectory's randomness (see `roll_out`).
             window: SDE steps of `num_inference_steps`; `None` takes `num_inference_steps_eval` ODE steps.
-            completion: Rule by which states in the window are completed; `None`: none is.
+            completion: Rule by which states in the window are completed, or which of them are scored as they are
+                where all functions score states; `None`: none is.
             reward_funcs: F functions to score with; `None`: those that are trained on.
 
         Raises:
@@ -276,6 +278,7 @@ class Rollouts:
             FloatingPointError: If a prediction is not finite.
         """
         functions = reward_funcs or self.reward_funcs
+        completion = scored_rule(completion, functions)
         pending = self._sample(rows, self._encode(rows), generators, window, completion, functions)
         sampled = self._scored(pending, self._mode)
         if sampled.error is not None:

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from ..algorithm.completion import CompletionRule
 from ..algorithm.fidelity import Fidelity, compare
-from ..rewards.contract import takes_states_alone
 from ..rollouts import NOISE
 from ..trainer import TPGRPOTrainer
 from .train import build_trainer, make_parser
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> int:
     for name in names:
         CompletionRule.parse(name)
     trainer = build_trainer(*training)
-    if takes_states_alone(trainer.reward_funcs):
+    if trainer.rollouts.scores_states_alone:
         raise ValueError("All reward functions score noisy states: there are no completions to compare.")
     chosen = trainer.train_dataset.take(min(own.num_prompts, len(trainer.train_dataset)))
     measured = measure(trainer, [dict(row) for row in chosen], names)

@@ -175,9 +175,7 @@ class Scoring:
             self._scores.rewards[call.index, call.rows] = self._rewards(call)
         except RewardError as error:
             if declared(self.reward_funcs[call.index]).scores_groups:
-                self._scores.failed[call.rows] = (
-                    True  # also where one image is the cause: the others were compared to it
-                )
+                self._scores.failed[call.rows] = True  # where one image is the cause, others were compared with it
                 error.prompt = self.batch.prompts[call.rows.start]
             elif error.row is None and isinstance(error.__cause__, RewardUnavailable | None):
                 self._scores.failed[call.rows] = True  # it hung, or no image can be the cause
