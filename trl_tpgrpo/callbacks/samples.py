@@ -114,9 +114,11 @@ class Samples:
         `images_of` returns those of some indices, for which it may have to decode them.
         """
         wanted = (self._args.num_completions_to_print or self._args.num_generations) if self._waiting else 0
-        for indices in sampled.rollout.image_of[: max(0, wanted - len(self._images))].tolist():
-            self._images.append(images_of(indices))
-            self._extra.append({name: values[indices[-1]] for name, values in sampled.extra.items()})
+        chosen = sampled.rollout.image_of[: max(0, wanted - len(self._images))]
+        images, size = images_of(chosen.flatten().tolist()), chosen.shape[1]
+        self._images += [images[start : start + size] for start in range(0, len(images), size)]
+        extra = sampled.extra.items()
+        self._extra += [{name: values[index] for name, values in extra} for index in chosen[:, -1].tolist()]
 
     def rollout_ends(
         self, prompts: list[str], table: RewardTable, state: TrainerState, control: TrainerControl

@@ -21,16 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .contract import (
-    Declaration,
-    RewardError,
-    RewardFunc,
-    RewardUnavailable,
-    checked,
-    declared,
-    is_async,
-    reward_name,
-)
+from .contract import RewardError, RewardFunc, RewardUnavailable, checked, declared, is_async, reward_name
 from .threads import EventLoop, Worker, call_here
 
 
@@ -52,8 +43,9 @@ class ImageBatch:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def view(self, declaration: Declaration, rows: slice) -> dict[str, Any]:
+    def view(self, reward_func: RewardFunc, rows: slice) -> dict[str, Any]:
         """Return what a function gets to score; tensors are its own."""
+        declaration = declared(reward_func)
         if declaration.scores_states:
             assert self.states is not None
             return {name: value[rows].clone() for name, value in zip(declaration.scored, self.states, strict=True)}
@@ -65,11 +57,11 @@ class ImageBatch:
             return {"images": self.pixels[rows].float() / 255}
         return {"images": self.images[rows]}
 
-    def parts(self, declaration: Declaration) -> Iterator[slice]:
+    def parts(self, reward_func: RewardFunc) -> Iterator[slice]:
         """Return the rows of each call of a function."""
-        size = declaration.batch_size or len(self)
+        size = declared(reward_func).batch_size or len(self)
         by_size = [*range(size, len(self), size), len(self)]
-        ends = list(accumulate(self.group_sizes)) if declaration.scores_groups else by_size
+        ends = list(accumulate(self.group_sizes)) if declared(reward_func).scores_groups else by_size
         return map(slice, [0, *ends], ends)
 
 
@@ -139,7 +131,7 @@ class Scoring:
     def begin(self, index: int) -> None:
         """Start the calls of one function, and end them too unless they run beside the model."""
         function = self.reward_funcs[index]
-        for rows in self.batch.parts(declared(function)):
+        for rows in self.batch.parts(function):
             if runs_beside(function):
                 self._pending.append(self._call(index, rows))
             elif not self._has_stopped:
@@ -160,7 +152,7 @@ class Scoring:
 
     def _call(self, index: int, rows: slice) -> _Call:
         function, columns = self.reward_funcs[index], {"prompts": self.batch.prompts, **self.batch.columns}
-        arguments = self.batch.view(declared(function), rows)
+        arguments = self.batch.view(function, rows)
         arguments |= {name: values[rows] for name, values in columns.items()}
         metrics: list[tuple[str, float]] = []
         extra: dict[str, list] = {}
