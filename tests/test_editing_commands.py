@@ -212,7 +212,7 @@ def test_evaluations_show_rows_of_one_prompt_apart(tmp_path: Path) -> None:
     trainer = build(tmp_path / "seen", tiny_kontext(), eval_dataset=rows(2, PROMPTS[:1]), num_generations_eval=2,
                     train_dataset=rows(), guidance_scale=3.5)  # fmt: skip
     seen: list[Any] = []
-    trainer.samples._callbacks()[0].on_evaluation_end = lambda *args, sample, **kwargs: seen.append(sample)
+    trainer.samples._evaluation_callbacks()[0].on_evaluation_end = lambda *args, sample, **kwargs: seen.append(sample)
     trainer.evaluate()
     assert seen[0].prompts == [PROMPTS[0]] * 2 and [len(images) for images in seen[0].images] == [2, 2]
 

@@ -90,7 +90,7 @@ def test_nothing_is_kept_for_those_who_want_nothing(tmp_path: Path) -> None:
     trainer.add_callback(seen)
     kept = []
     keep = trainer.samples.keep
-    trainer.samples.keep = lambda sampled: (keep(sampled), kept.append(len(trainer.samples._images)))
+    trainer.samples.keep = lambda *given: (keep(*given), kept.append(len(trainer.samples._images)))
     trainer.train()
     assert kept == [0] and not seen.rollouts
 

@@ -4,6 +4,7 @@ Shapes: `B` trajectories of this process, `N` of all processes, `K` SDE steps, `
 completed states, `...` the dimensions of a latent.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from .algorithm.chunks import chunk_means, step_weights
+from .algorithm.completion import CompletionRule
 from .algorithm.credit import CreditedSteps, CreditRule, RewardTable
 from .algorithm.losses import LossRule, Surrogate, normalized_log_ratio
 from .algorithm.rollout import Rollout, Window
 from .algorithm.sde import Transition, log_prob, transition
 from .policies.conditioning import Conditioning, Schedule, Step
-from .rewards.contract import RewardError
+from .rewards.contract import RewardError, RewardFunc, takes_images, takes_states_alone
 
 
 SWEEP = 64  # trajectories sampled together, at least: batches are full, and memory does not grow with the rollout
@@ -29,7 +31,7 @@ class Sampled:
     """Trajectories of B rows of a dataset, their images and the rewards of these."""
 
     rollout: Rollout
-    images: list[Image.Image]  # M, one for each of `rollout.final_latents`
+    images: list[Image.Image]  # M, one for each of `rollout.final_latents`; none where no function took images
     rewards: (
         Tensor  # float32, (B, F, C + 1), on the CPU, as `rollout.image_of`; NaN: does not apply, or one has failed
     )
@@ -185,6 +187,17 @@ FORMER: dict[str, tuple] = {
     "policies.base": (Conditioning, Schedule),
 }  # fmt: skip
 SAVED_CLASSES += [(one, f"trl_tpgrpo.{module}.{one.__name__}") for module, known in FORMER.items() for one in known]
+
+
+def scored_rule(rule: CompletionRule | None, reward_funcs: Sequence[RewardFunc]) -> CompletionRule | None:
+    """Return the rule by which states are completed; where all functions score states, these are left as they are."""
+    return replace(rule, num_steps=0) if rule and takes_states_alone(reward_funcs) else rule
+
+
+def what_is_scored(reward_funcs: Sequence[RewardFunc]) -> str:
+    """Name what is counted of a rollout that is scored by these functions; by none known: by one of images."""
+    decodes = takes_images(reward_funcs) or not reward_funcs
+    return "images decoded and scored" if decodes else "latents scored"
 
 
 def sweeps(num_rows: int, args: Any) -> list[slice]:

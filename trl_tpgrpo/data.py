@@ -10,7 +10,7 @@ from datasets import Dataset, Image
 from transformers import TrainerCallback, TrainerState
 from trl.trainer.utils import RepeatSampler
 
-from .rewards.contract import RESERVED_COLUMNS, RewardFunc, check_signature
+from .rewards.contract import RESERVED_COLUMNS, RewardFunc, check_settings, check_signature
 
 
 READ_AT_ONCE = 100  # rows with images, which a selection of a dataset copies
@@ -42,10 +42,11 @@ class SetEpoch(TrainerCallback):
 def check_datasets(
     train: Dataset | None, evaluation: Datasets, reward_funcs: list[RewardFunc], eval_only: list[RewardFunc], args: Any
 ) -> None:
-    """Raise a `TypeError` or `ValueError` for datasets that a run with the settings `args` cannot use.
+    """Raise a `TypeError` or `ValueError` for datasets or reward functions that the settings `args` do not go with.
 
     `eval_only` are the reward functions that are called in evaluation only.
     """
+    check_settings(reward_funcs, eval_only, args, evaluates=evaluation is not None)
     named = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
     for name, dataset in {"train_dataset": train, **named}.items():
         if dataset is not None:

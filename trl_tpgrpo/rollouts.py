@@ -7,7 +7,7 @@ states.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,11 +27,11 @@ from .algorithm.completion import CompletionRule
 from .algorithm.credit import RewardTable, shortest_window, step_reward_variances
 from .algorithm.fidelity import compare
 from .algorithm.rollout import EXACT, Generators, Rollout, Window, fastest_batch_size, roll_out
-from .batches import LARGEST_BATCH, Sampled, Trajectories, Transitions, sweeps
+from .batches import LARGEST_BATCH, Sampled, Trajectories, Transitions, scored_rule, sweeps
 from .config import TPGRPOConfig
 from .metrics import Metrics, image_variety
 from .policies.base import FlowPolicy, on_device, to_images
-from .policies.conditioning import Conditioning
+from .policies.conditioning import Conditioning, Schedule
 from .policies.embeddings import Prompt, PromptEmbeddings
 from .rewards.contract import RewardError, RewardFunc, check_applicability, declared, innermost, reward_names
 from .rewards.scorer import ImageBatch, Scorer, Scoring, runs_beside, save_evidence
@@ -100,6 +100,7 @@ class Rollouts:
         functions = [*reward_funcs, *eval_reward_funcs]
         self._names = reward_names(functions)
         self._trained_names = self._names[: len(reward_funcs)]
+        self.scores_states_alone = all(declared(function).scores_states for function in reward_funcs)
         self._scores_tensors = any(declared(function).image_type == "pt" for function in functions)
         movable = [one for one in functions if hasattr(innermost(one), "to")]
         self._offloaded = [innermost(one) for one in movable if not runs_beside(one)]
@@ -128,7 +129,8 @@ class Rollouts:
         share = self.args.sde_window_share
         if share is not None and self.measured_window is None:
             self.measured_window = self._measure_window(rows, share)
-        window, rule = self.measured_window or self.draw_window(generation), self.args.completion_rule
+        window = self.measured_window or self.draw_window(generation)
+        rule = scored_rule(self.args.completion_rule, self.reward_funcs)
         self.samples.rollout_begins(self._state())
         generators = self.generators(NOISE, generation, len(rows))
         encoded = self._encode(rows)
@@ -186,10 +188,11 @@ class Rollouts:
     def _finish_sweep(self, pending: Pending) -> Sampled:
         """Wait for a sweep's rewards, and keep no image of it but what callbacks want to see."""
         sampled = self._scored(pending, "train")
-        final = sampled.rollout.image_of[:, -1].tolist()
-        variety = image_variety([sampled.images[index] for index in final], pending.prompts)
-        self.metrics["train"].record("image_variety", variety, "nanmean")
-        self.samples.keep(sampled)
+        if sampled.images:
+            final = sampled.rollout.image_of[:, -1].tolist()
+            variety = image_variety([sampled.images[index] for index in final], pending.prompts)
+            self.metrics["train"].record("image_variety", variety, "nanmean")
+        self.samples.keep(sampled, partial(self.shown_images, sampled))
         return sampled.without_images()
 
     def _reward_table(
@@ -208,7 +211,8 @@ class Rollouts:
         if len(rows) % group == 0:  # else groups straddle processes, and are whole only if all rows are taken
             rows = rows[: PROBED_GROUPS * group]
         whole, generators = self.args.window(*self.args.sde_window_limits), self.generators(PROBE, 0, len(rows))
-        *_, table = self._sample_in_sweeps(rows, self._encode(rows), generators, whole, EXACT)
+        rule = scored_rule(EXACT, self.reward_funcs)
+        *_, table = self._sample_in_sweeps(rows, self._encode(rows), generators, whole, rule)
         variances = step_reward_variances(table.rewards, group)
         start, stop = shortest_window(variances, share)
         return self.args.window(whole.start + start, whole.start + stop)
@@ -232,17 +236,16 @@ class Rollouts:
         for name, value in fidelity.overall().items():
             self.metrics["train"].record(f"completion_check/{name}", value, "nanmean")
 
-    def evaluate(
-        self, rows: Rows, first: int, num_rows: int, window: Window | None = None
-    ) -> tuple[list[Image.Image], Tensor]:
+    def evaluate(self, rows: Rows, first: int, num_rows: int, window: Window | None = None) -> tuple[Sampled, Tensor]:
         """Sample B rows, of which the first is row `first` of `num_rows`, and record their rewards.
 
-        The ODE samples, or the SDE in `window`. Return this process's B images and the rewards (N, F) of all, without
-        rows that only fill the last batches up.
+        The ODE samples, or the SDE in `window`. Return this process's B trajectories and the rewards (N, F) of all,
+        without rows that only fill the last batches up.
         """
-        generators = self.generators(EVALUATION, 0, len(rows), first)
+        generators, group = self.generators(EVALUATION, 0, len(rows), first), self.args.num_generations_eval
         functions = [*self.reward_funcs, *self.eval_reward_funcs]
-        sampled = self._scored(self._sample(rows, self._encode(rows), generators, window, None, functions), "eval")
+        pending = self._sample(rows, self._encode(rows), generators, window, None, functions, group)
+        sampled = self._scored(pending, "eval")
         rewards, trained, error = sampled.rewards, len(self.reward_funcs), sampled.error
         prompts = [row["prompt"] for row in rows]
         try:
@@ -251,7 +254,8 @@ class Rollouts:
             error = error or inapplicable
         self._stop_together(error)
         keys = [Prompt.of(row, self.policy.takes_image) for row in rows]
-        self.samples.keep_evaluated(prompts, keys, sampled.images, self.weighted(rewards[:, :trained, -1]))
+        weighted = self.weighted(rewards[:, :trained, -1])
+        self.samples.keep_evaluated(prompts, keys, partial(self.shown_images, sampled), weighted)
         # Not by gather_for_metrics, which takes the dataset's length for the number of rows.
         num_left = num_rows - first + self.accelerator.process_index * len(rows)
         final = self.accelerator.gather(rewards[:, :, -1].to(self.args.device)).cpu()[:num_left]
@@ -262,7 +266,7 @@ class Rollouts:
         reward = self.weighted(final[:, :trained])
         metrics.record("reward", reward, "nanmean")
         metrics.record("reward_std", reward, "std")
-        return sampled.images, final
+        return sampled, final
 
     def sample_and_score(
         self,
@@ -272,25 +276,40 @@ class Rollouts:
         completion: CompletionRule | None = None,
         reward_funcs: list[RewardFunc] | None = None,
     ) -> Sampled:
-        """Sample one trajectory for each of B rows, decode its images and score them.
+        """Sample one trajectory for each of B rows, decode its images if a function takes them, and score them.
 
         Args:
-            rows: Rows of a dataset: a prompt and the columns that the reward functions read.
+            rows: Rows of a dataset: a prompt and the columns that the reward functions read. Functions that score
+                groups need each prompt `num_generations` times in a row.
             generators: B generators, each the only source of its trajectory's randomness (see `roll_out`).
             window: SDE steps of `num_inference_steps`; `None` takes `num_inference_steps_eval` ODE steps.
-            completion: Rule by which states in the window are completed; `None`: none is.
+            completion: Rule by which states in the window are completed, or which of them are scored as they are
+                where all functions score states; `None`: none is.
             reward_funcs: F functions to score with; `None`: those that are trained on.
 
         Raises:
             RewardError: If a reward function fails.
+            ValueError: If one scores groups, and the rows are no whole ones.
             FloatingPointError: If a prediction is not finite.
         """
         functions = reward_funcs or self.reward_funcs
+        completion = scored_rule(completion, functions)
         pending = self._sample(rows, self._encode(rows), generators, window, completion, functions)
         sampled = self._scored(pending, self._mode)
         if sampled.error is not None:
             raise self._with_evidence(sampled.error)
         return sampled
+
+    @torch.no_grad()
+    def shown_images(self, sampled: Sampled, chosen: Sequence[int]) -> list[Image.Image]:
+        """Return some of the M images, which are decoded now if no reward function took images."""
+        if sampled.images or not chosen:
+            return [sampled.images[index] for index in chosen]
+        mode, size = self._mode, self.batch_sizes.get("vae", self.args.per_device_train_batch_size)
+        with self.phase("decode", len(chosen), mode) as advance:
+            pixels = self.decode(sampled.rollout.final_latents[list(chosen)], advance, batch_size=size)
+        self.metrics[mode].record("num_decoded_images", len(chosen), "sum")
+        return to_images(pixels)
 
     @torch.no_grad()
     def sample(self, rows: Rows) -> list[Image.Image]:
@@ -325,22 +344,36 @@ class Rollouts:
         window: Window | None,
         completion: CompletionRule | None,
         reward_funcs: list[RewardFunc],
+        group: int | None = None,
     ) -> Pending:
-        """Sample and decode, and begin to score."""
-        mode, metrics = self._mode, self.metrics[self._mode]
+        """Sample and decode, and begin to score; groups are of `num_generations` rows, or of so many."""
+        mode, metrics, group = self._mode, self.metrics[self._mode], group or self.args.num_generations
+        declarations = list(map(declared, reward_funcs))
+        scores_states = any(one.scores_states for one in declarations)
+        if len(rows) % group and any(one.scores_groups for one in declarations):
+            raise ValueError(f"A reward function scores groups: {len(rows)} rows are no whole ones of {group} images.")
         with self.phase("rollout", self._num_steps(window), mode) as advance:
             rollout = self.roll_out(encoded, generators, window, completion, advance)
-        with self.phase("decode", len(rollout.final_latents), mode) as advance:
-            pixels = self.decode(rollout.final_latents, advance, keep_on_device=self._scores_tensors)
-            images = to_images(pixels)
+        pixels, images = None, []
+        if any(one.kind == "images" for one in declarations):
+            with self.phase("decode", len(rollout.final_latents), mode) as advance:
+                pixels = self.decode(rollout.final_latents, advance, keep_on_device=self._scores_tensors)
+                images = to_images(pixels)
         counts = {"evaluations": rollout.num_evaluations, "calls": rollout.num_calls}
-        for name, value in {**counts, "decoded_images": len(images), "scored_images": len(images)}.items():
+        for name, value in {**counts, "decoded_images": len(images), "scored_images": len(rollout.rows)}.items():
             metrics.record(f"num_{name}", value, "sum")
         with self.phase("score", len(reward_funcs), mode) as advance:
-            shown = [rows[row] for row in rollout.rows.tolist()]
-            columns = {name: [row[name] for row in shown] for name in rows[0] if name != "prompt"}
-            prompts_shown, tensors = [row["prompt"] for row in shown], pixels if self._scores_tensors else None
-            batch = ImageBatch(images, tensors, prompts_shown, columns)
+            shown, sigmas = [rows[row] for row in rollout.rows.tolist()], self._schedule(window).sigmas
+            steps = window.start if window else 0, completion.every if completion else 1
+            batch = ImageBatch(
+                images=images,
+                pixels=pixels if self._scores_tensors else None,
+                prompts=[row["prompt"] for row in shown],
+                columns={name: [row[name] for row in shown] for name in rows[0] if name != "prompt"},
+                latents=rollout.final_latents,
+                states=rollout.noisy_latents(sigmas, *steps) if scores_states else None,
+                group_sizes=rollout.group_sizes(group),
+            )
             log_metric = partial(metrics.record, reduction="logged")
             extra = {"trainer_state": self._state(), "log_metric": log_metric}
             with on_device(self._offloaded, self.args.device, self.args.offload_between_phases):
@@ -379,7 +412,7 @@ class Rollouts:
         Under `share_initial_noise` the first generator of a group draws its noise. Without a window,
         `num_inference_steps_eval` ODE steps are taken.
         """
-        schedule = self.policy.schedule(self._num_steps(window))
+        schedule = self._schedule(window)
         model, conditioning, prompts = self._model(), encoded.conditioning, encoded.prompts
 
         def velocity(latents: Tensor, step: int, rows: Tensor) -> Tensor:
@@ -398,15 +431,23 @@ class Rollouts:
         )  # fmt: skip
 
     def decode(
-        self, latents: Tensor, on_batch: Callable[[int], object] | None = None, keep_on_device: bool = False
+        self,
+        latents: Tensor,
+        on_batch: Callable[[int], object] | None = None,
+        keep_on_device: bool = False,
+        batch_size: int | None = None,
     ) -> Tensor:
-        """Decode final latents (M, ...), see [`~trl_tpgrpo.policies.base.FlowPolicy.decode`]."""
+        """Decode final latents (M, ...), see [`~trl_tpgrpo.policies.base.FlowPolicy.decode`].
+
+        Without a `batch_size`, which may have to be measured, all processes have to call it.
+        """
         with on_device([self.policy.pipeline.vae], self.policy.device, self.args.offload_between_phases):
-            if "vae" not in self.batch_sizes:
+            if batch_size is None and "vae" not in self.batch_sizes:
                 self.batch_sizes["vae"] = _measure_batch_size(
                     lambda size: self.policy.decode(latents[:1].expand(size, *latents.shape[1:])), self.accelerator
                 )
-            return self.policy.decode(latents, self.batch_sizes["vae"], on_batch, keep_on_device)
+            size = batch_size or self.batch_sizes["vae"]
+            return self.policy.decode(latents, size, on_batch, keep_on_device)
 
     def _encode(self, rows: Rows) -> Encoded:
         """Encode the distinct prompts of B rows."""
@@ -424,6 +465,9 @@ class Rollouts:
 
     def _num_steps(self, window: Window | None) -> int:
         return self.args.num_inference_steps_eval if window is None else self.args.num_inference_steps
+
+    def _schedule(self, window: Window | None) -> Schedule:
+        return self.policy.schedule(self._num_steps(window))
 
     @property
     def _mode(self) -> str:

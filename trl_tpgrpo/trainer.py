@@ -173,8 +173,8 @@ class TPGRPOTrainer(_BaseTrainer):
         self.averaged = AveragedWeights(self.model, args.ema_decay, args.ema_update_every)
         self.stop_on_signal = checkpoints.StopOnSignal(self.accelerator)
         self._set_epoch = SetEpoch()
-        pictures = PictureCallback(self.callback_handler)
-        for callback in (FirstLines(), SamplePrinter(), pictures, self._set_epoch, self.averaged, self.stop_on_signal):
+        first, pictures = FirstLines(self.reward_funcs), PictureCallback(self.callback_handler)
+        for callback in (first, SamplePrinter(), pictures, self._set_epoch, self.averaged, self.stop_on_signal):
             self.add_callback(callback)
         self.guard_rails = guard_rails.watch_over(self, self._metrics_of_update, self._metrics["train"].record)
 

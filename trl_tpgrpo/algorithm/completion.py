@@ -25,7 +25,7 @@ class CompletionRule:
     last two (Adams-Bashforth). With a stride `every` above 1, credit is that of blocks of so many steps.
     """
 
-    num_steps: int | None = None  # largest number of evaluations of a completion, evenly spaced; None: no such limit
+    num_steps: int | None = None  # largest number of evaluations, evenly spaced; None: no limit; 0: stay at the state
     at: tuple[int, ...] | None = None  # steps that alone are evaluated, beside the state's own; None: no such limit
     extrapolate: bool = False
     every: int = 1  # stride n: the states before every n-th SDE step are completed
@@ -45,12 +45,12 @@ class CompletionRule:
         return cls(num_steps, at, extrapolate=kind == "ab2" or at is not None, every=int(every or 1))
 
     def stops(self, start: int, num_inference_steps: int) -> list[int]:
-        """Return the steps before which a completion that starts at step `start` is evaluated, and last the end."""
+        """Return the steps before which a completion from step `start` on is evaluated, and last where it ends."""
         left = num_inference_steps - start
         if self.at is not None:
             return [start, *(step for step in self.at if start < step < num_inference_steps), num_inference_steps]
-        num_steps = min(self.num_steps or left, left)
-        return [start + round(left * step / num_steps) for step in range(num_steps + 1)]
+        num_steps = left if self.num_steps is None else min(self.num_steps, left)
+        return [start + round(left * step / max(num_steps, 1)) for step in range(num_steps + 1)]
 
 
 @dataclass

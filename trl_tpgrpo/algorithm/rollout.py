@@ -70,6 +70,29 @@ class Rollout:
     num_evaluations: int  # function evaluations (NFE), counted in samples
     num_calls: int  # model calls, counted in batches
 
+    @property
+    def columns(self) -> Tensor:
+        """The column of `image_of` that an image is in: (M,), on the CPU."""
+        columns = torch.empty_like(self.rows)
+        columns[self.image_of] = torch.arange(self.image_of.shape[1]).expand_as(self.image_of)
+        return columns
+
+    def group_sizes(self, num_generations: int) -> list[int]:
+        """Return how many neighbouring images are of one state and of one group of so many trajectories."""
+        keys = torch.stack([self.columns, self.rows // num_generations], 1)
+        return torch.unique_consecutive(keys, dim=0, return_counts=True)[1].tolist()
+
+    def noisy_latents(self, sigmas: Tensor, start: int, every: int) -> tuple[Tensor, Tensor]:
+        """Return the state that each image was made from, (M, ...), and its sigma, (M,); of trajectories their end, 0.
+
+        `sigmas` are the schedule's; from step `start` on, the state before every n-th (`every`) has an image.
+        """
+        latents, num_completions = self.final_latents.clone(), len(self.rows) - len(self.image_of)
+        steps, rows = every * self.columns[:num_completions], self.rows[:num_completions]
+        latents[:num_completions] = self.states[rows, steps].to(latents.device)
+        ends = sigmas.new_zeros(len(self.image_of))
+        return latents, torch.cat([sigmas[start + steps], ends]).to(latents.device)
+
 
 @torch.no_grad()
 def roll_out(
@@ -170,7 +193,8 @@ class _Sweep:
         if rule is not None and position % rule.every == 0:
             stops = rule.stops(step, len(self.sigmas) - 1)
             completion = Branch(trajectories.latents, trajectories.rows, stops, rule.extrapolate)
-            completion.advance(velocity, self.sigmas)
+            if len(stops) > 1:
+                completion.advance(velocity, self.sigmas)
             self.completions.append(completion)
         if position == 0:  # trajectories with the same initial noise part ways
             shared = len(self.generators) // len(velocity)

@@ -1,13 +1,14 @@
 """What a run will take, counted by the rollout itself on latents of one number: told in the run's first lines."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainerCallback, TrainerState
 
 from ..algorithm.rollout import roll_out
-from ..batches import sweeps
+from ..batches import scored_rule, sweeps, what_is_scored
 from .terminal import show
 
 
@@ -21,20 +22,22 @@ class Counts(NamedTuple):
     are_bounds: bool = False  # a measured window is shorter, and with beta=0 transitions without advantage are not run
 
     def mean(self, name: str) -> float:
-        """Return a number of a rollout, averaged over the windows that it may have."""
-        return sum(self.rollout[name]) / max(len(self.rollout[name]), 1)
+        """Return a number of a rollout, averaged over the windows that it may have; 0 of what it does not do."""
+        numbers = self.rollout.get(name, [])
+        return sum(numbers) / max(len(numbers), 1)
 
     def __str__(self) -> str:
         sampling, training = self.mean("evaluations in sampling"), self.mean("evaluations in training")
+        scored = next(name for name in self.rollout if name.endswith("scored"))
         return (
-            f"rollout: {self.mean('trajectories'):,.0f} trajectories, {self.mean('images decoded and scored'):,.0f} "
-            f"images, {sampling:,.0f} evaluations in sampling, {training:,.0f} in training\n"
+            f"rollout: {self.mean('trajectories'):,.0f} trajectories, {self.mean(scored):,.0f} {scored.split()[0]}, "
+            f"{sampling:,.0f} evaluations in sampling, {training:,.0f} in training\n"
             f"run: {self.num_updates:,} updates, {self.num_rollouts:,} rollouts, "
             f"{'at most ' * self.are_bounds}{(sampling + training) * (self.num_rollouts or 0):,.0f} evaluations"
         )
 
 
-def count(args: Any, dataset_size: int | None = None) -> Counts:
+def count(args: Any, dataset_size: int | None = None, reward_funcs: Sequence[Callable] = ()) -> Counts:
     """Count what a run with these settings takes, with so many prompts (`None`: not known)."""
     trajectories, accumulated = args.generation_batch_size, args.gradient_accumulation_steps
     steps = trajectories // (args.per_device_train_batch_size * args.world_size)
@@ -48,12 +51,13 @@ def count(args: Any, dataset_size: int | None = None) -> Counts:
         epoch = max(1, math.ceil(rollouts * updates))
         total = total or math.ceil(args.num_train_epochs * epoch)
         num_rollouts = total // epoch * rollouts + min(rollouts, math.ceil(total % epoch / updates))
-    evaluations, calls, images = count_sampling(args, trajectories // args.world_size, args.completion_rule)
+    rule = scored_rule(args.completion_rule, reward_funcs)
+    evaluations, calls, scored = count_sampling(args, trajectories // args.world_size, rule)
     rollout = {
         "trajectories": [trajectories],
         "evaluations in sampling": evaluations,
         "model calls in sampling": calls if args.rollout_batch_size else [],
-        "images decoded and scored": images,
+        what_is_scored(reward_funcs): scored,
         "transitions trained on": [trajectories * args.num_sde_steps],
         "evaluations in training": [trajectories * args.num_sde_steps * batches // steps],
     }
@@ -78,6 +82,9 @@ def count_sampling(args: Any, num_rows: int, rule: Any) -> list[list[int]]:
 class FirstLines(TrainerCallback):
     """Tells at the beginning of a training what a rollout and the whole run take."""
 
+    def __init__(self, reward_funcs: list[Callable]):
+        self._reward_funcs = reward_funcs
+
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            show(str(count(args, len(kwargs["train_dataloader"].dataset))))
+            show(str(count(args, len(kwargs["train_dataloader"].dataset), self._reward_funcs)))

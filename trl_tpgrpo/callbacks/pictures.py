@@ -49,6 +49,9 @@ class PictureCallback(SampleCallback):
         is_on = args.log_images_steps is not None and len(self._trackers()) > 0
         return is_on and state.global_step // args.log_images_steps > self._last_shown
 
+    def wants_evaluation(self, args: Any) -> bool:
+        return args.log_images_steps is not None
+
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._last_shown = -1
 
@@ -65,8 +68,6 @@ class PictureCallback(SampleCallback):
         self._send(pictures, state.global_step)
 
     def on_evaluation_end(self, args: Any, state: Any, control: Any, sample: EvaluationSample, **kwargs: Any) -> None:
-        if args.log_images_steps is None:
-            return
         folder = Path(args.output_dir) / "images" / sample.prefix
         folder.mkdir(parents=True, exist_ok=True)
         scored = (list(zip(*pair, strict=True)) for pair in zip(sample.images, sample.rewards, strict=True))

@@ -27,6 +27,9 @@ class SamplePrinter(SampleCallback):
     def wants_rollout(self, args: Any, state: TrainerState) -> bool:
         return args.log_completions
 
+    def wants_evaluation(self, args: Any) -> bool:
+        return False
+
     def on_rollout_end(self, args: Any, state: Any, control: Any, sample: RolloutSample, **kwargs: Any) -> None:
         self._sample = sample
 

@@ -1,6 +1,6 @@
 """Samples of a run for callbacks that want to see some: their interface, and what is kept for them until then."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,8 @@ class RolloutSample:
     """The first n trajectories of a rollout, whole groups where they fit, and the rewards of all N.
 
     Shapes: `K` SDE steps, `F` reward functions, `C + 1` images of a trajectory: what the ODE makes of C of its states,
-    and last its own. C is 0 where there are no completions, and K where every state has one.
+    and last its own. C is 0 where there are no completions, and K where every state has one. Where all reward
+    functions score noisy states, which are not completed, the C images are these states, decoded as they are.
     """
 
     prompts: list[str]  # n
@@ -74,6 +75,10 @@ class SampleCallback(TrainerCallback):
         """Return whether to keep a sample of the rollout that begins; images that nobody wants are dropped."""
         return True
 
+    def wants_evaluation(self, args: Any) -> bool:
+        """Return whether to keep a sample of evaluations."""
+        return True
+
     def on_rollout_end(
         self, args: Any, state: TrainerState, control: TrainerControl, sample: RolloutSample, **kwargs: Any
     ) -> None:
@@ -103,12 +108,17 @@ class Samples:
         self._waiting = [one for one in self._callbacks() if one.wants_rollout(self._args, state)]
         self._images, self._extra = [], []
 
-    def keep(self, sampled: Sampled) -> None:
-        """Keep the images of the rollout's first trajectories, if a callback waits for them."""
+    def keep(self, sampled: Sampled, images_of: Callable[[list[int]], list[Image.Image]]) -> None:
+        """Keep the images of the rollout's first trajectories, if a callback waits for them.
+
+        `images_of` returns those of some indices, for which it may have to decode them.
+        """
         wanted = (self._args.num_completions_to_print or self._args.num_generations) if self._waiting else 0
-        for indices in sampled.rollout.image_of[: max(0, wanted - len(self._images))].tolist():
-            self._images.append([sampled.images[index] for index in indices])
-            self._extra.append({name: values[indices[-1]] for name, values in sampled.extra.items()})
+        chosen = sampled.rollout.image_of[: max(0, wanted - len(self._images))]
+        images, size = images_of(chosen.flatten().tolist()), chosen.shape[1]
+        self._images += [images[start : start + size] for start in range(0, len(images), size)]
+        extra = sampled.extra.items()
+        self._extra += [{name: values[index] for name, values in extra} for index in chosen[:, -1].tolist()]
 
     def rollout_ends(
         self, prompts: list[str], table: RewardTable, state: TrainerState, control: TrainerControl
@@ -120,24 +130,31 @@ class Samples:
             callback.on_rollout_end(self._args, state, control, sample=sample)
         self._waiting, self._images, self._extra = [], [], []
 
+    def _evaluation_callbacks(self) -> list[SampleCallback]:
+        return [one for one in self._callbacks() if one.wants_evaluation(self._args)]
+
     def evaluation_begins(self) -> None:
         """Forget the evaluation before."""
         self._evaluated = {}
 
     def keep_evaluated(
-        self, prompts: list[str], keys: Sequence[Hashable], images: list[Image.Image], rewards: Tensor
+        self,
+        prompts: list[str],
+        keys: Sequence[Hashable],
+        images_of: Callable[[list[int]], list[Image.Image]],
+        rewards: Tensor,
     ) -> None:
         """Keep the first images of the first prompts of an evaluation, with their weighted rewards (B,).
 
-        `keys` tell prompts apart that come with different images.
+        `keys` tell prompts apart that come with different images; `images_of` is as for `keep`.
         """
-        scored = zip(keys, prompts, images, rewards.tolist(), strict=True)
-        for key, prompt, image, reward in scored if self._callbacks() else ():
+        scored = enumerate(zip(keys, prompts, rewards.tolist(), strict=True))
+        for index, (key, prompt, reward) in scored if self._evaluation_callbacks() else ():
             if key not in self._evaluated and len(self._evaluated) == NUM_EVALUATION_PROMPTS:
                 return
             kept = self._evaluated.setdefault(key, (prompt, []))[1]
             if len(kept) < min(NUM_EVALUATION_IMAGES, self._args.num_generations_eval):
-                kept.append((image, reward))
+                kept.append((images_of([index])[0], reward))
 
     def evaluation_ends(self, prefix: str, state: TrainerState, control: TrainerControl) -> None:
         """Hand the sample out; a dictionary of datasets ends after the last of them, with nothing of its own."""
@@ -147,5 +164,5 @@ class Samples:
             images = [[image for image, _ in kept] for _, kept in evaluated.values()]
             rewards = [[reward for _, reward in kept] for _, kept in evaluated.values()]
             sample = EvaluationSample(prefix, prompts, images, rewards)
-            for callback in self._callbacks():
+            for callback in self._evaluation_callbacks():
                 callback.on_evaluation_end(self._args, state, control, sample=sample)

@@ -156,8 +156,9 @@ def evaluate(trainer: Any, results: Results, name: str, window: Any) -> None:
     bar = tqdm(batches, desc=name, initial=done, total=total, unit="batch", disable=not process.is_main_process)
     for number, rows in enumerate(bar, start=done):
         first = number * whole + process.process_index * len(rows)
-        images, rewards = trainer.rollouts.evaluate(rows, first, results.num_images, window)
-        for index, image in enumerate(images[: max(0, results.num_images - first)], start=first):
+        sampled, rewards = trainer.rollouts.evaluate(rows, first, results.num_images, window)
+        images = trainer.rollouts.shown_images(sampled, range(min(len(rows), max(0, results.num_images - first))))
+        for index, image in enumerate(images, start=first):
             image.save(results.file(name, index))
         process.wait_for_everyone()
         if process.is_main_process:

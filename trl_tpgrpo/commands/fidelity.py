@@ -53,6 +53,8 @@ def main(argv: list[str]) -> int:
     for name in names:
         CompletionRule.parse(name)
     trainer = build_trainer(*training)
+    if trainer.rollouts.scores_states_alone:
+        raise ValueError("All reward functions score noisy states: there are no completions to compare.")
     chosen = trainer.train_dataset.take(min(own.num_prompts, len(trainer.train_dataset)))
     measured = measure(trainer, [dict(row) for row in chosen], names)
     print(table(measured))  # noqa: T201
@@ -87,7 +89,7 @@ def measure(trainer: TPGRPOTrainer, prompts: list[dict[str, Any]], names: list[s
         weighted = (sampled.rewards * trainer.rollouts.reward_weights[:, None]).nansum(1)
         rewards[name].append(weighted.masked_fill(sampled.failed[:, None], torch.nan))
         evaluations[name] += sampled.rollout.num_evaluations
-        images[name] += len(sampled.images)
+        images[name] += len(sampled.rollout.final_latents)
     total, measured, exact = len(prompts) * number, [], torch.cat(rewards["exact"])
     for name, cheap in ((name, torch.cat(parts)) for name, parts in rewards.items()):
         both = ~(exact.isnan().any(1) | cheap.isnan().any(1))  # a reward function may have failed, if that is skipped

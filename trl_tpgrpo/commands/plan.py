@@ -7,7 +7,7 @@ keep while they compute.
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,17 @@ from peft import LoraConfig
 from trl import get_peft_config
 
 from ..algorithm.rollout import EXACT
-from ..batches import sweeps
+from ..batches import scored_rule, sweeps
 from ..callbacks.costs import Counts, count, count_sampling
 from ..config import TPGRPOConfig, described
 from ..policies.base import Guidance
 from ..policies.embeddings import KEPT_IN_MEMORY
 from ..policies.loading import build_policy, prepare_transformer, run_dtype
+from ..rewards.contract import check_settings
 from ..rollouts import PROBED_GROUPS
 from .architectures import architecture_folder, load_architecture, load_part
 from .hours import CARDS, GIB, count_evaluated, count_flops, find_gpu, row, time_rows
-from .rewards import BUILT_IN_REWARDS
+from .rewards import BUILT_IN_REWARDS, find_reward
 from .train import load_prompts, make_parser, model_path, split_options
 
 
@@ -100,7 +101,13 @@ class PlannedModel:
     """The model of a run on PyTorch's meta device, with shapes but no weights."""
 
     def __init__(
-        self, folder: Path, args: Any, peft_config: LoraConfig | None, dtype: torch.dtype, rewards: Sequence[str] = ()
+        self,
+        folder: Path,
+        args: Any,
+        peft_config: LoraConfig | None,
+        dtype: torch.dtype,
+        rewards: Sequence[str] = (),
+        reward_funcs: Sequence[Callable] = (),
     ):
         scheduler, self.dtype, self.is_adapter = load_part(folder, "scheduler"), dtype, peft_config is not None
         guidance = Guidance(**{name: getattr(args, name) for name in Guidance.__dataclass_fields__})
@@ -111,7 +118,8 @@ class PlannedModel:
             self.weights = {kind: weights_size(transformer, kind) for kind in (None, *QUANTIZED)}
             self.largest = max(value.nbytes for value in transformer.parameters())
             model, _ = prepare_transformer(self.policy, peft_config, changed(args, plain))
-        self.reward_names, self.rewards = rewards, 4 * sum(REWARD_MODELS.get(name, 0) for name in rewards)
+        self.reward_funcs, self.reward_names = reward_funcs, rewards
+        self.rewards = 4 * sum(REWARD_MODELS.get(name, 0) for name in rewards)
         self.vae, self.tile = weights_size(pipeline.vae), self.policy.tile_side**2
         self.encoders = sum(weights_size(encoder) for encoder in self.policy.text_encoders().values())
         self.trained = [value.numel() for value in model.parameters() if value.requires_grad]
@@ -171,7 +179,8 @@ def estimate(args: Any, model: PlannedModel) -> dict[str, dict[str, float]]:
     prompts = {"prompt embeddings": model.prompt_size * math.ceil(rows / args.num_generations)}
     states = 0 if args.offload_trajectories else 4 * latent * rows * num_states(args)
     first = sweeps(rows, args)[0]
-    images = count_sampling(args, len(range(rows)[first]), args.completion_rule)[2][0] // args.world_size
+    rule = scored_rule(args.completion_rule, model.reward_funcs)
+    images = count_sampling(args, len(range(rows)[first]), rule)[2][0] // args.world_size
     sweep = images * latent * 3 * (4 + itemsize)  # latents, velocities and their copies in a step
     sampling = {"trajectories": max(sweep + states, 2 * states), "activations": model.activations(args, batch)}
     pixels = min(args.height * args.width, model.tile if args.vae_tiling else math.inf)
@@ -269,14 +278,16 @@ def main(argv: list[str]) -> int:
     num_train, num_eval = _dataset_sizes(script, data, args)
     if num_train is not None and num_train < (needed := args.prompts_per_generation):
         raise ValueError(f"The dataset has {num_train} prompts, but one rollout takes {needed}.")
-    counts = count(args, num_train)
+    trained, eval_only = ([*map(find_own, names or [])] for names in (script.reward_funcs, script.eval_reward_funcs))
+    check_settings(trained, eval_only, args, evaluates=args.eval_strategy != "no" or args.eval_on_start)
+    counts = count(args, num_train, trained)
     num_images = count_evaluated(args, counts.num_updates, num_eval)
     peft_config, given = get_peft_config(chosen), (args.model_init_kwargs or {}).get("dtype", chosen.dtype)
     dtype = getattr(torch, str(given).removeprefix("torch.")) if given else None
     folder = architecture_folder(model_path(name), chosen.model_revision)
     rewards = [*(script.reward_funcs or []), *(script.eval_reward_funcs or [])]
     dtype = dtype or (run_dtype(args) if peft_config else torch.float32)
-    model = PlannedModel(folder, args, peft_config, dtype, rewards)
+    model = PlannedModel(folder, args, peft_config, dtype, rewards, trained)
     memory, notes = estimate(args, model), _notes(args, model, counts, num_images, is_sharded)
     flops = count_flops(model.policy, model.is_adapter, args.activation_checkpointing)
     kind = args.quantization or str(model.dtype).removeprefix("torch.")
@@ -292,6 +303,18 @@ def main(argv: list[str]) -> int:
     ]
     print(*lines, sep="\n")  # noqa: T201
     return 0
+
+
+def of_images(images: list[Any], **columns: list) -> None:
+    """Stand for a reward function that is not looked at: built in, behind an URL, or not on this machine."""
+
+
+def find_own(name: str) -> Any:
+    """Find a reward function of one's own, for what it declares."""
+    try:
+        return of_images if name in BUILT_IN_REWARDS or "://" in name else find_reward(name)
+    except ValueError:  # a note says so
+        return of_images
 
 
 def _dataset_sizes(script: Any, data: Any, args: PlannedConfig) -> tuple[int | None, int | None]:
@@ -355,11 +378,14 @@ def _notes(
 ) -> dict[str, bool]:
     rows, group = args.generation_batch_size // args.world_size, args.num_generations
     probed = min(rows, PROBED_GROUPS * group) if rows % group == 0 else rows
-    probe, check = (count_sampling(args, number, EXACT) for number in (probed, min(rows, group)))
+    rule = scored_rule(EXACT, model.reward_funcs)
+    probe, check = (count_sampling(args, number, rule) for number in (probed, min(rows, group)))
     adds, checks = ([f"{sum(values) / len(values):,.0f}" for values in counted[::2]] for counted in (probe, check))
     every, checked = args.completion_check_every, args.completion_check_every is not None
     guided, unknown = model.policy.uses_negative_prompt, counts.num_updates is None
-    own = ", ".join(name for name in model.reward_names if name not in BUILT_IN_REWARDS and "://" not in name)
+    names = [name for name in model.reward_names if name not in BUILT_IN_REWARDS and "://" not in name]
+    found = dict(zip(model.reward_names, model.reward_funcs, strict=False))
+    own, absent = ", ".join(names), ", ".join(name for name in names if found.get(name) is of_images)
     reading = counts.mean("images decoded and scored") * OCR_SECONDS / args.world_size / 3600
     return {
         "Classifier-free guidance: each evaluation is two rows of the model's batch, or two passes.": guided,
@@ -375,6 +401,7 @@ def _notes(
         f"optim={args.optim.value}: unknown, taken for 8 bytes of states a weight.": args.optim not in OPTIMIZERS,
         "FSDP and DeepSpeed are not modelled: memory is that of a run without them.": sharded,
         f"What {own} needs is not known: its memory and time come on top.": bool(own),
+        f"{absent} cannot be imported here: taken to score images, not latents or noisy states.": bool(absent),
         f"ocr reads on the CPU, beside the GPU: a rollout's images on each process take {reading:.2g} hours of a "
         "thread, by the pace measured on one machine.": "ocr" in model.reward_names,
         "Loading, encoding and scoring are not in the hours.": True,

@@ -15,9 +15,10 @@ from PIL import Image
 
 RewardFunc = Callable[..., Any]
 """`reward_func(images=[...], prompts=[...], **other columns, trainer_state=..., log_metric=..., log_extra=...)`, which
-returns one number an image, or `None` where the function does not apply. Plain or `async`."""
+returns one number an image, or `None` where the function does not apply. Plain or `async`. What it declares may make
+that `latents=...`, or `latents=..., sigmas=...`."""
 
-RESERVED_COLUMNS = ("images", "prompts", "trainer_state", "log_metric", "log_extra")
+RESERVED_COLUMNS = ("images", "latents", "sigmas", "prompts", "trainer_state", "log_metric", "log_extra")
 
 
 @dataclass(eq=False, repr=False)
@@ -27,14 +28,16 @@ class RewardError(RuntimeError):
     name: str  # of the function
     what: str  # the function did, as the words that follow its name in the message
     row: int | None = None  # index of the image that it failed on among all that are scored; None: on none alone
-    prompt: str | None = None  # of that image
+    prompt: str | None = None  # of that image, or of the group that it failed on
     image: Image.Image | None = None
     saved_to: Path | None = None  # the file of that image
 
     @property
     def outcome(self) -> str:
-        """What the function did, and on which image."""
-        return self.what if self.row is None else f"{self.what} for row {self.row}, prompt {self.prompt!r}"
+        """What the function did, and on which image or group."""
+        if self.row is None:
+            return self.what if self.prompt is None else f"{self.what} for the group of the prompt {self.prompt!r}"
+        return f"{self.what} for row {self.row}, prompt {self.prompt!r}"
 
     def __str__(self) -> str:
         saved = "" if self.saved_to is None else f" The image is in {self.saved_to}."
@@ -45,33 +48,65 @@ class RewardUnavailable(RuntimeError):
     """What a function raises where no image is the cause, as when a server is gone: no image is then tried alone."""
 
 
+CHOICES: dict[str, tuple] = {
+    "image_type": ("pil", "pt", "latent"), "scores_states": (False, True), "scores_groups": (False, True),
+    "runs_in": ("main", "thread"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Declaration:
     """What a reward function says of itself, by attributes of these names."""
 
-    image_type: str = "pil"  # a list of PIL images, or "pt": a float tensor (N, 3, H, W) in [0, 1], on the device
+    image_type: str = "pil"  # a list of PIL images; "pt": a float tensor (N, 3, H, W) in [0, 1]; "latent": (N, ...)
+    scores_states: bool = False  # it takes noisy states, as latents, and their sigmas (N,), instead of images
+    scores_groups: bool = False  # it takes all distinct images of one prompt, at one state, and nothing else at once
     batch_size: int | None = None  # images that it takes at once; None: all that there are
     timeout: float | None = None  # seconds after which a call counts as hung; None: never
     runs_in: str = "main"  # or "thread": it releases the interpreter, and may run while the next images are sampled
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The names of the arguments in which it gets what it scores."""
+        return ("latents", "sigmas") if self.scores_states else (self.kind,)
+
+    @property
+    def kind(self) -> str:
+        return "latents" if self.image_type == "latent" else "images"
 
 
 def declared(reward_func: RewardFunc) -> Declaration:
     """Return what a function declares, a partial before the function in it.
 
     Raises:
-        ValueError: If an attribute has a value that does not exist.
+        ValueError: If an attribute has a value that does not exist, or one that another one excludes.
     """
     attributes: dict[str, Any] = {}
     for layer in reversed(_layers(reward_func)):
         attributes |= {name: getattr(layer, name) for name in Declaration.__dataclass_fields__ if name in dir(layer)}
-    declaration = Declaration(**attributes)
-    choices = {"image_type": ("pil", "pt"), "runs_in": ("main", "thread")}
+    if attributes.get("scores_states") is True:
+        attributes.setdefault("image_type", "latent")
+    declaration, title = Declaration(**attributes), f"The reward function {reward_name(reward_func)!r}"
     for name, value in vars(declaration).items():
-        allowed = f"one of {choices[name]}" if name in choices else "above 0, or None"
-        if not (value in choices[name] if name in choices else value is None or value > 0):
-            title = reward_name(reward_func)
-            raise ValueError(f"The reward function {title!r} has {name}={value!r}; it must be {allowed}.")
+        allowed = f"one of {CHOICES[name]}" if name in CHOICES else "above 0, or None"
+        if not (value in CHOICES[name] if name in CHOICES else value is None or value > 0):
+            raise ValueError(f"{title} has {name}={value!r}; it must be {allowed}.")
+    if declaration.scores_states and declaration.image_type != "latent":
+        wrong = f"image_type={declaration.image_type!r}; leave it out: noisy states are latents"
+        raise ValueError(f"{title} has scores_states and {wrong}.")
+    if declaration.scores_groups and declaration.batch_size is not None:
+        raise ValueError(f"{title} has scores_groups and batch_size; leave it out: a group is scored at once.")
     return declaration
+
+
+def takes_images(reward_funcs: Sequence[RewardFunc]) -> bool:
+    """Say whether one of the functions needs images, for which latents have to be decoded."""
+    return any(declared(reward_func).image_type != "latent" for reward_func in reward_funcs)
+
+
+def takes_states_alone(reward_funcs: Sequence[RewardFunc]) -> bool:
+    """Say whether all functions score noisy states, so that none of these has to be completed."""
+    return bool(reward_funcs) and all(declared(reward_func).scores_states for reward_func in reward_funcs)
 
 
 def _layers(reward_func: RewardFunc) -> list[Any]:
@@ -118,6 +153,8 @@ def checked(
 ) -> torch.Tensor:
     """Return what a function returned for N images as numbers: float32, on the CPU, (N,); NaN for `None`.
 
+    Of latents that are not decoded there are no `images`.
+
     Raises:
         RewardError: If these are not N rewards; if one is no reward, with its row, counted from `first_row`.
     """
@@ -125,13 +162,14 @@ def checked(
     if not isinstance(values, Sequence | torch.Tensor | np.ndarray) or isinstance(values, str):
         raise RewardError(name, f"must return a list of numbers, got {type(values).__name__}")
     if len(values) != len(prompts):
-        raise RewardError(name, f"returned {len(values)} rewards for {len(prompts)} images")
+        raise RewardError(name, f"returned {len(values)} rewards for {len(prompts)} {declared(reward_func).kind}")
     numbers = []
     for row, value in enumerate(values):
         try:
             numbers.append(_number(value))
         except ValueError as error:
-            raise RewardError(name, str(error), first_row + row, prompts[row], images[row]) from None
+            image = images[row] if images else None
+            raise RewardError(name, str(error), first_row + row, prompts[row], image) from None
     return torch.tensor(numbers, dtype=torch.float32)
 
 
@@ -171,7 +209,8 @@ def check_applicability(
 
 def check_signature(reward_func: RewardFunc, columns: list[str]) -> None:
     """Raise a `TypeError` if a function does not take the columns of the dataset, before anything is sampled."""
-    arguments = dict.fromkeys([*RESERVED_COLUMNS, *columns])
+    others = (name for name in RESERVED_COLUMNS if name not in ("images", "latents", "sigmas"))
+    arguments = dict.fromkeys([*declared(reward_func).scored, *others, *columns])
     try:
         inspect.signature(reward_func).bind(**arguments)
     except TypeError as error:
@@ -179,6 +218,26 @@ def check_signature(reward_func: RewardFunc, columns: list[str]) -> None:
         remedy = f"the dataset has the prompts and {columns}" if lacks else "let it take **columns"
         what = f"The reward function {reward_name(reward_func)!r} cannot be called with {list(arguments)}"
         raise TypeError(f"{what}: {error}: {remedy}.") from error
+
+
+def check_settings(reward_funcs: list[RewardFunc], eval_only: list[RewardFunc], args: Any, evaluates: bool) -> None:
+    """Raise a `ValueError` for settings that do not go with what functions declare, `eval_only` in evaluation."""
+    if takes_states_alone(reward_funcs):
+        given = {"completion": args.completion} if not args.completion.startswith("exact") else {}
+        given |= {} if args.completion_check_every is None else {"completion_check_every": args.completion_check_every}
+        for name, value in given.items():
+            remedy = "leave it out (completion='exact_every_M' scores every M-th state)"
+            raise ValueError(
+                f"{name}={value!r}: all reward functions score noisy states, none is completed: {remedy}."
+            )
+    own = {"num_generations": args.generation_batch_size // args.world_size}
+    own |= {"num_generations_eval": args.per_device_eval_batch_size} if evaluates else {}
+    for name, number in own.items():
+        functions = reward_funcs if name == "num_generations" else [*reward_funcs, *eval_only]
+        for title in (reward_name(function) for function in functions if declared(function).scores_groups):
+            if number % (group := getattr(args, name)):
+                what = f"{number} images a process are no whole groups of {name} ({group})"
+                raise ValueError(f"The reward function {title!r} scores groups: {what}.")
 
 
 def check_available(reward_funcs: list[RewardFunc]) -> None:

@@ -9,10 +9,11 @@ import copy
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,42 @@ from .threads import EventLoop, Worker, call_here
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """N images to be scored."""
+    """N images to be scored, or the latents that they would be decoded from, or the noisy states before these.
+
+    Functions that score groups get `group_sizes` neighbours at once. What no function takes may be missing.
+    """
 
     images: list[Image.Image]
-    pixels: Tensor | None  # uint8, (N, 3, H, W), the same where the model is; None if no function takes tensors
+    pixels: Tensor | None  # uint8, (N, 3, H, W), the same where the model is
     prompts: list[str]
     columns: dict[str, list]  # the other columns of the dataset, N values each
+    latents: Tensor | None = None  # float32, (N, ...), final, where the model is
+    states: tuple[Tensor, Tensor] | None = None  # latents, float32, (N, ...), and their sigmas, float32, (N,)
+    group_sizes: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def view(self, reward_func: RewardFunc, rows: slice) -> dict[str, Any]:
+        """Return what a function gets to score; tensors are its own."""
+        declaration = declared(reward_func)
+        if declaration.scores_states:
+            assert self.states is not None
+            return {name: value[rows].clone() for name, value in zip(declaration.scored, self.states, strict=True)}
+        if declaration.image_type == "latent":
+            assert self.latents is not None
+            return {"latents": self.latents[rows].clone()}
+        if declaration.image_type == "pt":
+            assert self.pixels is not None
+            return {"images": self.pixels[rows].float() / 255}
+        return {"images": self.images[rows]}
+
+    def parts(self, reward_func: RewardFunc) -> Iterator[slice]:
+        """Return the rows of each call of a function."""
+        size = declared(reward_func).batch_size or len(self)
+        by_size = [*range(size, len(self), size), len(self)]
+        ends = list(accumulate(self.group_sizes)) if declared(reward_func).scores_groups else by_size
+        return map(slice, [0, *ends], ends)
 
 
 @dataclass(frozen=True)
@@ -94,15 +125,13 @@ class Scoring:
         self.reward_funcs, self.batch = reward_funcs, batch
         self._scorer, self._extra = scorer, extra
         self._pending: list[_Call] = []
-        rewards = torch.full((len(reward_funcs), len(batch.images)), torch.nan)
-        self._scores = Scores(rewards, torch.zeros(len(batch.images), dtype=torch.bool))
+        rewards = torch.full((len(reward_funcs), len(batch)), torch.nan)
+        self._scores = Scores(rewards, torch.zeros(len(batch), dtype=torch.bool))
 
     def begin(self, index: int) -> None:
         """Start the calls of one function, and end them too unless they run beside the model."""
-        function, number = self.reward_funcs[index], len(self.batch.images)
-        size = declared(function).batch_size or max(number, 1)
-        for start in range(0, number, size):
-            rows = slice(start, min(start + size, number))
+        function = self.reward_funcs[index]
+        for rows in self.batch.parts(function):
             if runs_beside(function):
                 self._pending.append(self._call(index, rows))
             elif not self._has_stopped:
@@ -122,12 +151,9 @@ class Scoring:
         return bool(self._scores.errors) and self._scorer.failures == "stop"
 
     def _call(self, index: int, rows: slice) -> _Call:
-        function, batch = self.reward_funcs[index], self.batch
-        columns: dict[str, list] = {"images": batch.images, "prompts": batch.prompts, **batch.columns}
-        arguments: dict[str, Any] = {name: values[rows] for name, values in columns.items()}
-        if declared(function).image_type == "pt":
-            assert batch.pixels is not None
-            arguments["images"] = batch.pixels[rows].float() / 255
+        function, columns = self.reward_funcs[index], {"prompts": self.batch.prompts, **self.batch.columns}
+        arguments = self.batch.view(function, rows)
+        arguments |= {name: values[rows] for name, values in columns.items()}
         metrics: list[tuple[str, float]] = []
         extra: dict[str, list] = {}
         arguments |= self._extra
@@ -140,7 +166,10 @@ class Scoring:
         try:
             self._scores.rewards[call.index, call.rows] = self._rewards(call)
         except RewardError as error:
-            if error.row is None and isinstance(error.__cause__, RewardUnavailable | None):
+            if declared(self.reward_funcs[call.index]).scores_groups:
+                self._scores.failed[call.rows] = True  # where one image is the cause, others were compared with it
+                error.prompt = self.batch.prompts[call.rows.start]
+            elif error.row is None and isinstance(error.__cause__, RewardUnavailable | None):
                 self._scores.failed[call.rows] = True  # it hung, or no image can be the cause
             elif error.row is None or self._scorer.failures == "skip":
                 error = self._one_by_one(call, error)
@@ -154,7 +183,8 @@ class Scoring:
             try:
                 self._scores.rewards[call.index, row] = self._rewards(alone)[0]
             except RewardError as error:
-                error.row, error.prompt, error.image = row, self.batch.prompts[row], self.batch.images[row]
+                error.row, error.prompt = row, self.batch.prompts[row]
+                error.image = self.batch.images[row] if self.batch.images else None
                 first = first or error
                 hung = alone.future.cancelled()
                 self._scores.failed[row : call.rows.stop if hung else row + 1] = True
@@ -167,7 +197,7 @@ class Scoring:
 
     def _rewards(self, call: _Call) -> Tensor:
         """Wait for a call and return its rewards, (N,); what it logged is kept if it succeeded."""
-        function, images, rows = self.reward_funcs[call.index], self.batch.images, call.rows
+        function, batch, rows = self.reward_funcs[call.index], self.batch, call.rows
         name = reward_name(function)
         try:
             values = call.future.result()
@@ -175,11 +205,11 @@ class Scoring:
             if call.future.cancelled() and (timeout := declared(function).timeout) is not None:
                 raise RewardError(name, f"has not returned within its timeout of {timeout} seconds") from None
             raise RewardError(name, f"raised {type(error).__name__}: {error}") from error
-        rewards = checked(function, values, self.batch.prompts[rows], images[rows], rows.start)
+        rewards = checked(function, values, batch.prompts[rows], batch.images[rows], rows.start)
         for column, values in call.extra.items():
             if len(values) != len(rewards):
                 raise RewardError(name, f"logged {len(values)} values of {column!r} for {len(rewards)} images")
-            self._scores.extra.setdefault(column, [None] * len(images))[rows] = values
+            self._scores.extra.setdefault(column, [None] * len(batch))[rows] = values
         for metric, value in call.metrics:
             self._extra["log_metric"](metric, value)
         return rewards

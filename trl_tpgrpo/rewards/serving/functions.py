@@ -23,7 +23,7 @@ from .protocol import Refusal
 logger = logging.getLogger(__name__)
 
 RESERVED_NAMES = ("health",)
-DECLARED = {"__name__", "batch_size", "image_type", "to"}
+DECLARED = {"__name__", "batch_size", "image_type", "scores_states", "scores_groups", "to"}
 
 
 class Outcome(NamedTuple):
@@ -52,6 +52,12 @@ class ServedReward:
         if self.image_type not in ("pil", "pt"):
             wrong = f"image_type={self.image_type!r}, not 'pil' or 'pt'"
             raise ValueError(f"The reward function {self.name!r} has {wrong}.")
+        for name in ("scores_states", "scores_groups"):
+            if found.get(name):
+                what = "latents" if name == "scores_states" else "whole groups"
+                raise ValueError(
+                    f"The reward function {self.name!r} has {name}, but {what} cannot be sent to a server."
+                )
         move = found.get("to")
         if device is not None and move is not None:
             move(device)
