@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .algorithm.credit import CreditedSteps, CreditRule, RewardTable
+from .algorithm.credit import CreditBatch, CreditedSteps, CreditRule, RewardTable
 from .algorithm.rollout import Rollout, Window
 from .algorithm.sde import Transition, log_prob, transition
 from .policies.conditioning import Conditioning, Schedule, Step
@@ -144,7 +144,9 @@ class Trajectories:
 
 
 # What may be in the file of a rollout that is in use when a checkpoint is saved, also under the names of version 0.1.0
-SAVED_CLASSES: list[Any] = [Conditioning, CreditedSteps, CreditRule, RewardTable, Schedule, Trajectories, Window]
+SAVED_CLASSES: list[Any] = [
+    Conditioning, CreditBatch, CreditedSteps, CreditRule, RewardTable, Schedule, Trajectories, Window,
+]  # fmt: skip
 FORMER: dict[str, tuple] = {
     "credit": (CreditRule, RewardTable), "trajectories": (Trajectories,), "rollout": (Window,),
     "policies.base": (Conditioning, Schedule),

@@ -81,3 +81,6 @@ class FirstLines(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             show(str(count(args, len(kwargs["train_dataloader"].dataset))))
+            for name in ("credit", "policy_class"):
+                if "." in str(path := getattr(args, name)):
+                    show(f"{name}: {path}, of your own")
