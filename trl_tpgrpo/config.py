@@ -1,12 +1,10 @@
 """Every setting of a run, in the order in which the data travels. The defaults are the paper's."""
 
-import difflib
 import inspect
 import math
 import operator
 import pkgutil
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from itertools import chain
@@ -20,7 +18,7 @@ from .algorithm.completion import CompletionRule
 from .algorithm.credit import AGGREGATIONS, BASELINES, CREDITS, SCALES, SCOPES, TRENDS, CreditRule
 from .algorithm.rollout import Window
 from .algorithm.sde import LOG_PROB_TYPES, SDE_TYPES
-from .rewards.serving.functions import dotted, find_function
+from .rewards.serving.functions import import_path
 
 
 COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
@@ -61,24 +59,6 @@ def _is_within(value: Any, limit: Any) -> bool:
     if value is None or isinstance(value, str):
         return str(value) == exception.strip("'")
     return all(COMPARISONS[bound[:-2]](value, int(bound[-1])) for bound in bounds.split(" and "))
-
-
-def _settled_path(name: str, given: Any) -> str:
-    """Return the dotted import path of a function or class, which `given` is itself or leads to in another form.
-
-    A `ValueError` says that nothing is there, or that an object cannot be found again by its module and name.
-    """
-    if isinstance(given, str):
-        path = dotted(given)
-    else:
-        module, own_name = (getattr(given, attribute, None) for attribute in ("__module__", "__qualname__"))
-        path = f"{module}.{own_name}"
-        if getattr(sys.modules.get(str(module)), str(own_name), None) is not given:
-            remedy = "define it at the top of a module or script, and not as a lambda or within a function"
-            raise ValueError(f"{name}: {given!r} cannot be found again as {path}: {remedy}.")
-    if not callable(found := find_function(path, name)):
-        raise ValueError(f"{name}: {path} is neither a function nor a class, but {found!r}.")
-    return path
 
 
 def _defaults(config: Any) -> dict[str, Any]:
@@ -331,7 +311,8 @@ class TPGRPOConfig(_BaseConfig):
     derived: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        self._settle_paths()
+        self.credit = import_path("credit", self.credit, CREDITS)
+        self.policy_class = self.policy_class and import_path("policy_class", self.policy_class)
         self._forget_derived()
         given = non_defaults(self)
         self._set_derived_defaults()
@@ -343,18 +324,6 @@ class TPGRPOConfig(_BaseConfig):
         derived = non_defaults(self).keys() - given
         self.derived = {name: value for name, value in self.to_dict().items() if name in derived}
         self._given, self._settled = given, {name: getattr(self, name) for name in _defaults(self)}
-
-    def _settle_paths(self) -> None:
-        """Check that credit and policy class can be found, and keep their import paths."""
-        if self.credit not in CREDITS:
-            if isinstance(self.credit, str) and "." not in dotted(self.credit):
-                alike = difflib.get_close_matches(self.credit, CREDITS, n=1)
-                hint = f": did you mean {alike[0]}?" if alike else "."
-                known = f"one of {CREDITS}, or an import path such as my_rules.mine"
-                raise ValueError(f"credit must be {known}, got {self.credit!r}{hint}")
-            self.credit = _settled_path("credit", self.credit)
-        if self.policy_class is not None:
-            self.policy_class = _settled_path("policy_class", self.policy_class)
 
     def _forget_derived(self) -> None:
         """Set what followed from other settings, where this config was made from, back to its default."""

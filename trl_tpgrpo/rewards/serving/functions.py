@@ -123,6 +123,30 @@ def dotted(path: str) -> str:
     return re.sub(r"\.py:|[:/]", ".", path.removeprefix("./"))
 
 
+def import_path(name: str, given: Any, known: Sequence[str] = ()) -> str:
+    """Return the dotted import path of a function or class, `given` itself by a path in any form, or a `known` name.
+
+    A `ValueError` with the setting's `name` says that nothing is there, or that an object cannot be found again.
+    """
+    if given in known:
+        return given
+    if isinstance(given, str):
+        path = dotted(given)
+    else:
+        module, own_name = (getattr(given, attribute, None) for attribute in ("__module__", "__qualname__"))
+        path = f"{module}.{own_name}"
+        if getattr(sys.modules.get(str(module)), str(own_name), None) is not given:
+            remedy = "define it at the top of a module or script, and not as a lambda or within a function"
+            raise ValueError(f"{name}: {given!r} cannot be found again as {path}: {remedy}.")
+    if known and "." not in path:
+        alike = difflib.get_close_matches(path, known, n=1)
+        hint = f": did you mean {alike[0]}?" if alike else "."
+        raise ValueError(f"{name} must be one of {known}, or an import path such as my_rules.mine, got {path!r}{hint}")
+    if not callable(found := find_function(path, name)):
+        raise ValueError(f"{name}: {path} is neither a function nor a class, but {found!r}.")
+    return path
+
+
 def find_function(path: str, what: str = "reward function") -> Callable[..., Any]:
     """Find what an import path in any form of `dotted` leads to, looked up from the current directory too.
 
