@@ -76,7 +76,11 @@ MISTAKES = {
     "hold some prompts out by --test_split_size 0.1",
     f"train {MODEL} {REWARD} --dataset_name prompts.csv {SIZES} --generation_batch_size 8": "train_dataset has 2 "
     "prompts, but one rollout takes 4",
-    f"{RUN} --credit turningpoint": "argument --credit: invalid choice: 'turningpoint'",
+    f"{RUN} --credit turningpoint": "got 'turningpoint': did you mean turning_point?",
+    f"{RUN} --credit my_rule.mine": "The module of the credit 'my_rule.mine' cannot be imported",
+    f"{RUN} --credit my_rewards.py:mien": "has no credit 'mien': did you mean mine?",
+    f"{RUN} --credit my_rewards.py:mine": "credit: my_rewards.mine must take (rewards, rule): too many positional",
+    f"{RUN} --policy_class my_rewards.mine": "policy_class must be a subclass of trl_tpgrpo.policies.base.FlowPolicy",
     f"{RUN} --noise_level 0": "noise_level must be above 0, got 0.0.",
     f"{RUN} --seed 1.5": "argument --seed: invalid int value: '1.5'",
     f"{RUN} --bf16 maybe": "argument --bf16",

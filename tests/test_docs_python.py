@@ -17,6 +17,8 @@ import importlib
 import inspect
 import json
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +101,10 @@ def as_if_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
-def test_python_of_a_page_runs(page: Path, tmp_path: Path, as_if_typed: None) -> None:
-    namespace: dict[str, Any] = {"__name__": "__main__"}
+def test_python_of_a_page_runs(page: Path, tmp_path: Path, as_if_typed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = types.ModuleType("__main__")  # where what a page defines is found again
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    namespace: dict[str, Any] = vars(script)
     missing: set[str] = set()
     for block in blocks(page, "python"):
         run, left_out = parts(block, missing)

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "policies": {"testbed"},
     "rewards": {"__version__"},  # which the server shows
     "testbed": set(),
-    "config": {"algorithm"},
+    "config": {"algorithm", "rewards"},  # of rewards how import paths are found
     "metrics": {"algorithm"},
     "data": {"rewards"},
     "batches": {"algorithm", "policies", "rewards"},

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .algorithm.chunks import chunk_means, step_weights
 from .algorithm.completion import CompletionRule
-from .algorithm.credit import CreditedSteps, CreditRule, RewardTable
+from .algorithm.credit import CreditBatch, CreditedSteps, CreditRule, RewardTable
 from .algorithm.losses import LossRule, Surrogate, normalized_log_ratio
 from .algorithm.rollout import Rollout, Window
 from .algorithm.sde import Transition, log_prob, transition
@@ -181,7 +181,9 @@ class Trajectories:
 
 
 # What may be in the file of a rollout that is in use when a checkpoint is saved, also under the names of version 0.1.0
-SAVED_CLASSES: list[Any] = [Conditioning, CreditedSteps, CreditRule, RewardTable, Schedule, Trajectories, Window]
+SAVED_CLASSES: list[Any] = [
+    Conditioning, CreditBatch, CreditedSteps, CreditRule, RewardTable, Schedule, Trajectories, Window,
+]  # fmt: skip
 FORMER: dict[str, tuple] = {
     "credit": (CreditRule, RewardTable), "trajectories": (Trajectories,), "rollout": (Window,),
     "policies.base": (Conditioning, Schedule),

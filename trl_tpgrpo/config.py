@@ -3,6 +3,7 @@
 import inspect
 import math
 import operator
+import pkgutil
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
@@ -19,6 +20,7 @@ from .algorithm.credit import AGGREGATIONS, BASELINES, CREDITS, SCALES, SCOPES, 
 from .algorithm.losses import LOSS_TYPES, LossRule
 from .algorithm.rollout import Window
 from .algorithm.sde import LOG_PROB_TYPES, SDE_TYPES
+from .rewards.serving.functions import import_path
 
 
 COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
@@ -84,6 +86,8 @@ class TPGRPOConfig(_BaseConfig):
     Parameters:
         > Parameters that control the model
         model_init_kwargs (`str` or `dict`, *optional*): Keyword arguments of `from_pretrained`, as JSON if a string.
+        policy_class (`str`, *optional*): Import path (`my_policies.Mine`) of the subclass of `FlowPolicy` for a
+            pipeline that the package does not know; in Python also the class. `None`: the pipeline's family.
 
         > Parameters that control the data
         remove_unused_columns (`bool`, *optional*, defaults to `False`): Whether reward functions see only `"prompt"`.
@@ -148,6 +152,7 @@ class TPGRPOConfig(_BaseConfig):
         credit (`str`, *optional*, defaults to `"consistent"`): `"consistent"` and `"turning_point"`: the whole
             following gain at turning points of the stricter or plain definition, else the step's own; `"incremental"`:
             its own; `"lambda"`: the lambda-return of gains; `"outcome"`: the final reward (Flow-GRPO, no completions).
+            Or an import path (`my_rules.mine`), in Python also the function itself: `(rewards, rule) -> credit`.
         credit_lambda (`float`, *optional*): Decay of `credit="lambda"`, in [0, 1].
         turning_point_trend (`str`, *optional*, defaults to `"remaining"`): Gain that a step is compared with:
             `"remaining"`, from it to the end (the paper's text), or `"global"`, of all steps (the paper's demo code).
@@ -243,6 +248,7 @@ class TPGRPOConfig(_BaseConfig):
 
     # In the order of the docstring, whose groups `trl-tpgrpo train --help` shows; with the values that are allowed
     model_init_kwargs: dict[str, Any] | None = None
+    policy_class: str | None = None
     remove_unused_columns: bool | None = False
     num_generations: Annotated[int, "at least 1"] = 24
     num_generations_eval: Annotated[int, "at least 1"] = 1
@@ -273,7 +279,7 @@ class TPGRPOConfig(_BaseConfig):
     reward_failures: Annotated[str, ("stop", "skip")] = "stop"
     reward_weights: list[float] | None = None
     multi_objective_aggregation: Annotated[str, AGGREGATIONS] = "sum_then_normalize"
-    credit: Annotated[str, CREDITS] = "consistent"
+    credit: str = "consistent"
     credit_lambda: Annotated[float | None, "at least 0 and at most 1, or None"] = None
     turning_point_trend: Annotated[str, TRENDS] = "remaining"
     turning_point_first_step: bool = True
@@ -323,6 +329,8 @@ class TPGRPOConfig(_BaseConfig):
     derived: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        self.credit = import_path("credit", self.credit, CREDITS)
+        self.policy_class = self.policy_class and import_path("policy_class", self.policy_class)
         self._forget_derived()
         given = non_defaults(self)
         self._set_derived_defaults()
@@ -440,11 +448,17 @@ class TPGRPOConfig(_BaseConfig):
             yield f"Global eval batch size ({evaluated}) must be a multiple of num_generations_eval ({group})."
 
     def _credit_errors(self) -> Iterator[str]:
-        if (self.credit == "lambda") == (self.credit_lambda is None):
+        function, needs_completions = self.credit_rule.function, self.credit_rule.needs_completions
+        if function is not None:
+            try:
+                inspect.signature(function).bind("rewards", "rule")
+            except TypeError as error:
+                yield f"credit: {self.credit} must take (rewards, rule): {error}."
+        elif (self.credit == "lambda") == (self.credit_lambda is None):
             yield f"credit_lambda ({self.credit_lambda}) is what credit='lambda' alone needs: credit={self.credit!r}."
-        for name in ("completion", "completion_check_every", "advantage_baseline") if self.credit == "outcome" else ():
+        for name in () if needs_completions else ("completion", "completion_check_every", "advantage_baseline"):
             if (value := getattr(self, name)) != getattr(TPGRPOConfig, name):
-                yield f"credit='outcome' computes no completions: leave out {name}, got {value!r}."
+                yield f"credit={self.credit!r} computes no completions: leave out {name}, got {value!r}."
         if not all(map(math.isfinite, self.reward_weights or ())):
             yield f"reward_weights must be finite numbers, got {self.reward_weights}."
         if self.num_generations == 1 and "group" in (self.advantage_baseline, self.scale_rewards):
@@ -507,7 +521,7 @@ class TPGRPOConfig(_BaseConfig):
     @property
     def completion_rule(self) -> CompletionRule | None:
         """The rule that completes states; `None` where credit needs no completions."""
-        return None if self.credit == "outcome" else CompletionRule.parse(self.completion)
+        return CompletionRule.parse(self.completion) if self.credit_rule.needs_completions else None
 
     @property
     def loss_rule(self) -> LossRule:
@@ -524,4 +538,5 @@ class TPGRPOConfig(_BaseConfig):
             first_step=self.turning_point_first_step, deadzone=self.turning_point_deadzone,
             balanced=self.turning_point_balance, baseline=self.advantage_baseline, scale=self.scale_rewards,
             scope=self.advantage_scope, aggregation=self.multi_objective_aggregation,
+            function=None if self.credit in CREDITS else pkgutil.resolve_name(self.credit),
         )  # fmt: skip

@@ -24,7 +24,7 @@ from transformers import TrainerState
 
 from .algorithm.chunks import chunks_by_change, relative_change
 from .algorithm.completion import CompletionRule
-from .algorithm.credit import RewardTable, shortest_window, step_reward_variances
+from .algorithm.credit import CreditBatch, RewardTable, shortest_window, step_reward_variances
 from .algorithm.fidelity import compare
 from .algorithm.rollout import EXACT, Generators, Rollout, Window, fastest_batch_size, roll_out
 from .batches import LARGEST_BATCH, Sampled, Trajectories, Transitions, scored_rule, sweeps
@@ -180,7 +180,7 @@ class Rollouts:
         log_probs = torch.cat([one.rollout.log_probs for one in sampled])
         kept = [one.rollout.means for one in sampled if one.rollout.means is not None]
         rewards, failed = torch.cat([one.rewards for one in sampled]), torch.cat([one.failed for one in sampled])
-        table = self._reward_table([row["prompt"] for row in rows], rewards, failed, window, rule)
+        table = self._reward_table([row["prompt"] for row in rows], rewards, failed, window, rule, log_probs)
         if table.left_out.all():
             self._stop_together(next(error for one in sampled for error in one.skipped))
         return states, log_probs, torch.cat(kept) if kept else None, table
@@ -196,14 +196,23 @@ class Rollouts:
         return sampled.without_images()
 
     def _reward_table(
-        self, prompts: list[str], rewards: Tensor, failed: Tensor, window: Window, rule: CompletionRule | None
-    ) -> RewardTable:
-        """Gather the rewards (B, F, C + 1) of all processes' trajectories, of which some have failed (B,)."""
+        self, prompts: list[str], rewards: Tensor, failed: Tensor, window: Window, rule: CompletionRule | None,
+        log_probs: Tensor,
+    ) -> RewardTable:  # fmt: skip
+        """Gather the rewards (B, F, C + 1) of all processes' trajectories, of which some have failed (B,).
+
+        For a credit rule from outside, what it may read besides is gathered too.
+        """
         device, group = self.args.device, self.args.num_generations
         gathered, all_failed = (self.accelerator.gather(value.to(device)).cpu() for value in (rewards, failed))
-        check_applicability(gathered, self._trained_names, gather_object(prompts), group, all_failed)
-        every = 1 if rule is None else rule.every
-        return RewardTable(gathered, self.reward_weights, group, len(window), self.args.credit_rule, every)
+        prompts = gather_object(prompts)
+        check_applicability(gathered, self._trained_names, prompts, group, all_failed)
+        every, credit = 1 if rule is None else rule.every, self.args.credit_rule
+        if credit.function is not None:
+            sigmas = self.policy.schedule(self.args.num_inference_steps).sigmas[window.start : window.stop + 1]
+            log_probs = self.accelerator.gather(log_probs.to(device)).cpu()
+            credit = replace(credit, batch=CreditBatch(group, prompts, sigmas.clone(), log_probs, every))
+        return RewardTable(gathered, self.reward_weights, group, len(window), credit, every)
 
     def _measure_window(self, rows: Rows, share: float) -> Window:
         """Find the shortest window with the wanted share of the step rewards' variance, on the first prompts."""

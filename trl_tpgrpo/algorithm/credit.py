@@ -5,14 +5,15 @@ Shapes: `B` trajectories (groups of G with the same prompt, one after the other)
 image, column K the trajectory's. The equations are TurningPoint-GRPO's (arXiv 2602.06422).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-CREDITS = ("outcome", "incremental", "turning_point", "consistent", "lambda")
 TRENDS = ("remaining", "global")
 BASELINES = ("group", "completion")
 SCALES = ("group", "batch", "none")
@@ -22,11 +23,21 @@ EPSILON = 1e-4
 
 
 @dataclass(frozen=True)
+class CreditBatch:
+    """What a rule from outside may read besides the rewards of N trajectories of K SDE steps; all is on the CPU."""
+
+    num_generations: int  # G: each G neighbours have the same prompt
+    prompts: list[str]  # N
+    sigmas: Tensor  # float32, (K + 1,), of the states, falling
+    log_probs: Tensor  # float32, (N, K), of the steps, when they were sampled
+    every: int = 1  # SDE steps between two states with a reward: one credit is that of so many steps
+
+
+@dataclass(frozen=True)
 class CreditRule:
     """How rewards along a trajectory become advantages; the defaults are the paper's.
 
-    The credit of a step is `"outcome"` (the final reward: Flow-GRPO), `"incremental"` (`r_j`), `"turning_point"` or
-    `"consistent"` (`A_j` at turning points, `r_j` elsewhere) or `"lambda"` (the lambda-return of the `r_j`).
+    The credit of a step is that of a function in `RULES`, or of one from outside, with its import path as `credit`.
     """
 
     credit: str = "consistent"
@@ -39,6 +50,17 @@ class CreditRule:
     scale: str = "group"  # spread to divide by: within the group, within the "batch", or none ("none")
     scope: str = "step"  # steps over which mean and spread are taken: each on its own, or all of them ("joint")
     aggregation: str = "sum_then_normalize"  # of several reward functions; or "normalize_then_sum" (GDPO)
+    function: Callable[[Tensor, "CreditRule"], Tensor] | None = None  # from outside; `None`: that of `RULES`
+    batch: CreditBatch | None = field(default=None, compare=False)  # where a rule from outside is applied to one
+
+    @property
+    def needs_completions(self) -> bool:
+        """Whether the rule reads rewards of completed states, and not those of the trajectories' own images alone."""
+        return getattr(self.function or RULES[self.credit], "needs_completions", True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the function out, so that a checkpoint names no code to run; its credit has been computed by then."""
+        return {**vars(self), "function": None}
 
 
 def step_rewards(rewards: Tensor) -> Tensor:
@@ -79,28 +101,86 @@ def balance(turning: Tensor, aggregated: Tensor) -> Tensor:
     return kept.view_as(turning)
 
 
-def assign_credit(rewards: Tensor, rule: CreditRule, num_steps: int) -> tuple[Tensor, Tensor]:
-    """Return the credit of each of K = `num_steps` steps and whether as a turning point (bool): both (B, K).
-
-    Rewards are (B, K + 1); for `"outcome"` the last column is enough: (B, 1).
-    """
-    if rule.credit in ("turning_point", "consistent"):
-        turning, aggregated = turning_points(rewards, rule), aggregated_rewards(rewards)
-        turning = balance(turning, aggregated) if rule.balanced else turning
-        return torch.where(turning, aggregated, step_rewards(rewards)), turning
-    if rule.credit == "outcome":
-        credits = rewards[:, -1:].expand(-1, num_steps)
-    else:
-        credits = step_rewards(rewards) if rule.credit == "incremental" else lambda_return(rewards, rule.lambda_)
-    return credits, torch.zeros_like(credits, dtype=torch.bool)
-
-
 def lambda_return(rewards: Tensor, decay: float) -> Tensor:
     """Return `c_j = sum_l decay^l r_{j+l}`, from the last step backwards: (B, K) from (B, K + 1)."""
     returns = step_rewards(rewards)
     for step in range(returns.shape[1] - 2, -1, -1):
         returns[:, step] += decay * returns[:, step + 1]
     return returns
+
+
+def outcome(rewards: Tensor, rule: CreditRule) -> Tensor:
+    """Return the final reward, the same for all steps (Flow-GRPO): (B, 1) from (B, K + 1) or (B, 1)."""
+    return rewards[:, -1:]
+
+
+outcome.needs_completions = False  # type: ignore[attr-defined]
+
+
+def incremental(rewards: Tensor, rule: CreditRule) -> Tensor:
+    """Return the gain of each step, `r_j`: (B, K) from (B, K + 1)."""
+    return step_rewards(rewards)
+
+
+def turning_point_credit(rewards: Tensor, rule: CreditRule) -> Tensor:
+    """Return `A_j` at turning points and `r_j` elsewhere: (B, K) from (B, K + 1)."""
+    turning = credited_turning_points(rewards, rule, rewards.shape[1] - 1)
+    return torch.where(turning, aggregated_rewards(rewards), step_rewards(rewards))
+
+
+def lambda_credit(rewards: Tensor, rule: CreditRule) -> Tensor:
+    """Return the lambda-return of the gains with `rule.lambda_`: (B, K) from (B, K + 1)."""
+    return lambda_return(rewards, rule.lambda_)
+
+
+RULES: dict[str, Callable[[Tensor, CreditRule], Tensor]] = {
+    "outcome": outcome, "incremental": incremental, "turning_point": turning_point_credit,
+    "consistent": turning_point_credit, "lambda": lambda_credit,
+}  # fmt: skip
+"""Credit (B, K) from rewards (B, K + 1) of whole groups, by name; see [`assign_credit`]."""
+CREDITS = tuple(RULES)
+
+
+def credited_turning_points(rewards: Tensor, rule: CreditRule, num_steps: int) -> Tensor:
+    """Return the steps that a rule credits as turning points: bool, (B, K); none where it knows no such."""
+    if rule.function is not None or RULES[rule.credit] is not turning_point_credit:
+        return torch.zeros(len(rewards), num_steps, dtype=torch.bool)
+    turning = turning_points(rewards, rule)
+    return balance(turning, aggregated_rewards(rewards)) if rule.balanced else turning
+
+
+def assign_credit(rewards: Tensor, rule: CreditRule, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Return the credit of each of K = `num_steps` steps and whether as a turning point (bool): both (B, K).
+
+    Rewards are (B, K + 1); for a rule that needs no completions the last column is enough: (B, 1). A rule from
+    outside that raises, or returns anything but such a credit, is a `ValueError`.
+    """
+    credits = RULES[rule.credit](rewards, rule) if rule.function is None else _from_outside(rewards, rule, num_steps)
+    return credits.expand(-1, num_steps), credited_turning_points(rewards, rule, num_steps)
+
+
+@torch.no_grad()
+def _from_outside(rewards: Tensor, rule: CreditRule, num_steps: int) -> Tensor:
+    """Return what a rule from outside makes of a copy of the rewards, with NaN where a trajectory is left out."""
+    assert rule.function is not None
+    what, left_out = f"The credit rule {rule.credit!r}", rewards.isnan().all(1)
+    try:
+        credits = rule.function(rewards.clone(), rule)
+    except Exception as error:  # whatever a user's function raises
+        raise ValueError(f"{what} raised {type(error).__name__}: {error}") from error
+    shapes = [(len(rewards), num_steps)] + ([] if rule.needs_completions else [(len(rewards), 1)])
+    if not isinstance(credits, Tensor) or credits.dtype != torch.float32 or credits.shape not in shapes:
+        is_tensor = isinstance(credits, Tensor)
+        got = f"{credits.dtype} of {tuple(credits.shape)}" if is_tensor else type(credits).__name__
+        raise ValueError(f"{what} must return a float32 tensor of {' or '.join(map(str, shapes))}, got {got}.")
+    credits = credits.cpu().masked_fill(left_out[:, None], torch.nan)
+    wrong = (~credits.isfinite() & ~left_out[:, None]).nonzero().tolist()
+    if wrong:
+        row, step = wrong[0]
+        where = f"{credits[row, step].item()} for trajectory {row}, step {step}, whose rewards are finite"
+        hint = "Trajectories that are left out have rewards of NaN: nanmean and nansum skip them"
+        raise ValueError(f"{what} returned {where}. {hint}.")
+    return credits
 
 
 def normalize(credits: Tensor, num_generations: int, rule: CreditRule) -> Tensor:

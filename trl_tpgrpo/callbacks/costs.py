@@ -88,3 +88,6 @@ class FirstLines(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             show(str(count(args, len(kwargs["train_dataloader"].dataset), self._reward_funcs)))
+            for name in ("credit", "policy_class"):
+                if "." in str(path := getattr(args, name)):
+                    show(f"{name}: {path}, of your own")

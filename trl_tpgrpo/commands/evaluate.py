@@ -31,7 +31,8 @@ from .results import BASE, Results, as_json
 NUM_SHOWN = 4  # gains, and losses, of each adapter in the picture
 PACKAGES = ("trl-tpgrpo", "torch", "diffusers", "transformers", "peft", "accelerate")
 SETTINGS = (
-    "model_name_or_path", "model_init_kwargs", "use_peft", "quantization", "dataset_name", "dataset_config",
+    "model_name_or_path", "model_init_kwargs", "policy_class", "use_peft", "quantization", "dataset_name",
+    "dataset_config",
     "dataset_test_split", "test_split_size", "reward_funcs", "eval_reward_funcs", "reward_weights", "reward_failures",
     "sampler", "num_generations_eval", "seed", "height", "width", "num_inference_steps_eval", "guidance_scale",
     "true_cfg_scale", "negative_prompt", "max_sequence_length", "per_device_eval_batch_size",

@@ -114,7 +114,7 @@ class PlannedModel:
         plain = {"beta": 0, "attention_backend": None, "compile_backend": None, "offload_reference": False}
         with torch.device("meta"):
             pipeline = load_architecture(folder, dtype, scheduler=scheduler)
-            self.policy, transformer = build_policy(pipeline, guidance), pipeline.transformer
+            self.policy, transformer = build_policy(pipeline, guidance, args.policy_class), pipeline.transformer
             self.weights = {kind: weights_size(transformer, kind) for kind in (None, *QUANTIZED)}
             self.largest = max(value.nbytes for value in transformer.parameters())
             model, _ = prepare_transformer(self.policy, peft_config, changed(args, plain))

@@ -1,10 +1,8 @@
 """Reward functions by name: built in, from a module of one's own, or behind an URL."""
 
-import re
-import traceback
 from typing import Any
 
-from ..rewards.serving.functions import find_function
+from ..rewards.serving.functions import dotted, find_function
 from .options import near
 
 
@@ -38,17 +36,8 @@ def load_reward(name: str) -> Any:
 
 def find_reward(name: str) -> Any:
     """Find what a built-in name or a path such as `a.b`, `a:b` or `./a.py:b` stands for, or raise ValueError."""
-    path = BUILT_IN_REWARDS.get(name) or re.sub(r"\.py:|[:/]", ".", name.removeprefix("./"))
-    if "." not in path:
+    path = BUILT_IN_REWARDS.get(name) or name
+    if "." not in dotted(path):
         known = f"one of {list(BUILT_IN_REWARDS)}, an import path such as my_rewards.mine, or a URL"
         raise ValueError(f"No reward function {name!r}{near(name, BUILT_IN_REWARDS)} Use {known}.")
-    try:
-        return find_function(path)
-    except ValueError:
-        raise
-    except Exception as error:  # whatever a user's module raises
-        *_, last = traceback.extract_tb(error.__traceback__)
-        where = f"{last.filename}, line {last.lineno}"
-        raise ValueError(
-            f"The module of {name!r} fails on import: {type(error).__name__}: {error} ({where})."
-        ) from error
+    return find_function(path)

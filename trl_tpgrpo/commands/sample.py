@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from ..rewards.serving.functions import find_function
 from ..testbed import PIPELINE_KWARGS
 from .options import near
 
@@ -32,9 +33,10 @@ def main(argv: list[str]) -> int:
     if not prompts:
         raise ValueError("There is no prompt: use --prompt or --prompts_file.")
     images = read_images(args.image, len(prompts))
+    own: Any = args.policy_class and find_function(args.policy_class, "policy_class")
     adapter = args.adapter and find_weights(args.adapter)
     pipeline = build_pipeline(args.model_name_or_path, None, args.dtype, args.device)
-    inputs = input_options(pipeline, images, args.height, args.width)
+    inputs = input_options(pipeline, images, args.height, args.width, own)
     if adapter:
         load_adapter(pipeline, adapter)
     options = {**PIPELINE_KWARGS} if args.model_name_or_path == "testbed" else {}
@@ -55,6 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-tpgrpo sample", description=description)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="Hub id or folder of a pipeline, or 'testbed'")
+    add("--policy_class", help="import path of a FlowPolicy of your own (default: the pipeline's family)")
     add("--adapter", help="Hub id or folder of a LoRA, folder with a trained transformer, or of a run")
     add("--prompt", action="append", default=[], help="a prompt; may be repeated")
     add("--prompts_file", type=Path, help="text file with a prompt a line")
@@ -115,7 +118,7 @@ def _read_image(file: Path) -> Image.Image:
 
 
 def input_options(
-    pipeline: Any, images: list[Image.Image], height: int | None, width: int | None
+    pipeline: Any, images: list[Image.Image], height: int | None, width: int | None, own: Any = None
 ) -> list[dict[str, Any]]:
     """Return what the pipeline is given beside each prompt, so that an image is resized as in training at that size.
 
@@ -125,7 +128,7 @@ def input_options(
     from ..policies.base import Guidance
     from ..policies.loading import build_policy, policy_class
 
-    family = policy_class(pipeline)
+    family = policy_class(pipeline, own)
     takes_image = family is not None and family.takes_image
     if takes_image != bool(images):
         wrong = "needs an image that it changes: give --image" if takes_image else "takes no image: leave out --image"
@@ -134,7 +137,7 @@ def input_options(
         raise ValueError("--height and --width go together where an image is changed: give both, or none.")
     if height is None or width is None or not images:
         return [{"image": image} for image in images]
-    policy = build_policy(pipeline, Guidance(height, width))
+    policy = build_policy(pipeline, Guidance(height, width), own)
     rows, columns = policy.input_size
     resized = [image.resize((columns, rows), Image.Resampling.LANCZOS) for image in images]
     return [{"image": image, **policy.image_options} for image in resized]

@@ -157,7 +157,7 @@ def fingerprint(policy: FlowPolicy) -> str:
     names = ["negative_prompt", "max_sequence_length"] + ["height", "width"] * policy.takes_image
     settings = {name: getattr(policy.guidance, name) for name in names}
     settings["negative"] = policy.uses_negative_prompt
-    parts = [type(policy).__name__, str(policy.dtype), json.dumps(settings, sort_keys=True)]
+    parts = [str(type(policy)), str(policy.dtype), json.dumps(settings, sort_keys=True)]
     parts += [_templates(policy.pipeline)]
     encoders = policy.text_encoders()
     if policy.takes_image:

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import pkgutil
 import re
 import types
 from importlib.metadata import version
@@ -110,19 +111,39 @@ def _quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig | 
     return TorchAoConfig(Int8WeightOnlyConfig() if name == "int8" else Float8WeightOnlyConfig())
 
 
-def build_policy(pipeline: DiffusionPipeline, guidance: Guidance) -> FlowPolicy:
-    """Wrap a pipeline in the policy of its family, or raise a `ValueError` if its class is not supported."""
-    policy = policy_class(pipeline)
+def build_policy(pipeline: DiffusionPipeline, guidance: Guidance, own: str | type | None = None) -> FlowPolicy:
+    """Wrap a pipeline in the policy of its family, or in a user's `own`; raise a `ValueError` if there is none."""
+    policy = policy_class(pipeline, own)
     if policy is None:
         supported = ", ".join(policy.pipeline_class.__name__ for policy in POLICIES)
-        raise ValueError(f"{type(pipeline).__name__} is not supported. Supported pipeline classes: {supported}.")
+        hint = 'A policy_class of your own may serve another: CONTRIBUTING.md, "Adding a model family"'
+        what = f"{type(pipeline).__name__} is not supported. Supported pipeline classes: {supported}"
+        raise ValueError(f"{what}. {hint}.")
     _check_as_loaded(pipeline.transformer)
     return policy(pipeline, guidance)
 
 
-def policy_class(pipeline: DiffusionPipeline) -> type[FlowPolicy] | None:
-    """Return the family of a pipeline; `None` if its class is not supported."""
-    return next((policy for policy in POLICIES if isinstance(pipeline, policy.pipeline_class)), None)
+def policy_class(pipeline: DiffusionPipeline, own: str | type | None = None) -> type[FlowPolicy] | None:
+    """Return the family of a pipeline, or `None`; with a user's `own` class that one, if it fits the pipeline."""
+    found = own_policy_class(own)
+    if found is None:
+        return next((policy for policy in POLICIES if isinstance(pipeline, policy.pipeline_class)), None)
+    if not isinstance(pipeline, found.pipeline_class):
+        what = f"{found.__name__} serves {found.pipeline_class.__name__}"
+        raise ValueError(f"policy_class: {what}, and the pipeline is a {type(pipeline).__name__}.")
+    return found
+
+
+def own_policy_class(own: str | type | None) -> type[FlowPolicy] | None:
+    """Return a user's policy class, which may be named by the dotted path that a `TPGRPOConfig` has found."""
+    found = pkgutil.resolve_name(own) if isinstance(own, str) else own
+    if found is None:
+        return None
+    if not (isinstance(found, type) and issubclass(found, FlowPolicy)):
+        raise ValueError(f"policy_class must be a subclass of trl_tpgrpo.policies.base.FlowPolicy, got {found!r}.")
+    if not isinstance(getattr(found, "pipeline_class", None), type):
+        raise ValueError(f"policy_class: {found.__name__} must name the class of its pipelines as pipeline_class.")
+    return found
 
 
 def _check_as_loaded(transformer: nn.Module) -> None:
@@ -144,6 +165,7 @@ def _check_as_loaded(transformer: nn.Module) -> None:
 
 def load_policy(model: str | Path | DiffusionPipeline, args: Any, use_lora: bool) -> FlowPolicy:
     """Build the policy of a Hub id, folder or pipeline for a `TPGRPOConfig`, with all but the transformer frozen."""
+    own_policy_class(args.policy_class)  # before the model is loaded
     if isinstance(model, str | Path):
         dtype = run_dtype(args) if use_lora else torch.float32  # weights that are trained need the precision
         if args.quantization is not None and dtype == torch.float32:
@@ -154,7 +176,8 @@ def load_policy(model: str | Path | DiffusionPipeline, args: Any, use_lora: bool
         raise TypeError(f"model must be a Hub id, a folder or a diffusers pipeline, got {type(model).__name__}.")
     elif given := [name for name in ("model_init_kwargs", "quantization") if getattr(args, name) is not None]:
         raise ValueError(f"{given[0]} is for a model given by name; this one is loaded already.")
-    policy = build_policy(model, Guidance(**{name: getattr(args, name) for name in Guidance.__dataclass_fields__}))
+    guidance = Guidance(**{name: getattr(args, name) for name in Guidance.__dataclass_fields__})
+    policy = build_policy(model, guidance, args.policy_class)
     if policy.is_distilled:
         _check_distilled(policy, args.allow_distilled)
     if args.deepspeed_plugin is not None:

@@ -11,7 +11,9 @@ import json
 import logging
 import math
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -122,9 +124,41 @@ class ServedReward:
         return Refusal(500 if where else 422, "reward_raised", message, exception=kind)
 
 
-def find_function(path: str) -> Callable[..., Any]:
-    """Find a reward function by its dotted import path, looked up from the current directory too."""
-    module_path, _, name = path.rpartition(".")
+def dotted(path: str) -> str:
+    """Return the dotted form of an import path that may be written `a.b`, `a:b` or `./a.py:b`."""
+    return re.sub(r"\.py:|[:/]", ".", path.removeprefix("./"))
+
+
+def import_path(name: str, given: Any, known: Sequence[str] = ()) -> str:
+    """Return the dotted import path of a function or class, `given` itself by a path in any form, or a `known` name.
+
+    A `ValueError` with the setting's `name` says that nothing is there, or that an object cannot be found again.
+    """
+    if given in known:
+        return given
+    if isinstance(given, str):
+        path = dotted(given)
+    else:
+        module, own_name = (getattr(given, attribute, None) for attribute in ("__module__", "__qualname__"))
+        path = f"{module}.{own_name}"
+        if getattr(sys.modules.get(str(module)), str(own_name), None) is not given:
+            remedy = "define it at the top of a module or script, and not as a lambda or within a function"
+            raise ValueError(f"{name}: {given!r} cannot be found again as {path}: {remedy}.")
+    if known and "." not in path:
+        alike = difflib.get_close_matches(path, known, n=1)
+        hint = f": did you mean {alike[0]}?" if alike else "."
+        raise ValueError(f"{name} must be one of {known}, or an import path such as my_rules.mine, got {path!r}{hint}")
+    if not callable(found := find_function(path, name)):
+        raise ValueError(f"{name}: {path} is neither a function nor a class, but {found!r}.")
+    return path
+
+
+def find_function(path: str, what: str = "reward function") -> Callable[..., Any]:
+    """Find what an import path in any form of `dotted` leads to, looked up from the current directory too.
+
+    `what` it is for is named in the `ValueError` that says why there is nothing.
+    """
+    module_path, _, name = dotted(path).rpartition(".")
     if not module_path:
         raise ValueError(f"{path!r} must be a dotted import path, such as my_rewards.mine.")
     folder = os.getcwd()
@@ -133,12 +167,17 @@ def find_function(path: str) -> Callable[..., Any]:
         module = importlib.import_module(module_path)
     except ModuleNotFoundError as error:
         where = "It is looked for in the current folder and among the installed packages."
-        raise ValueError(f"The module of the reward function {path!r} cannot be imported: {error}. {where}") from error
+        raise ValueError(f"The module of the {what} {path!r} cannot be imported: {error}. {where}") from error
+    except Exception as error:  # whatever a user's module raises
+        *_, last = traceback.extract_tb(error.__traceback__)
+        where = f"{last.filename}, line {last.lineno}"
+        said = f"{type(error).__name__}: {error} ({where})"
+        raise ValueError(f"The module of {path!r} fails on import: {said}.") from error
     finally:
         sys.path.remove(folder)
     function: Any = getattr(module, name, None)
     if function is None:
         alike = difflib.get_close_matches(name, dir(module), n=1)
         hint = f": did you mean {alike[0]}?" if alike else "."
-        raise ValueError(f"The module {module_path!r} has no reward function {name!r}{hint}")
+        raise ValueError(f"The module {module_path!r} has no {what} {name!r}{hint}")
     return function
