@@ -26,7 +26,7 @@ from .algorithm.completion import CompletionRule
 from .algorithm.credit import RewardTable, shortest_window, step_reward_variances
 from .algorithm.fidelity import compare
 from .algorithm.rollout import EXACT, Generators, Rollout, Window, fastest_batch_size, roll_out
-from .batches import LARGEST_BATCH, Sampled, Trajectories, sweeps
+from .batches import LARGEST_BATCH, Sampled, Trajectories, eval_batch_size, sweeps
 from .config import TPGRPOConfig
 from .metrics import Metrics, image_variety
 from .policies.base import FlowPolicy, on_device, to_images
@@ -73,7 +73,7 @@ class Rollouts:
     """Samples and scores rows of a dataset, with the model and the trainer's state that two getters give.
 
     `batch_sizes` has the samples that the `"model"` and the `"vae"` are given at once, measured at the first use if
-    absent.
+    absent; of an evaluation at another size too, under names with it.
     """
 
     def __init__(
@@ -222,12 +222,14 @@ class Rollouts:
     ) -> tuple[list[Image.Image], Tensor]:
         """Sample B rows, of which the first is row `first` of `num_rows`, and record their rewards.
 
-        The ODE samples, or the SDE in `window`. Return this process's B images and the rewards (N, F) of all, without
-        rows that only fill the last batches up.
+        The ODE samples, or the SDE in `window`, images of `eval_height` x `eval_width`. Return this process's B images
+        and the rewards (N, F) of all, without rows that only fill the last batches up.
         """
         generators = self.generators(EVALUATION, 0, len(rows), first)
         functions = [*self.reward_funcs, *self.eval_reward_funcs]
-        sampled = self._scored(self._sample(rows, self._encode(rows), generators, window, None, functions), "eval")
+        with self.policy.at_eval_size():
+            pending = self._sample(rows, self._encode(rows), generators, window, None, functions)
+        sampled = self._scored(pending, "eval")
         rewards, trained, error = sampled.rewards, len(self.reward_funcs), sampled.error
         prompts = [row["prompt"] for row in rows]
         try:
@@ -366,13 +368,12 @@ class Rollouts:
 
         sharing = self.args.num_generations if self.args.share_initial_noise and window is not None else 1
         noise = self.policy.initial_noise(generators[::sharing])
-        if "model" not in self.batch_sizes:
-            rows = torch.zeros(LARGEST_BATCH, dtype=torch.long)
-            self.batch_sizes["model"] = _measure_batch_size(
-                lambda size: velocity(noise[:1].expand(size, *noise.shape[1:]), 0, rows[:size]), self.accelerator
-            )
+        first = torch.zeros(LARGEST_BATCH, dtype=torch.long)
+        batch_size = self._batch_size(
+            "model", lambda size: velocity(noise[:1].expand(size, *noise.shape[1:]), 0, first[:size])
+        )
         return roll_out(
-            velocity, noise, schedule.sigmas, window, generators, completion, self.batch_sizes["model"], on_step,
+            velocity, noise, schedule.sigmas, window, generators, completion, batch_size, on_step,
             offload_states=self.args.offload_trajectories,
         )  # fmt: skip
 
@@ -381,11 +382,19 @@ class Rollouts:
     ) -> Tensor:
         """Decode final latents (M, ...), see [`~trl_tpgrpo.policies.base.FlowPolicy.decode`]."""
         with on_device([self.policy.pipeline.vae], self.policy.device, self.args.offload_between_phases):
-            if "vae" not in self.batch_sizes:
-                self.batch_sizes["vae"] = _measure_batch_size(
-                    lambda size: self.policy.decode(latents[:1].expand(size, *latents.shape[1:])), self.accelerator
-                )
-            return self.policy.decode(latents, self.batch_sizes["vae"], on_batch, keep_on_device)
+            batch_size = self._batch_size(
+                "vae", lambda size: self.policy.decode(latents[:1].expand(size, *latents.shape[1:]))
+            )
+            return self.policy.decode(latents, batch_size, on_batch, keep_on_device)
+
+    def _batch_size(self, part: str, run: Callable[[int], object]) -> int:
+        """Return how many samples of the size that is made now a part is given at once, by `run` if measured."""
+        size, args = self.policy.guidance, self.args
+        is_other = (size.height, size.width) != (args.height, args.width)
+        name = f"{part} at {size.height} x {size.width}" if is_other else part
+        if name not in self.batch_sizes:
+            self.batch_sizes[name] = eval_batch_size(args) or _measure_batch_size(run, self.accelerator)
+        return self.batch_sizes[name]
 
     def _encode(self, rows: Rows) -> Encoded:
         """Encode the distinct prompts of B rows."""

@@ -123,6 +123,7 @@ def settings_of(
     """Return what images and rewards depend on by name, as JSON gives it back."""
     known = {**vars(script_args), **vars(model_args), **vars(dataset_args), **vars(args), **vars(own)}
     found = {name: known[name] for name in (*SETTINGS, *(SDE_SETTINGS if own.sampler == "sde" else ()))}
+    found |= {"height": args.eval_height or args.height, "width": args.eval_width or args.width}
     prompts = trainer.eval_dataset
     images = [name for name, feature in prompts.features.items() if isinstance(feature, ImageFeature)]
     rows = json.dumps(prompts.remove_columns(images).with_format("arrow")[:].to_pylist(), default=str)
