@@ -200,8 +200,9 @@ def test_prompts_are_encoded_as_far_as_a_run_takes_them(changes: dict, tmp_path:
 def test_a_run_through_all_prompts_encodes_them_all(max_steps: int, tmp_path: Path) -> None:
     args = config(tmp_path, max_steps=max_steps)  # two prompts an update
     evaluated = {"one": prompts(1), "two": prompts(2)}
-    rows = needed_rows(prompts(), evaluated, args, ["prompt"])
-    assert [row["prompt"] for row in rows] == [*PROMPTS, *PROMPTS[:1], *PROMPTS[:2]]
+    of_train, of_evaluation = needed_rows(prompts(), evaluated, args, ["prompt"])
+    assert [row["prompt"] for row in of_train] == PROMPTS
+    assert [row["prompt"] for row in of_evaluation] == [*PROMPTS[:1], *PROMPTS[:2]]
 
 
 def test_many_prompts_are_warned_of(tmp_path: Path, monkeypatch, caplog) -> None:

@@ -330,7 +330,7 @@ def test_hours_are_flops_over_the_stated_share_of_the_peak(tmp_path: Path) -> No
     counts = Counts(dict.fromkeys(names, [0]) | {EVALUATIONS: [10]}, 1, 4, 4)
     flops = Flops(evaluation=10**17, image=10**15, transition=0)
     args = PlannedConfig(str(tmp_path), num_processes=2, num_inference_steps_eval=5)
-    rollout, run = row("\n".join(time_rows(args, counts, 2, flops, ["H100"])), "hours on H100")
+    rollout, run = row("\n".join(time_rows(args, counts, 2, flops, ["H100"], flops)), "hours on H100")
     pace = 2 * 989e12 * UTILISATION * 3600
     assert float(rollout) == pytest.approx(10 * 1e17 / pace, rel=5e-3)
     assert float(run) == pytest.approx((4 * 10 * 1e17 + 2 * (5 * 1e17 + 1e15)) / pace, rel=5e-3)

@@ -202,6 +202,13 @@ def what_is_scored(reward_funcs: Sequence[RewardFunc]) -> str:
     return "images decoded and scored" if decodes else "latents scored"
 
 
+def eval_batch_size(args: Any) -> int | None:
+    """Return the latents per model call in evaluation: of as many pixels as in a rollout; `None`: to be measured."""
+    pixels, evaluated = args.height * args.width, (args.eval_height or args.height) * (args.eval_width or args.width)
+    size = args.rollout_batch_size
+    return None if size is None else max(1, size * pixels // max(pixels, evaluated))
+
+
 def sweeps(num_rows: int, args: Any) -> list[slice]:
     """Cut the rows of a rollout into those that are sampled together: whole groups that fill a batch of the model."""
     at_least = max(SWEEP, args.rollout_batch_size or LARGEST_BATCH)

@@ -104,6 +104,8 @@ class TPGRPOConfig(_BaseConfig):
         > Parameters that control sampling
         height (`int`, *optional*, defaults to `512`): Height of the images in pixels.
         width (`int`, *optional*, defaults to `512`): Width of the images in pixels.
+        eval_height (`int`, *optional*): Height of the images in evaluation, in pixels. `None`: `height`.
+        eval_width (`int`, *optional*): Width of the images in evaluation, in pixels. `None`: `width`.
         num_inference_steps (`int`, *optional*, defaults to `10`): Steps T in training. The paper takes 6 for FLUX.1.
         num_inference_steps_eval (`int`, *optional*, defaults to `40`): ODE steps in evaluation (paper: 28 for FLUX.1).
         guidance_scale (`float`, *optional*): Guidance in sampling and training: classifier-free, or an input of the
@@ -260,6 +262,8 @@ class TPGRPOConfig(_BaseConfig):
     gradient_accumulation_steps: Annotated[int | None, "at least 1"] = None
     height: Annotated[int, "at least 1"] = 512
     width: Annotated[int, "at least 1"] = 512
+    eval_height: Annotated[int | None, "at least 1, or None"] = None
+    eval_width: Annotated[int | None, "at least 1, or None"] = None
     num_inference_steps: Annotated[int, "at least 2"] = 10
     num_inference_steps_eval: Annotated[int, "at least 1"] = 40
     guidance_scale: Annotated[float | None, "at least 0, or None"] = None

@@ -107,13 +107,18 @@ def _check_images(name: str, dataset: Dataset) -> None:
         raise ValueError(f"{name}: the column 'image' must hold images, got {kind}. Of paths {remedy} makes images.")
 
 
-def needed_rows(train: Dataset | None, evaluation: Datasets, args: Any, columns: list[str]) -> list[dict[str, Any]]:
-    """List the prompts of all datasets, of `train` those that the rollouts of `max_steps` updates take."""
+def needed_rows(
+    train: Dataset | None, evaluation: Datasets, args: Any, columns: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """List the prompts of `train`, those that the rollouts of `max_steps` updates take, and of the evaluations."""
     passes = args.steps_per_generation * args.num_iterations
     number = math.ceil(args.max_steps * args.gradient_accumulation_steps / passes) * args.prompts_per_generation
     if train is not None and 0 < number < len(train):
         options = {"batch_size": args.prompts_per_generation, "shuffle": args.shuffle_dataset, "seed": args.seed}
         train = train.select(list(islice(EpochSampler(train, mini_repeat_count=1, **options), number)))
     named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
-    datasets = [dataset for dataset in (train, *named.values()) if dataset is not None]
-    return [row for dataset in datasets for row in dataset.select_columns(columns)]
+    of_train, of_evaluation = (
+        [row for dataset in part if dataset is not None for row in dataset.select_columns(columns)]
+        for part in ([train], named.values())
+    )
+    return of_train, of_evaluation

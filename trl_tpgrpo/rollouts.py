@@ -27,7 +27,7 @@ from .algorithm.completion import CompletionRule
 from .algorithm.credit import CreditBatch, RewardTable, shortest_window, step_reward_variances
 from .algorithm.fidelity import compare
 from .algorithm.rollout import EXACT, Generators, Rollout, Window, fastest_batch_size, roll_out
-from .batches import LARGEST_BATCH, Sampled, Trajectories, Transitions, scored_rule, sweeps
+from .batches import LARGEST_BATCH, Sampled, Trajectories, Transitions, eval_batch_size, scored_rule, sweeps
 from .config import TPGRPOConfig
 from .metrics import Metrics, image_variety
 from .policies.base import FlowPolicy, on_device, to_images
@@ -74,7 +74,7 @@ class Rollouts:
     """Samples and scores rows of a dataset, with the model and the trainer's state that two getters give.
 
     `batch_sizes` has the samples that the `"model"` and the `"vae"` are given at once, measured at the first use if
-    absent.
+    absent; of an evaluation at another size too, under names with it.
     """
 
     def __init__(
@@ -248,12 +248,13 @@ class Rollouts:
     def evaluate(self, rows: Rows, first: int, num_rows: int, window: Window | None = None) -> tuple[Sampled, Tensor]:
         """Sample B rows, of which the first is row `first` of `num_rows`, and record their rewards.
 
-        The ODE samples, or the SDE in `window`. Return this process's B trajectories and the rewards (N, F) of all,
-        without rows that only fill the last batches up.
+        The ODE samples, or the SDE in `window`, images of `eval_height` x `eval_width`. Return this process's B
+        trajectories and the rewards (N, F) of all, without rows that only fill the last batches up.
         """
         generators, group = self.generators(EVALUATION, 0, len(rows), first), self.args.num_generations_eval
         functions = [*self.reward_funcs, *self.eval_reward_funcs]
-        pending = self._sample(rows, self._encode(rows), generators, window, None, functions, group)
+        with self.policy.at_eval_size():
+            pending = self._sample(rows, self._encode(rows), generators, window, None, functions, group)
         sampled = self._scored(pending, "eval")
         rewards, trained, error = sampled.rewards, len(self.reward_funcs), sampled.error
         prompts = [row["prompt"] for row in rows]
@@ -264,7 +265,8 @@ class Rollouts:
         self._stop_together(error)
         keys = [Prompt.of(row, self.policy.takes_image) for row in rows]
         weighted = self.weighted(rewards[:, :trained, -1])
-        self.samples.keep_evaluated(prompts, keys, partial(self.shown_images, sampled), weighted)
+        with self.policy.at_eval_size():
+            self.samples.keep_evaluated(prompts, keys, partial(self.shown_images, sampled), weighted)
         # Not by gather_for_metrics, which takes the dataset's length for the number of rows.
         num_left = num_rows - first + self.accelerator.process_index * len(rows)
         final = self.accelerator.gather(rewards[:, :, -1].to(self.args.device)).cpu()[:num_left]
@@ -314,7 +316,7 @@ class Rollouts:
         """Return some of the M images, which are decoded now if no reward function took images."""
         if sampled.images or not chosen:
             return [sampled.images[index] for index in chosen]
-        mode, size = self._mode, self.batch_sizes.get("vae", self.args.per_device_train_batch_size)
+        mode, size = self._mode, eval_batch_size(self.args) or self.args.per_device_train_batch_size
         with self.phase("decode", len(chosen), mode) as advance:
             pixels = self.decode(sampled.rollout.final_latents[list(chosen)], advance, batch_size=size)
         self.metrics[mode].record("num_decoded_images", len(chosen), "sum")
@@ -429,13 +431,12 @@ class Rollouts:
 
         sharing = self.args.num_generations if self.args.share_initial_noise and window is not None else 1
         noise = self.policy.initial_noise(generators[::sharing])
-        if "model" not in self.batch_sizes:
-            rows = torch.zeros(LARGEST_BATCH, dtype=torch.long)
-            self.batch_sizes["model"] = _measure_batch_size(
-                lambda size: velocity(noise[:1].expand(size, *noise.shape[1:]), 0, rows[:size]), self.accelerator
-            )
+        first = torch.zeros(LARGEST_BATCH, dtype=torch.long)
+        batch_size = self._batch_size(
+            "model", lambda size: velocity(noise[:1].expand(size, *noise.shape[1:]), 0, first[:size])
+        )
         return roll_out(
-            velocity, noise, schedule.sigmas, window, generators, completion, self.batch_sizes["model"], on_step,
+            velocity, noise, schedule.sigmas, window, generators, completion, batch_size, on_step,
             offload_states=self.args.offload_trajectories, keep_means=self.args.loss_rule.needs_means,
         )  # fmt: skip
 
@@ -451,12 +452,19 @@ class Rollouts:
         Without a `batch_size`, which may have to be measured, all processes have to call it.
         """
         with on_device([self.policy.pipeline.vae], self.policy.device, self.args.offload_between_phases):
-            if batch_size is None and "vae" not in self.batch_sizes:
-                self.batch_sizes["vae"] = _measure_batch_size(
-                    lambda size: self.policy.decode(latents[:1].expand(size, *latents.shape[1:])), self.accelerator
-                )
-            size = batch_size or self.batch_sizes["vae"]
-            return self.policy.decode(latents, size, on_batch, keep_on_device)
+            batch_size = batch_size or self._batch_size(
+                "vae", lambda size: self.policy.decode(latents[:1].expand(size, *latents.shape[1:]))
+            )
+            return self.policy.decode(latents, batch_size, on_batch, keep_on_device)
+
+    def _batch_size(self, part: str, run: Callable[[int], object]) -> int:
+        """Return how many samples of the size that is made now a part is given at once, by `run` if measured."""
+        size, args = self.policy.guidance, self.args
+        is_other = (size.height, size.width) != (args.height, args.width)
+        name = f"{part} at {size.height} x {size.width}" if is_other else part
+        if name not in self.batch_sizes:
+            self.batch_sizes[name] = eval_batch_size(args) or _measure_batch_size(run, self.accelerator)
+        return self.batch_sizes[name]
 
     def _encode(self, rows: Rows) -> Encoded:
         """Encode the distinct prompts of B rows."""

@@ -125,8 +125,8 @@ class TPGRPOTrainer(_BaseTrainer):
         self.policy.to(args.device)
         if args.precompute_prompt_embeds:
             shows_bar = None if args.process_index == 0 and not args.disable_tqdm else False
-            rows = needed_rows(train_dataset, eval_dataset, args, columns) + self._shown_rows
-            embeddings.precompute(rows, transformer, ProgressDisplay(shows_bar))
+            rows, evaluated = needed_rows(train_dataset, eval_dataset, args, columns)
+            embeddings.precompute(rows + self._shown_rows, evaluated, transformer, ProgressDisplay(shows_bar))
         self._step = self._num_evaluated = 0
         self._buffered_inputs: list[Trajectories] | None = None
         self._is_new_rollout, self._eval_prefix = False, "eval"
@@ -379,7 +379,7 @@ class TPGRPOTrainer(_BaseTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Return rewards of images sampled by the ODE in `num_inference_steps_eval` steps, from the same noise."""
+        """Return rewards of images by the ODE, `eval_height` x `eval_width`, from the same noise each time."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
             check_datasets(None, eval_dataset, self.reward_funcs, self.eval_reward_funcs, self.args)
             prompt_columns({"eval_dataset": eval_dataset}, self.policy.takes_image)

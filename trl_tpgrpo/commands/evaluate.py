@@ -124,6 +124,7 @@ def settings_of(
     """Return what images and rewards depend on by name, as JSON gives it back."""
     known = {**vars(script_args), **vars(model_args), **vars(dataset_args), **vars(args), **vars(own)}
     found = {name: known[name] for name in (*SETTINGS, *(SDE_SETTINGS if own.sampler == "sde" else ()))}
+    found |= {"height": args.eval_height or args.height, "width": args.eval_width or args.width}
     prompts = trainer.eval_dataset
     images = [name for name, feature in prompts.features.items() if isinstance(feature, ImageFeature)]
     rows = json.dumps(prompts.remove_columns(images).with_format("arrow")[:].to_pylist(), default=str)
@@ -158,7 +159,8 @@ def evaluate(trainer: Any, results: Results, name: str, window: Any) -> None:
     for number, rows in enumerate(bar, start=done):
         first = number * whole + process.process_index * len(rows)
         sampled, rewards = trainer.rollouts.evaluate(rows, first, results.num_images, window)
-        images = trainer.rollouts.shown_images(sampled, range(min(len(rows), max(0, results.num_images - first))))
+        with trainer.policy.at_eval_size():
+            images = trainer.rollouts.shown_images(sampled, range(min(len(rows), max(0, results.num_images - first))))
         for index, image in enumerate(images, start=first):
             image.save(results.file(name, index))
         process.wait_for_everyone()

@@ -78,11 +78,17 @@ def row(name: str, rollout: str, run: str, mark: str = "") -> str:
     return f"{name:<28}{rollout:>24}{run:>20}  {mark}".rstrip()
 
 
-def time_rows(args: Any, counts: Any, num_images: int | None, flops: Flops, cards: list[str]) -> Iterator[str]:
-    """Yield lines with the TFLOPs and the hours on each card; `num_images` are those of all evaluations."""
+def time_rows(
+    args: Any, counts: Any, num_images: int | None, flops: Flops, cards: list[str], evaluated: Flops
+) -> Iterator[str]:
+    """Yield lines with the TFLOPs and the hours on each card; `num_images` are those of all evaluations.
+
+    `evaluated` are the FLOPs at the size of evaluations.
+    """
     phases, number = flops.of_rollout(counts, args.num_iterations), counts.num_rollouts or 0
     rollout = sum(phases.values())
-    run = rollout * number + (num_images or 0) * (args.num_inference_steps_eval * flops.evaluation + flops.image)
+    each = args.num_inference_steps_eval * evaluated.evaluation + evaluated.image
+    run = rollout * number + (num_images or 0) * each
     units = {"TFLOPs": 1e12} | {f"hours on {card}": args.world_size * flops_an_hour(card) for card in cards}
     for name, unit in units.items():
         shown = [f"{cost:,.0f}" if cost >= 100 else f"{cost:.3g}" for cost in (rollout / unit, run / unit)]

@@ -20,7 +20,7 @@ from peft import LoraConfig
 from trl import get_peft_config
 
 from ..algorithm.rollout import EXACT
-from ..batches import scored_rule, sweeps
+from ..batches import eval_batch_size, scored_rule, sweeps
 from ..callbacks.costs import Counts, count, count_sampling
 from ..config import TPGRPOConfig, described
 from ..policies.base import Guidance
@@ -127,17 +127,38 @@ class PlannedModel:
         self.latent_shape = self.policy.latent_shape
         shapes = self.policy.text_shapes().values()
         self.num_text_tokens, self.prompt_size = next(iter(shapes))[0], dtype.itemsize * sum(map(math.prod, shapes))
-        given = sum(shape[0] for shape in shapes if len(shape) > 1)  # tokens of texts and of images that are changed
-        self.hidden = (math.prod(self.policy.token_grid) + given) * self.policy.width
+        self.hidden, pixels = self._hidden(), math.prod(self.policy.input_size)
+        with self.policy.at_eval_size():
+            self.eval_hidden, self.input_pixels = self._hidden(), max(pixels, math.prod(self.policy.input_size))
         self.layers = sum(type(module).__name__ in self.policy.repeated_blocks for module in transformer.modules())
 
-    def activations(self, args: Any, batch_size: int, trains: bool = False) -> float:
+    def _hidden(self) -> int:
+        """Return the numbers of a sample between two blocks: of an image's tokens, and of texts and images given."""
+        given = sum(shape[0] for shape in self.policy.text_shapes().values() if len(shape) > 1)
+        return (math.prod(self.policy.token_grid) + given) * self.policy.width
+
+    def activations(self, args: Any, batch_size: int, trains: bool = False, hidden: int | None = None) -> float:
         """Estimate the bytes of a model call besides the weights, with a backward pass if it `trains`."""
         half = run_dtype(args).itemsize == 2
         inputs, casts = (2 * self.layers, 2 * sum(self.trained)) if half else (3 * self.layers, 0)  # autocast's copies
         kept = inputs + CHECKPOINTED if args.activation_checkpointing else self.layers * KEPT[self.is_adapter]
         each = (kept if trains else EVALUATION) * (1 if half else 1.3) * (1 + self.policy.uses_negative_prompt)
-        return batch_size * self.hidden * each + casts + (self.largest if args.quantization else 0)
+        return batch_size * (hidden or self.hidden) * each + casts + (self.largest if args.quantization else 0)
+
+    def decoding(self, args: Any, height: int, width: int, batch_size: int) -> float:
+        """Estimate the bytes of a call of the VAE besides its weights."""
+        pixels = min(height * width, self.tile if args.vae_tiling else math.inf)
+        return self.policy.decoding * self.dtype.itemsize * pixels * (1 if args.vae_slicing else batch_size)
+
+    def evaluating(self, args: Any) -> float:
+        """Estimate the bytes of an evaluation's calls at its own size, of the model or the VAE, besides weights."""
+        batch, size = eval_batch_size(args) or 1, (args.eval_height or args.height, args.eval_width or args.width)
+        return max(self.activations(args, batch, hidden=self.eval_hidden), self.decoding(args, *size, batch))
+
+
+def changes_size(args: Any) -> bool:
+    """Say whether evaluations have a size of their own."""
+    return (args.eval_height or args.height, args.eval_width or args.width) != (args.height, args.width)
 
 
 def weights_size(module: torch.nn.Module, quantization: str | None = None) -> float:
@@ -174,7 +195,7 @@ def estimate(args: Any, model: PlannedModel) -> dict[str, dict[str, float]]:
     alone = {"VAE": model.vae, "CUDA context": CONTEXT} if args.precompute_prompt_embeds else stays
     encoding = {"text encoders": model.encoders, "activations": ENCODING * model.num_text_tokens}
     if model.policy.takes_image:  # which the VAE encodes; that takes no more than decoding
-        largest = max(encoding["activations"], model.policy.decoding * itemsize * math.prod(model.policy.input_size))
+        largest = max(encoding["activations"], model.policy.decoding * itemsize * model.input_pixels)
         encoding |= {"VAE": model.vae, "activations": largest}
     prompts = {"prompt embeddings": model.prompt_size * math.ceil(rows / args.num_generations)}
     states = 0 if args.offload_trajectories else 4 * latent * rows * num_states(args)
@@ -183,9 +204,8 @@ def estimate(args: Any, model: PlannedModel) -> dict[str, dict[str, float]]:
     images = count_sampling(args, len(range(rows)[first]), rule)[2][0] // args.world_size
     sweep = images * latent * 3 * (4 + itemsize)  # latents, velocities and their copies in a step
     sampling = {"trajectories": max(sweep + states, 2 * states), "activations": model.activations(args, batch)}
-    pixels = min(args.height * args.width, model.tile if args.vae_tiling else math.inf)
-    pixels *= 1 if args.vae_slicing else min(batch, images)
-    decoding = {"trajectories": states + 4 * latent * images, "activations": model.policy.decoding * itemsize * pixels}
+    of_vae = model.decoding(args, args.height, args.width, min(batch, images))
+    decoding = {"trajectories": states + 4 * latent * images, "activations": of_vae}
     keeps = args.beta > 0 and (args.num_iterations > 1 or offloads and not args.offload_trajectories)
     velocities = itemsize * latent * rows * args.num_sde_steps if keeps else 0
     training = stays | {"gradients": trained} | prompts | {"states": states, "reference's velocities": velocities}
@@ -197,8 +217,9 @@ def estimate(args: Any, model: PlannedModel) -> dict[str, dict[str, float]]:
         "reference": training | {"reference": model.weights[None], "activations": model.activations(args, size)},
         "train": training | {"activations": model.activations(args, size, trains=True)},
         "update": training | {"optimizer's temporaries": optimizer_size(args.optim, model.trained)[1]},
+        "evaluate": stays | {"VAE": model.vae} | prompts | {"states": states, "activations": model.evaluating(args)},
     }
-    left_out = {"reference": not offloads, "score": not model.rewards}
+    left_out = {"reference": not offloads, "score": not model.rewards, "evaluate": not changes_size(args)}
     return {name: items for name, items in phases.items() if not left_out.get(name)}
 
 
@@ -290,13 +311,16 @@ def main(argv: list[str]) -> int:
     model = PlannedModel(folder, args, peft_config, dtype, rewards, trained)
     memory, notes = estimate(args, model), _notes(args, model, counts, num_images, is_sharded)
     flops = count_flops(model.policy, model.is_adapter, args.activation_checkpointing)
+    with model.policy.at_eval_size():
+        evaluated = count_flops(model.policy, True, False) if changes_size(args) else flops
+        size = f", evaluated at {model.policy.guidance.height} x {model.policy.guidance.width}"
     kind = args.quantization or str(model.dtype).removeprefix("torch.")
     what = f"in {kind}, trained: {'an adapter of' if peft_config else 'all'} {sum(model.trained) / 1e6:,.1f} M"
     lines = [
         f"{name}: transformer of {model.weights[None] / model.dtype.itemsize / 1e6:,.1f} M numbers {what} weights",
         f"{args.height} x {args.width} pixels, {args.num_inference_steps} steps, {model.num_text_tokens} text tokens, "
-        f"{args.world_size} process{'es' if args.world_size > 1 else ''}",
-        *("", *_costs(args, counts, num_images), *time_rows(args, counts, num_images, flops, cards), ""),
+        f"{args.world_size} process{'es' if args.world_size > 1 else ''}" + size * changes_size(args),
+        *("", *_costs(args, counts, num_images), *time_rows(args, counts, num_images, flops, cards, evaluated), ""),
         *(*_memory(memory), *_elsewhere(args, model, counts, num_train, num_eval), ""),
         *([] if limit is None else [*_verdict(args, model, memory, limit), ""]),
         *(f"- {note}" for note, applies in notes.items() if applies),

@@ -31,7 +31,7 @@ Texts = dict[str, Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Guidance:
-    """How images are sampled, in diffusers' terms; the same in rollouts, training and evaluation."""
+    """How images are sampled, in diffusers' terms; the same everywhere, but for the size in evaluation."""
 
     height: int  # pixels
     width: int  # pixels
@@ -39,6 +39,8 @@ class Guidance:
     true_cfg_scale: float | None = None  # of classifier-free guidance beside an embedded `guidance_scale`
     negative_prompt: str | None = None  # to guide away from; `None`: the empty one, or no guidance where it is needed
     max_sequence_length: int | None = None  # tokens of a text; `None`: the pipeline's own default
+    eval_height: int | None = None  # pixels; `None`: `height`
+    eval_width: int | None = None  # pixels; `None`: `width`
 
 
 class FlowPolicy(ABC):
@@ -110,7 +112,8 @@ class FlowPolicy(ABC):
 
     def _check_guidance(self) -> None:
         guidance, multiple, largest = self.guidance, self.size_multiple, self.largest_size
-        for name, size in {"height": guidance.height, "width": guidance.width}.items():
+        for name in ("height", "width", "eval_height", "eval_width"):
+            size = getattr(guidance, name) or multiple  # which is right, where there is none
             if size % multiple:
                 raise ValueError(f"{name} must be a multiple of {multiple} for this pipeline, got {size}.")
             if largest is not None and size > largest:
@@ -128,6 +131,17 @@ class FlowPolicy(ABC):
         if prompt is not None and not self.uses_negative_prompt:
             got = f"{option} {scale} is not above {self.least_guidance:g}"
             raise ValueError(f"negative_prompt has no effect without guidance: {got}.")
+
+    @contextmanager
+    def at_eval_size(self) -> Iterator[None]:
+        """Make images of `eval_height` x `eval_width` inside: all that depends on the size follows."""
+        before = self.guidance
+        height, width = before.eval_height or before.height, before.eval_width or before.width
+        self.guidance = replace(before, height=height, width=width)
+        try:
+            yield
+        finally:
+            self.guidance = before
 
     @property
     def _name(self) -> str:

@@ -1,7 +1,8 @@
 """Encoded prompts: each is encoded once, kept off the device or on disk, and the encoders make room in between.
 
 A prompt is always encoded alone, so that its encoding does not depend on those that happen to be encoded with it. In
-editing a prompt comes with an image, and each pair of them is encoded once.
+editing a prompt comes with an image, and each pair of them is encoded once; once more where images of an evaluation
+have another size.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +47,7 @@ class Prompt(NamedTuple):
     text: str
     image: InputImage | None = None
     is_negative: bool = False
+    eval_size: tuple[int, int] | None = None  # of the image, height and width, where it is not that of training
 
     @classmethod
     def of(cls, row: dict[str, Any], takes_image: bool) -> "Prompt":
@@ -67,10 +70,12 @@ class PromptEmbeddings:
         self.policy = policy
         self.folder = None if folder is None else Path(folder) / fingerprint(policy)
         self._kept: OrderedDict[Prompt, dict[str, Tensor]] = OrderedDict()  # without a batch dimension
+        self._size = policy.input_size  # of training
         self._negative = [policy.guidance.negative_prompt or ""] if policy.uses_negative_prompt else []
 
     def __call__(self, prompts: list[Prompt], on_prompt: Callable[[int], object] | None = None) -> Conditioning:
         """Return encoded prompts, one row each, on the policy's device; call `on_prompt` with how many are new."""
+        prompts = self._sized(prompts)
         negative = self._negative_of(prompts)
         self._encode_missing([*prompts, *negative], len(prompts), on_prompt or (lambda number: None))
         conditioning = Conditioning.of(self._rows(prompts))
@@ -80,9 +85,15 @@ class PromptEmbeddings:
             self._kept.popitem(last=False)
         return conditioning.to(self.policy.device)
 
-    def precompute(self, rows: list[dict[str, Any]], transformer: nn.Module, display: Any) -> None:
+    def precompute(
+        self, rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]], transformer: nn.Module, display: Any
+    ) -> None:
         """Encode the prompts of a run's rows while the transformer is not on the device, and drop the encoders."""
-        distinct = list(dict.fromkeys(Prompt.of(row, self.policy.takes_image) for row in rows))
+        of_rows, of_eval_rows = (
+            [Prompt.of(row, self.policy.takes_image) for row in part] for part in (rows, eval_rows)
+        )
+        with self.policy.at_eval_size():
+            distinct = list(dict.fromkeys([*of_rows, *self._sized(of_eval_rows)]))
         if self.folder is None and len(distinct) > KEPT_IN_MEMORY:
             number = f"{len(distinct)} prompts, more than the {KEPT_IN_MEMORY} that are kept in memory"
             raise ValueError(f"precompute_prompt_embeds: {number}: set prompt_embeds_dir, a folder to keep them in.")
@@ -98,8 +109,14 @@ class PromptEmbeddings:
         for name in self.policy.text_encoders():
             setattr(self.policy.pipeline, name, None)
 
+    def _sized(self, prompts: list[Prompt]) -> list[Prompt]:
+        """Tell prompts apart whose images are resized now to another size than in training."""
+        size = self.policy.input_size
+        is_other = self.policy.takes_image and size != self._size
+        return [prompt._replace(eval_size=size) for prompt in prompts] if is_other else prompts
+
     def _negative_of(self, prompts: list[Prompt]) -> list[Prompt]:
-        return [Prompt(text, prompt.image, is_negative=True) for text in self._negative for prompt in prompts]
+        return [prompt._replace(text=text, is_negative=True) for text in self._negative for prompt in prompts]
 
     @torch.no_grad()
     def _encode_missing(self, prompts: list[Prompt], number: int, on_prompt: Callable[[int], object]) -> None:
@@ -118,7 +135,8 @@ class PromptEmbeddings:
             for prompt in missing:
                 image = None if prompt.image is None else [prompt.image.image]
                 encode = self.policy.encode_negatives if prompt.is_negative else self.policy.encode_texts
-                encoded = Conditioning.of(encode([prompt.text], image)).to(self.policy.dtype)
+                with self.policy.at_eval_size() if prompt.eval_size else nullcontext():
+                    encoded = Conditioning.of(encode([prompt.text], image)).to(self.policy.dtype)
                 on_cpu = encoded.to(torch.device("cpu")).tensors
                 self._keep(prompt, {name: value[0] for name, value in on_cpu.items()})
                 on_prompt(1)
@@ -149,6 +167,7 @@ class PromptEmbeddings:
         assert self.folder is not None
         key = prompt.text if prompt.image is None else f"{prompt.image.digest} {prompt.text}"
         kind = "-negative" if prompt.is_negative else ""
+        kind += "" if prompt.eval_size is None else "-{}x{}".format(*prompt.eval_size)
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}{kind}.safetensors"
 
 

@@ -50,7 +50,13 @@ YES_NO = (
     "Answer the question about this image from what can be seen in it.\n\nQuestion: {question}\n\n"
     'Answer with a JSON object with one field and nothing else: {"answer": "yes"} or {"answer": "no"}.'
 )
-TEMPLATES = {"quality": QUALITY, "alignment": ALIGNMENT, "yes_no": YES_NO}
+ONE_WORD = (
+    "{question}\n\nAnswer from what can be seen in this image, with one word and nothing else; a number is a word too."
+)
+SOFT_TIFA = ("soft_tifa_am", "soft_tifa_gm")
+TEMPLATES = {"quality": QUALITY, "alignment": ALIGNMENT, "yes_no": YES_NO} | dict.fromkeys(SOFT_TIFA, ONE_WORD)
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+TOP_LOGPROBS = 20  # tokens whose probabilities a server gives, the most that OpenAI's API and vLLM allow by default
 
 
 class VLMJudgeError(RuntimeError):
@@ -100,6 +106,11 @@ class VLMJudge:
     - `template="yes_no"`: the share of the questions in the column `questions` that are answered as expected. Each row
       has a list of questions, `{"question": "Is there a dog?", "answer": "yes"}`, or texts, for which yes is expected;
       `None` or an empty list where the reward does not apply. Each question is a request.
+    - `template="soft_tifa_am"` and `"soft_tifa_gm"`: the arithmetic or geometric mean, over the same column, of the
+      probabilities that a model gives the expected answers, which may be words ("four") too: Soft-TIFA of GenEval 2
+      (arXiv 2512.16853), in other words than its authors ask. That of an answer is summed over its first token's
+      spellings (`Yes`, ` yes`; `4` for `four`) among the 20 most probable, and 0 where it is none of these. The
+      server has to send `logprobs`; a model that thinks first cannot be asked.
     - Another text: your own question, with `{prompt}` and `{name of a column}` where they belong, answered by a number
       from `low` to `high`, of which the model is told.
 
@@ -137,6 +148,9 @@ class VLMJudge:
     ):
         if not any(character.isspace() for character in template) and template not in TEMPLATES:
             raise ValueError(f"template must be one of {list(TEMPLATES)} or a text, got {template!r}.")
+        self.is_soft = template in SOFT_TIFA
+        if self.is_soft and max_tokens not in (1, 64):
+            raise ValueError(f"max_tokens has no effect on {template}, which reads one token: leave it out.")
         if not low < high:
             raise ValueError(f"low must be below high, got {low} and {high}.")
         check_numbers(timeout, concurrency=concurrency, num_retries=num_retries, max_tokens=max_tokens)
@@ -144,14 +158,15 @@ class VLMJudge:
             form = "an URL such as http://127.0.0.1:8000/v1, without user, password and query"
             raise ValueError(f"base_url must be {form}.")
         self.base_url, self.url = base_url, f"{base_url.rstrip('/')}/chat/completions"
-        self.model, self.max_tokens, self.low, self.high = model, max_tokens, low, high
+        self.model, self.max_tokens, self.low, self.high = model, 1 if self.is_soft else max_tokens, low, high
         # An attribute `timeout` would tell the trainer to end calls after these seconds.
         self.concurrency, self.num_retries, self.seconds_per_attempt = concurrency, num_retries, timeout
-        self.asks_questions = template == "yes_no"
+        self.asks_questions = template == "yes_no" or self.is_soft
+        self._mean: Callable[[list[float]], float] = _geometric_mean if template == "soft_tifa_gm" else fmean
         form = "" if self.asks_questions else f"\n\n{FORMAT.format(low=low, high=high)}"
         self.text = TEMPLATES.get(template, template) + form
         self._field, values = "score", {"type": "number", "minimum": low, "maximum": high}
-        if self.asks_questions:
+        if self.asks_questions:  # of which soft ones are asked without a form
             self._field, values = "answer", {"type": "string", "enum": ["yes", "no"]}
         schema: dict[str, Any] = {"type": "object", "properties": {self._field: values}, "required": [self._field]}
         self._schema = {"name": self._field, "strict": True, "schema": schema | {"additionalProperties": False}}
@@ -178,7 +193,7 @@ class VLMJudge:
         if log_metric is not None and images:
             for name, value in vars(usage).items():
                 log_metric(f"{self.__name__}/{name}_per_image", value / len(images))
-        return [fmean(row) if row else None for row in scores]
+        return [self._mean(row) if row else None for row in scores]
 
     def check_available(self) -> None:
         """Ask the server for anything; raise a `JudgeUnavailable` if there is no answer, of whatever kind."""
@@ -200,11 +215,24 @@ class VLMJudge:
         if not self.asks_questions:
             return [Question(image, _filled(self.text, row), f"row {number}")]
         if "questions" not in row:
-            raise ValueError("template='yes_no' needs the column 'questions', a list of questions for each row.")
+            raise ValueError(f"{self.__name__} needs the column 'questions', a list of questions for each row.")
         return [
             Question(image, _filled(self.text, {"question": text}), f"row {number}, {text!r}", expected)
-            for text, expected in (_text_and_answer(question, number) for question in row["questions"] or [])
+            for text, expected in (self._text_and_answer(question, number) for question in row["questions"] or [])
         ]
+
+    def _text_and_answer(self, question: Any, row: int) -> tuple[str, str]:
+        match question:
+            case str():
+                return question, "yes"
+            case {"question": str(text), "answer": "yes" | "no" as answer}:
+                return text, answer
+            case {"question": str(text), "answer": str(answer)} if self.is_soft and answer.isalnum():
+                return text, answer.lower()
+        raise ValueError(
+            f"The column 'questions' has {question!r} in row {row}: a question is a text, or a text and what is "
+            "expected, as in {'question': 'Is there a dog?', 'answer': 'no'}; of soft_tifa another word too."
+        )
 
     @property
     def _omitted(self) -> dict[str, Any]:
@@ -236,12 +264,16 @@ class VLMJudge:
                 usage.num_retries += attempt > 0
                 try:
                     completion = await self._completion(client, question, encoded, RETRY_TEMPERATURE if attempt else 0)
-                    return self._score(self._content(completion, usage), question.expected)
+                    content = self._content(completion, usage)
+                    if self.is_soft:
+                        return self._probability(completion, question)
+                    return self._score(content, question.expected)
                 except UnusableAnswer as error:
                     unusable = str(error)
         raise VLMJudgeError(
             f"The judge {self.model!r} at {self.url} gave no answer that can be used for {question.name}: "
-            f"{unusable} ({num_attempts} attempts). Does the server support `response_format` with a JSON schema?"
+            f"{unusable} ({num_attempts} attempts). Does the server support "
+            + ("`logprobs`?" if self.is_soft else "`response_format` with a JSON schema?")
         )
 
     async def _completion(
@@ -250,12 +282,14 @@ class VLMJudge:
         # The image comes first, so that what a server keeps of it serves all questions about it.
         shown = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
         messages: Any = [{"role": "user", "content": [shown, {"type": "text", "text": question.text}]}]
-        answer: Any = {"type": "json_schema", "json_schema": self._schema}
+        answer: dict[str, Any] = {"response_format": {"type": "json_schema", "json_schema": self._schema}}
+        if self.is_soft:
+            answer = {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
         try:
             return await client.chat.completions.create(
                 model=self.model,
                 messages=messages,
-                response_format=answer,
+                **answer,
                 temperature=temperature,
                 max_tokens=self.max_tokens,
                 extra_headers=self._omitted,
@@ -290,9 +324,27 @@ class VLMJudge:
             raise UnusableAnswer(f"the server's answer is no chat completion but {self._shown(completion)}") from None
         usage.prompt_tokens += counts.prompt_tokens if counts else math.nan
         usage.completion_tokens += counts.completion_tokens if counts else math.nan
-        if choice.finish_reason == "length":
+        if choice.finish_reason == "length" and not self.is_soft:
             raise UnusableAnswer(f"it was cut off after max_tokens={self.max_tokens}: {self._shown(content)}")
         return content
+
+    def _probability(self, completion: Any, question: Question) -> float:
+        """Return the probability that the first token is the expected answer, in whatever spelling."""
+        try:
+            given = completion.choices[0].logprobs.content[0].top_logprobs
+            chances = [(math.exp(one.logprob), str(one.token).strip().lower()) for one in given]
+            likeliest = max(chances)[1]
+        except (AttributeError, IndexError, TypeError, ValueError):
+            raise UnusableAnswer("the server has sent no `logprobs` of the first token") from None
+        if likeliest and not likeliest.isalnum():
+            raise UnusableAnswer(f"it begins with {self._shown(likeliest)}, no word: does it think first?")
+        right = {question.expected}
+        if question.expected in NUMBERS:
+            right |= {str(NUMBERS.index(question.expected))}
+        found = sum(chance for chance, token in chances if token in right)
+        if not 0 <= found < 1.001:
+            raise UnusableAnswer(f"the probabilities of its first token sum up to {found}")
+        return min(found, 1.0)
 
     def _score(self, content: Any, expected: str | None) -> float:
         try:
@@ -333,13 +385,6 @@ def _filled(template: str, values: dict[str, Any]) -> str:
     return PLACEHOLDER.sub(lambda match: str(values[match[1]]), template)
 
 
-def _text_and_answer(question: Any, row: int) -> tuple[str, str]:
-    match question:
-        case str():
-            return question, "yes"
-        case {"question": str(text), "answer": "yes" | "no" as answer}:
-            return text, answer
-    raise ValueError(
-        f"The column 'questions' has {question!r} in row {row}: a question is a text, or a text and what is expected, "
-        "as in {'question': 'Is there a dog?', 'answer': 'no'}."
-    )
+def _geometric_mean(values: list[float]) -> float:
+    """Return the geometric mean, which is 0 if a value is."""
+    return math.prod(values) ** (1 / len(values))
