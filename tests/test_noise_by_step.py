@@ -222,7 +222,7 @@ def test_calibrated_noise_is_taken_logged_and_kept_in_checkpoints(tmp_path: Path
     assert_same(trained(whole), trained(resumed))
 
 
-def test_a_checkpoint_from_before_is_calibrated_when_that_is_accepted(tmp_path: Path) -> None:
+def test_a_run_goes_on_from_before_with_other_noise_if_that_is_accepted(tmp_path: Path) -> None:
     saves = {"save_strategy": "steps", "save_steps": 1, "sde_window_share": 0.5}
     build(tmp_path, max_steps=1, **saves).train()
     path = tmp_path / "checkpoint-1/rollout_0.pt"
@@ -232,6 +232,10 @@ def test_a_checkpoint_from_before_is_calibrated_when_that_is_accepted(tmp_path: 
     torch.save(saved, path)
     with pytest.raises(ValueError, match=r"noise_calibration_iterations \(0 before, 2 now\)"):
         build(tmp_path / "b", **saves, **CALIBRATES).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    listed = build(tmp_path / "d", **saves, noise_level=LEVELS, resume_with_changes=["noise_level"])
+    listed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    taken = listed.rollouts.measured_window
+    assert taken.noise_level == tuple(LEVELS[taken.start : taken.stop])
     resumed = build(tmp_path / "c", **saves, **CALIBRATES, resume_with_changes=list(CALIBRATES))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     found, taken = resumed.rollouts.calibrated_noise, resumed.rollouts.measured_window
@@ -284,7 +288,8 @@ def on_testbed(output_dir: Path, **changes: object) -> TPGRPOTrainer:
         "use_cpu": True, **PIPELINE_KWARGS, "guidance_scale": 1.0, "num_inference_steps": 4, "num_generations": 8,
         "sde_window_range": [0, 2], "per_device_train_batch_size": 64, "gradient_accumulation_steps": 1,
         "max_steps": 2, "sde_type": "flow_sde", "noise_level": 1.6, "epsilon": 1e-3, "beta": 0.0, "ema_decay": None,
-        "learning_rate": 1e-5, "activation_checkpointing": False, "save_strategy": "no", "disable_tqdm": True, **changes,
+        "learning_rate": 1e-5, "activation_checkpointing": False, "save_strategy": "no", "disable_tqdm": True,
+        **changes,
     }  # fmt: skip
     args = TPGRPOConfig(str(output_dir), **settings)
     return TPGRPOTrainer(TESTBED, graded_reward, args, prompt_dataset("train"), peft_config=LoraConfig(r=4))

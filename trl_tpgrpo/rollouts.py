@@ -122,8 +122,8 @@ class Rollouts:
         """Take over what was measured, unless the settings fix it now."""
         if self.args.noise_calibration_iterations:
             self.calibrated_noise = state.get("calibrated_noise")  # absent where written before
-        if self.args.sde_window_share is not None:
-            self.measured_window = state["measured_window"]
+        if self.args.sde_window_share is not None and (window := state["measured_window"]) is not None:
+            self.measured_window = self._window(window.start, window.stop)  # with the noise of now
         if self.args.rollout_batch_size is None:  # a fixed one may be another than before, say for lack of memory
             self.batch_sizes = state["batch_sizes"]
 
