@@ -277,7 +277,7 @@ def sample(
 
         predicted = policy.velocity(call, before[None], schedule[step], conditioning[row[None]])
         sigmas = schedule.sigmas[step : step + 2]
-        drawn = transition(window.sde_type, before[None], predicted, *sigmas, window.noise_level)
+        drawn = transition(window.sde_type, before[None], predicted, *sigmas, window.noise_of(step))
         return log_prob(drawn, after[None], window.log_prob_type).sum()
 
     noise = policy.initial_noise(generators[:: setting["group"] if setting["share_initial_noise"] else 1])

@@ -49,7 +49,7 @@ def plain_rollout(
         predicted = predict(latents, step)
         if step in window:
             states.append(latents)
-            drawn = transition(window.sde_type, latents, predicted, sigma, sigma_next, window.noise_level)
+            drawn = transition(window.sde_type, latents, predicted, sigma, sigma_next, window.noise_of(step))
             latents = sample(drawn, randn_tensor(latents.shape, generators, latents.device, torch.float32))
         else:
             latents = ode_step(latents, predicted, sigma, sigma_next).float()

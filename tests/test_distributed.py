@@ -32,12 +32,13 @@ torch.save((trained(trainer), trainer.state.log_history), out / f"{world}-{os.en
 
 
 OPTIONS = {"beta": 0.0, "learning_rate": 4.0, "sde_window_share": 0.9, "completion": "at_2"}
+OPTIONS |= {"noise_calibration_iterations": 2, "noise_calibration_step": 0.1}
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
-    """Under DDP, with transitions left out, unevenly, and a measured window; test_sharded.py has the other cases.
+    """Under DDP, with transitions left out, unevenly, calibrated noise, and a measured window.
 
-    Groups of 4 straddle the processes' micro-batches of 6.
+    test_sharded.py has the other cases. Groups of 4 straddle the processes' micro-batches of 6.
 
     Gradients are sums in another order and batches of another size, so weights agree to float32 rounding: 1e-5 of
     updates of 1e-3, with plain SGD, whose steps are proportional to the gradients. Rewards come in steps, as rounding

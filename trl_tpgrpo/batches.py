@@ -68,8 +68,8 @@ class Transitions:
 
     def transition(self, velocity: Tensor) -> Transition:
         """Return the distribution of the next latents that a predicted velocity (B, ...) gives."""
-        window = self.window
-        return transition(window.sde_type, self.latents, velocity, *self.step.sigmas, window.noise_level)
+        noise_level = self.window.noise_of(self.window.start + self.position)
+        return transition(self.window.sde_type, self.latents, velocity, *self.step.sigmas, noise_level)
 
     def log_prob(self, step: Transition) -> Tensor:
         """Return the log-probability (B,) of the next latents under `step`."""

@@ -6,7 +6,7 @@ import operator
 import pkgutil
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import chain
 from types import MappingProxyType
 from typing import Annotated, Any, TypeVar, get_origin
@@ -54,7 +54,9 @@ def _limits(config: type) -> dict[str, Any]:
 
 
 def _is_within(value: Any, limit: Any) -> bool:
-    """Say whether a value is one of a tuple, or keeps to bounds such as "above 0 and at most 1, or None"."""
+    """Say whether a value, or all of a list, are in a tuple or in bounds such as "above 0 and at most 1, or None"."""
+    if isinstance(value, list):
+        return all(_is_within(item, limit) for item in value)
     if isinstance(limit, tuple):
         return value in limit
     bounds, _, exception = limit.partition(", or ")
@@ -125,8 +127,13 @@ class TPGRPOConfig(_BaseConfig):
         > Parameters that control the SDE
         sde_type (`str`, *optional*, defaults to `"cps"`): `"cps"`, `"flow_sde"` (Flow-GRPO) or `"dance_sde"`
             (DanceGRPO), see [`~trl_tpgrpo.algorithm.sde.transition`].
-        noise_level (`float`, *optional*, defaults to `0.7`): Noise of an SDE step: above 0, as a step without noise
-            has no probability to train, and at most 1 under `"cps"`.
+        noise_level (`float` or `list[float]`, *optional*, defaults to `0.7`): Noise of an SDE step: above 0, as a step
+            without noise has no probability to train, and at most 1 under `"cps"`. A list has the noise of each step
+            of `sde_window_range` (`None`: of all but the last), which a window that moves in it takes along.
+        noise_calibration_iterations (`int`, *optional*, defaults to `0`): Iterations that raise or lower the noise of
+            each step, before the first rollout and from `noise_level` on, towards as many positive as negative step
+            rewards (DenseGRPO, arXiv 2601.20218). Each samples the groups of up to 16 prompts a process.
+        noise_calibration_step (`float`, *optional*, defaults to `0.01`): Change of the noise in such an iteration.
         sde_window_size (`int`, *optional*): Number K of SDE steps, all trained on. `None`: all of `sde_window_range`.
         sde_window_range (`list[int]`, *optional*): Steps `[start, stop)` for the window, whose start is drawn once per
             rollout, for all processes, if they are more than K. `None`: all but the last step, with the start at 0.
@@ -273,7 +280,10 @@ class TPGRPOConfig(_BaseConfig):
     per_device_rollout_batch_size: Annotated[int | str | None, "at least 1, or 'auto'"] = None
     share_initial_noise: bool = False
     sde_type: Annotated[str, SDE_TYPES] = "cps"
-    noise_level: Annotated[float, "above 0"] = 0.7
+    # For transformers' parser: it takes a union with `str` only, and no default of a list but from here
+    noise_level: Annotated[float | list[float] | str, "above 0"] = field(default=0.7, metadata={"default": 0.7})
+    noise_calibration_iterations: Annotated[int, "at least 0"] = 0
+    noise_calibration_step: Annotated[float, "above 0 and below 1"] = 0.01
     sde_window_size: int | None = None
     sde_window_range: list[int] | None = None
     sde_window_share: Annotated[float | None, "above 0 and at most 1, or None"] = None
@@ -336,6 +346,8 @@ class TPGRPOConfig(_BaseConfig):
         self.credit = import_path("credit", self.credit, CREDITS)
         self.policy_class = self.policy_class and import_path("policy_class", self.policy_class)
         self._forget_derived()
+        if isinstance(self.noise_level, list | tuple):  # of one where the command line gives a number
+            self.noise_level = self.noise_level[0] if len(self.noise_level) == 1 else list(self.noise_level)
         given = non_defaults(self)
         self._set_derived_defaults()
         super().__post_init__()
@@ -432,8 +444,10 @@ class TPGRPOConfig(_BaseConfig):
 
     def _sampling_errors(self) -> Iterator[str]:
         last, size, limits = self.num_inference_steps - 1, self.sde_window_size, self.sde_window_range
-        if self.sde_type == "cps" and self.noise_level > 1:
+        if self.sde_type == "cps" and not _is_within(self.noise_level, "at most 1"):
             yield f"noise_level must be above 0 and at most 1 under cps, got {self.noise_level}."
+        if not self.noise_calibration_iterations and self.noise_calibration_step != 0.01:
+            yield f"noise_calibration_step ({self.noise_calibration_step}) needs noise_calibration_iterations above 0."
         for step in CompletionRule.parse(self.completion).at or ():
             if not 1 <= step <= last:
                 yield f"completion={self.completion!r}: step {step} is none of 1 to {last}, the steps it may name."
@@ -443,6 +457,9 @@ class TPGRPOConfig(_BaseConfig):
                 f"num_inference_steps={self.num_inference_steps} steps is never an SDE step), got {limits}."
             )
         start, stop = self.sde_window_limits
+        if isinstance(self.noise_level, list) and len(self.noise_level) != stop - start:
+            what = f"{stop - start} numbers, of each step of [{start}, {stop})"
+            yield f"noise_level must be one number or {what}, got {len(self.noise_level)}: {self.noise_level}."
         if size is not None and self.sde_window_share is not None:
             yield f"sde_window_share ({self.sde_window_share}) measures the size: leave out sde_window_size ({size})."
         if size is not None and not 1 <= size <= stop - start:
@@ -460,7 +477,8 @@ class TPGRPOConfig(_BaseConfig):
                 yield f"credit: {self.credit} must take (rewards, rule): {error}."
         elif (self.credit == "lambda") == (self.credit_lambda is None):
             yield f"credit_lambda ({self.credit_lambda}) is what credit='lambda' alone needs: credit={self.credit!r}."
-        for name in () if needs_completions else ("completion", "completion_check_every", "advantage_baseline"):
+        completed = ("completion", "completion_check_every", "advantage_baseline", "noise_calibration_iterations")
+        for name in () if needs_completions else completed:
             if (value := getattr(self, name)) != getattr(TPGRPOConfig, name):
                 yield f"credit={self.credit!r} computes no completions: leave out {name}, got {value!r}."
         if not all(map(math.isfinite, self.reward_weights or ())):
@@ -518,9 +536,11 @@ class TPGRPOConfig(_BaseConfig):
         start, stop = self.sde_window_range or (0, self.num_sde_steps)
         return range(start, stop - self.num_sde_steps + 1)
 
-    def window(self, start: int, stop: int) -> Window:
-        """Return the SDE window [start, stop)."""
-        return Window(start, stop, self.sde_type, self.noise_level, str(self.log_prob_type))
+    def window(self, start: int, stop: int, noise_level: list[float] | None = None) -> Window:
+        """Return the SDE window [start, stop), with another noise of each step of `sde_window_limits` if given."""
+        level, first = noise_level or self.noise_level, self.sde_window_limits[0]
+        own = tuple(level[start - first : stop - first]) if isinstance(level, list) else float(level)
+        return Window(start, stop, self.sde_type, own, str(self.log_prob_type))
 
     @property
     def completion_rule(self) -> CompletionRule | None:

@@ -144,10 +144,12 @@ def _credit_metrics(table: RewardTable) -> dict[str, Tensor]:
     turning = table.turning_points[~table.left_out]
     grouped = table.step_rewards.unflatten(0, (-1, table.num_generations))
     within_group = (grouped - grouped.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
-    metrics = {"turning_points/rate": turning.mean()}
+    metrics, signs = {"turning_points/rate": turning.mean()}, table.step_rewards.sign()
     for step in range(table.num_steps):
         metrics[f"turning_points/step_{step}"] = turning[:, step].mean()
         metrics[f"step_reward_std/step_{step}"] = within_group[:, step].nanmean()
+        is_positive = signs[:, step][signs[:, step].abs() == 1] > 0  # without 0 and NaN
+        metrics[f"step_reward_frac_positive/step_{step}"] = is_positive.float().mean()
     return metrics
 
 

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import TrainerState
 
+from .algorithm.calibration import calibrate
 from .algorithm.chunks import chunks_by_change, relative_change
 from .algorithm.completion import CompletionRule
 from .algorithm.credit import CreditBatch, RewardTable, shortest_window, step_reward_variances
@@ -41,11 +42,11 @@ logger = logging.getLogger(__name__)
 
 Rows = list[dict[str, Any]]
 
-NOISE, WINDOW, EVALUATION, PROBE, CARD = range(5)
+NOISE, WINDOW, EVALUATION, PROBE, CARD, CALIBRATION = range(6)
 """Purposes of a seed; the random numbers of one never depend on how many another took."""
 
 MAX_PENDING = 2  # sweeps that may wait for their rewards while the next is sampled; their images are kept until then
-PROBED_GROUPS = 16  # prompts of a process that the window is measured on
+PROBED_GROUPS = 16  # prompts of a process that noise and window are measured on
 
 
 @dataclass(frozen=True)
@@ -111,22 +112,28 @@ class Rollouts:
             policy.pipeline.vae.to("cpu")
         fixed = args.rollout_batch_size
         self.batch_sizes = {} if fixed is None else {"model": fixed, "vae": fixed}
+        self.calibrated_noise: list[float] | None = None  # of each step of `sde_window_limits`
         self.measured_window: Window | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been measured."""
-        return {"measured_window": self.measured_window, "batch_sizes": self.batch_sizes}
+        names = ("calibrated_noise", "measured_window", "batch_sizes")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what was measured, unless the settings fix it now."""
-        if self.args.sde_window_share is not None:
-            self.measured_window = state["measured_window"]
+        if self.args.noise_calibration_iterations:
+            self.calibrated_noise = state.get("calibrated_noise")  # absent where written before
+        if self.args.sde_window_share is not None and (window := state["measured_window"]) is not None:
+            self.measured_window = self._window(window.start, window.stop)  # with the noise of now
         if self.args.rollout_batch_size is None:  # a fixed one may be another than before, say for lack of memory
             self.batch_sizes = state["batch_sizes"]
 
     def generate(self, rows: Rows, generation: int) -> Trajectories:
         """Sample a trajectory with its completions for each of B rows of a rollout, and score every image."""
         share = self.args.sde_window_share
+        if self.args.noise_calibration_iterations and self.calibrated_noise is None:
+            self.calibrated_noise, self.measured_window = self._calibrate_noise(rows), None
         if share is not None and self.measured_window is None:
             self.measured_window = self._measure_window(rows, share)
         window = self.measured_window or self.draw_window(generation)
@@ -163,12 +170,18 @@ class Rollouts:
         return chunks
 
     def _sample_in_sweeps(
-        self, rows: Rows, encoded: Encoded, generators: Generators, window: Window, rule: CompletionRule | None
+        self,
+        rows: Rows,
+        encoded: Encoded,
+        generators: Generators,
+        window: Window,
+        rule: CompletionRule | None,
+        title: str = "",
     ) -> tuple[Tensor, Tensor, Tensor | None, RewardTable]:
         """Return states, log-probabilities, means and rewards of B rows; a sweep is scored as the next are sampled."""
         sampled: list[Sampled] = []
         pending: deque[Pending] = deque()
-        for part in self.progress.sweeps(sweeps(len(rows), self.args)):
+        for part in self.progress.sweeps(sweeps(len(rows), self.args), title):
             pending.append(self._sample(rows[part], encoded[part], generators[part], window, rule, self.reward_funcs))
             if len(pending) > MAX_PENDING:
                 sampled.append(self._finish_sweep(pending.popleft()))
@@ -214,17 +227,42 @@ class Rollouts:
             credit = replace(credit, batch=CreditBatch(group, prompts, sigmas.clone(), log_probs, every))
         return RewardTable(gathered, self.reward_weights, group, len(window), credit, every)
 
+    def _probed(self, rows: Rows) -> Rows:
+        group = self.args.num_generations
+        # Groups that straddle processes are whole only if all rows are taken
+        return rows[: PROBED_GROUPS * group] if len(rows) % group == 0 else rows
+
+    def _calibrate_noise(self, rows: Rows) -> list[float]:
+        """Find and log the noise of each step with as many positive as negative step rewards, on the first prompts."""
+        args, rows = self.args, self._probed(rows)
+        encoded, (start, stop) = self._encode(rows), args.sde_window_limits
+
+        def measure(noise_levels: Tensor, iteration: int) -> Tensor:
+            window = args.window(start, stop, noise_levels.tolist())
+            title = f"calibration {iteration + 1}/{args.noise_calibration_iterations}, "
+            generators = self.generators(CALIBRATION, iteration, len(rows))
+            rule = scored_rule(EXACT, self.reward_funcs)
+            return self._sample_in_sweeps(rows, encoded, generators, window, rule, title)[-1].rewards
+
+        first = torch.tensor(args.noise_level, dtype=torch.float64).expand(stop - start)
+        highest = 1.0 if args.sde_type == "cps" else float("inf")
+        levels = calibrate(measure, first, args.noise_calibration_step, highest, args.noise_calibration_iterations)
+        for step, level in enumerate(levels.tolist(), start=start):
+            self.metrics["train"].record(f"noise_level/step_{step}", level)
+        return levels.tolist()
+
     def _measure_window(self, rows: Rows, share: float) -> Window:
         """Find the shortest window with the wanted share of the step rewards' variance, on the first prompts."""
-        group = self.args.num_generations
-        if len(rows) % group == 0:  # else groups straddle processes, and are whole only if all rows are taken
-            rows = rows[: PROBED_GROUPS * group]
-        whole, generators = self.args.window(*self.args.sde_window_limits), self.generators(PROBE, 0, len(rows))
+        rows, (first, last) = self._probed(rows), self.args.sde_window_limits
+        whole, generators = self._window(first, last), self.generators(PROBE, 0, len(rows))
         rule = scored_rule(EXACT, self.reward_funcs)
         *_, table = self._sample_in_sweeps(rows, self._encode(rows), generators, whole, rule)
-        variances = step_reward_variances(table.rewards, group)
+        variances = step_reward_variances(table.rewards, self.args.num_generations)
         start, stop = shortest_window(variances, share)
-        return self.args.window(whole.start + start, whole.start + stop)
+        return self._window(first + start, first + stop)
+
+    def _window(self, start: int, stop: int) -> Window:
+        return self.args.window(start, stop, self.calibrated_noise)
 
     def _check_completions(
         self, rows: Rows, encoded: Encoded, window: Window, generation: int, table: RewardTable
@@ -496,11 +534,18 @@ class Rollouts:
         return (rewards * self.reward_weights).nansum(1).where(~rewards.isnan().all(1), torch.nan)
 
     def draw_window(self, generation: int) -> Window:
-        """Draw the rollout's SDE window, the same on all processes."""
+        """Draw the rollout's SDE window, the same on all processes.
+
+        Raises:
+            ValueError: If its noise is yet to be calibrated, which a training does before its first rollout.
+        """
+        if self.args.noise_calibration_iterations and self.calibrated_noise is None:
+            what = "noise_calibration_iterations is for training, whose first rollout it precedes"
+            raise ValueError(f"{what}: set it to 0 here, and noise_level to the levels that a training has logged.")
         starts = self.args.window_starts
         seed = np.random.SeedSequence([self.args.seed, WINDOW, generation])
         start = starts[int(np.random.default_rng(seed).integers(len(starts)))]
-        return self.args.window(start, start + self.args.num_sde_steps)
+        return self._window(start, start + self.args.num_sde_steps)
 
     def generators(self, purpose: int, number: int, num_rows: int, first: int | None = None) -> Generators:
         """Make generators that depend on the seed, their purpose and a row's index among those of all processes.

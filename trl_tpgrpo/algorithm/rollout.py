@@ -43,8 +43,12 @@ class Window:
     start: int
     stop: int
     sde_type: str
-    noise_level: float
+    noise_level: float | tuple[float, ...]  # of all steps, or of each
     log_prob_type: str
+
+    def noise_of(self, step: int) -> float:
+        """Return the noise level of a step of the schedule, one of the window's."""
+        return self.noise_level[step - self.start] if isinstance(self.noise_level, tuple) else self.noise_level
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -143,7 +147,9 @@ def _check(window: Window, num_steps: int, generators: Generators | None, num_no
     if not 0 <= window.start < window.stop < num_steps:
         bounds = f"[{window.start}, {window.stop})"
         raise ValueError(f"Window {bounds} must hold one or more of the first {num_steps - 1} steps of {num_steps}.")
-    if window.noise_level <= 0:
+    if isinstance(window.noise_level, tuple) and len(window.noise_level) != len(window):
+        raise ValueError(f"noise_level has {len(window.noise_level)} numbers for the {len(window)} steps of a window.")
+    if not all(window.noise_of(step) > 0 for step in range(window.start, window.stop)):
         raise ValueError(f"An SDE step needs noise: noise_level must be above 0, got {window.noise_level}.")
     if not generators or len(generators) % num_noises:
         raise ValueError(
@@ -203,7 +209,7 @@ class _Sweep:
             trajectories.rows = torch.arange(len(self.generators))
             self.states[0].copy_(trajectories.latents, non_blocking=True)
         latents, (sigma, sigma_next) = trajectories.latents, self.sigmas[step : step + 2]
-        drawn = transition(window.sde_type, latents, velocity, sigma, sigma_next, window.noise_level)
+        drawn = transition(window.sde_type, latents, velocity, sigma, sigma_next, window.noise_of(step))
         noise = randn_tensor(latents.shape, self.generators, latents.device, torch.float32)
         trajectories.latents, trajectories.stops = sample(drawn, noise), trajectories.stops[1:]
         self.log_probs.append(log_prob(drawn, trajectories.latents, window.log_prob_type))

@@ -127,11 +127,11 @@ class ProgressDisplay(ProgressCallback):
         advance(0)
         yield advance
 
-    def sweeps(self, parts: list[slice]) -> Iterator[slice]:
-        """Yield the parts of a rollout one after the other, and show which one is under way."""
+    def sweeps(self, parts: list[slice], title: str = "") -> Iterator[slice]:
+        """Yield the parts of a rollout one after the other, and show which one is under way, after a title."""
         before = self._part
         for number, part in enumerate(parts, start=1):
-            self._part = f"sweep {number}/{len(parts)}, " if len(parts) > 1 else ""
+            self._part = title + (f"sweep {number}/{len(parts)}, " if len(parts) > 1 else "")
             yield part
         self._part = before
 

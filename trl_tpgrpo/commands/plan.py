@@ -402,8 +402,9 @@ def _notes(
 ) -> dict[str, bool]:
     rows, group = args.generation_batch_size // args.world_size, args.num_generations
     probed = min(rows, PROBED_GROUPS * group) if rows % group == 0 else rows
+    whole, number = changed(args, {"sde_window_size": None}), args.noise_calibration_iterations
     rule = scored_rule(EXACT, model.reward_funcs)
-    probe, check = (count_sampling(args, number, rule) for number in (probed, min(rows, group)))
+    probe, check = count_sampling(whole, probed, rule), count_sampling(args, min(rows, group), rule)
     adds, checks = ([f"{sum(values) / len(values):,.0f}" for values in counted[::2]] for counted in (probe, check))
     every, checked = args.completion_check_every, args.completion_check_every is not None
     guided, unknown = model.policy.uses_negative_prompt, counts.num_updates is None
@@ -416,6 +417,8 @@ def _notes(
         "beta=0: transitions whose advantage is 0 are not run, so that training may take less.": args.beta == 0,
         "sde_window_share: numbers are those of the whole range, of which the window is a part. Measuring it adds "
         f"{adds[0]} evaluations and {adds[1]} images, once.": args.sde_window_share is not None,
+        f"noise_calibration_iterations: each adds {adds[0]} evaluations and {adds[1]} images, {number} times.": number
+        > 0,
         f"completion_check_every: {checks[0]} evaluations, {checks[1]} images more every {every}. rollout.": checked,
         "per_device_rollout_batch_size=auto is measured on the device: calls are not known, and memory is that of "
         f"batches of {args.per_device_train_batch_size}.": args.rollout_batch_size is None,

@@ -94,6 +94,7 @@ class RunCard:
             widget=[{"text": prompt, "output": {"url": SAMPLE_FILE.format(i)}} for i, prompt in shown] or None,
         )
         evaluated = rewards_by_update(state.log_history, r"eval_(.+_)?(reward|rewards/.+/mean)")
+        calibrated = rewards_by_update(state.log_history, r"noise_level/step_\d+")
         return ModelCard.from_template(
             metadata,
             template_path=str(Path(__file__).with_name("card.md")),
@@ -108,6 +109,7 @@ class RunCard:
             prompt=next(iter(self.prompts), "a photo of a cat"),
             updates=state.global_step,
             evaluated=bool(evaluated),
+            calibrated={name: found[-1][1] for name, found in calibrated.items()},
             rewards=evaluated or rewards_by_update(state.log_history, r"reward|rewards/.+/mean"),
         )
 
