@@ -219,7 +219,7 @@ def test_kept_prompts_change_no_rollout(tmp_path: Path) -> None:
     weights, states = [], []
     for changes in options:
         trainer = build(tmp_path, max_steps=3, **changes)  # so many take all prompts
-        rows, window = [{"prompt": prompt, "topic": 0} for prompt in PROMPTS], trainer.rollouts.draw_window(0)
+        rows, window = [{"prompt": prompt, "topic": 0} for prompt in PROMPTS], trainer.rollouts.windows.draw(0)
         states.append(trainer.sample_and_score(rows, trainer.rollouts.generators(0, 0, 6), window).rollout.states)
         trainer.train()
         weights.append(trained(trainer))

@@ -25,7 +25,7 @@ from trl_tpgrpo.commands import evaluate
 from trl_tpgrpo.commands.hours import count_flops
 from trl_tpgrpo.commands.plan import estimate
 from trl_tpgrpo.policies.embeddings import Prompt, PromptEmbeddings
-from trl_tpgrpo.rollouts import EVALUATION
+from trl_tpgrpo.rollouts.windows import EVALUATION
 
 
 HEIGHT, WIDTH = 32, 16  # of evaluations; training has 16 x 16

@@ -210,7 +210,7 @@ def test_offloaded_states_are_those_of_the_rollout(tmp_path: Path) -> None:
     rollouts = []
     for offload in (False, True):
         trainer = build(tmp_path, offload_trajectories=offload)
-        rows, window = [{"prompt": PROMPTS[0], "topic": 0}] * 2, trainer.rollouts.draw_window(0)
+        rows, window = [{"prompt": PROMPTS[0], "topic": 0}] * 2, trainer.rollouts.windows.draw(0)
         rollouts.append(trainer.sample_and_score(rows, trainer.rollouts.generators(0, 0, 2), window).rollout)
     assert torch.equal(rollouts[0].states, rollouts[1].states)
 
@@ -270,7 +270,7 @@ def test_compiled_blocks_train_alike_and_compile_once_for_all_batch_sizes(family
     rows = [{"prompt": prompt, "topic": 0} for prompt in PROMPTS]
     for number in (2, 3, 5, 6):
         trainer.sample_and_score(
-            rows[:number], trainer.rollouts.generators(0, 0, number), trainer.rollouts.draw_window(0), None
+            rows[:number], trainer.rollouts.generators(0, 0, number), trainer.rollouts.windows.draw(0), None
         )
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 

@@ -204,7 +204,7 @@ def test_calibrated_noise_is_taken_logged_and_kept_in_checkpoints(tmp_path: Path
     saves = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     whole = build(tmp_path, **options, **saves)
     whole.train()
-    found, taken = whole.rollouts.calibrated_noise, whole.rollouts.measured_window
+    found, taken = whole.rollouts.windows.calibrated_noise, whole.rollouts.windows.measured
     assert len(found) == 5 and {round(abs(level - 0.7), 3) for level in found} <= {0.0, 0.125, 0.25}
     assert any(level != 0.7 for level in found)
     assert taken.noise_level == tuple(found[taken.start : taken.stop])
@@ -216,9 +216,9 @@ def test_calibrated_noise_is_taken_logged_and_kept_in_checkpoints(tmp_path: Path
         raise AssertionError("measured again")
 
     resumed = build(tmp_path / "resumed", **options, **saves)
-    resumed.rollouts._calibrate_noise = resumed.rollouts._measure_window = not_again
+    resumed.rollouts.windows._calibrate_noise = resumed.rollouts.windows._measure = not_again
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert (resumed.rollouts.calibrated_noise, resumed.rollouts.measured_window) == (found, taken)
+    assert (resumed.rollouts.windows.calibrated_noise, resumed.rollouts.windows.measured) == (found, taken)
     assert_same(trained(whole), trained(resumed))
 
 
@@ -234,11 +234,11 @@ def test_a_run_goes_on_from_before_with_other_noise_if_that_is_accepted(tmp_path
         build(tmp_path / "b", **saves, **CALIBRATES).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     listed = build(tmp_path / "d", **saves, noise_level=LEVELS, resume_with_changes=["noise_level"])
     listed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    taken = listed.rollouts.measured_window
+    taken = listed.rollouts.windows.measured
     assert taken.noise_level == tuple(LEVELS[taken.start : taken.stop])
     resumed = build(tmp_path / "c", **saves, **CALIBRATES, resume_with_changes=list(CALIBRATES))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    found, taken = resumed.rollouts.calibrated_noise, resumed.rollouts.measured_window
+    found, taken = resumed.rollouts.windows.calibrated_noise, resumed.rollouts.windows.measured
     assert taken.noise_level == tuple(found[taken.start : taken.stop])
 
 
@@ -248,9 +248,9 @@ def test_calibration_costs_what_the_plan_says_and_repeats(tmp_path: Path) -> Non
     first, again = build(tmp_path, **options), build(tmp_path, **options)
     for trainer in (first, again):
         trainer.train()
-    assert first.rollouts.calibrated_noise == again.rollouts.calibrated_noise
-    later = first.rollouts.draw_window(0)
-    assert later.noise_level == tuple(first.rollouts.calibrated_noise[later.start : later.stop])
+    assert first.rollouts.windows.calibrated_noise == again.rollouts.windows.calibrated_noise
+    later = first.rollouts.windows.draw(0)
+    assert later.noise_level == tuple(first.rollouts.windows.calibrated_noise[later.start : later.stop])
     whole, drawn = ({"sde_window_range": limits} for limits in ([0, 4], [later.start, later.stop]))
     counted = [
         count_sampling(changed(first.args, limits, {"sde_window_size": size}), 4, EXACT)[0][0]
@@ -262,7 +262,7 @@ def test_calibration_costs_what_the_plan_says_and_repeats(tmp_path: Path) -> Non
 
 def test_only_a_training_calibrates_and_others_say_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"whose first rollout it precedes: set it to 0 here, and noise_level to"):
-        build(tmp_path, **CALIBRATES).rollouts.draw_window(0)
+        build(tmp_path, **CALIBRATES).rollouts.windows.draw(0)
 
 
 def test_progress_shows_the_iteration() -> None:
@@ -304,5 +304,5 @@ def test_calibration_brings_the_signs_of_step_rewards_nearer_to_balance(tmp_path
         trainer.train()
         shares = [logged(trainer, f"step_reward_frac_positive/step_{step}") for step in range(2)]
         distance[iterations] = abs(torch.tensor(shares).mean(1) - 0.5).mean().item()
-    assert all(level < 1.6 for level in trainer.rollouts.calibrated_noise)
+    assert all(level < 1.6 for level in trainer.rollouts.windows.calibrated_noise)
     assert distance[4] < 0.7 * distance[0]

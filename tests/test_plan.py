@@ -123,7 +123,7 @@ def test_counts_of_a_random_window_are_a_mean_and_a_range(tmp_path: Path) -> Non
     trainer = build(tmp_path, num_inference_steps=6, sde_window_size=2, sde_window_range=[0, 5], max_steps=8)
     trainer.train()
     args = trainer.args
-    drawn = [trainer.rollouts.draw_window(generation) for generation in range(8)]
+    drawn = [trainer.rollouts.windows.draw(generation) for generation in range(8)]
     fixed = [changed(args, {"sde_window_range": [window.start, window.stop]}) for window in drawn]
     assert logged(trainer, "num_evaluations") == [count(each).rollout[EVALUATIONS][0] for each in fixed]
     assert len(set(logged(trainer, "num_evaluations"))) > 1

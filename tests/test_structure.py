@@ -18,7 +18,7 @@ from trl_tpgrpo.policies.loading import POLICIES
 ROOT = Path(trl_tpgrpo.__file__).parent
 FAMILY = re.compile(r"flux|sd3|sd\.?3|qwen|z.?image|krea|chroma|kontext|stable.?diffusion", re.IGNORECASE)
 FILES = sorted(ROOT.rglob("*.py"))
-HEART = ["config.py", "trainer.py", "data.py", "rollouts.py", "batches.py", "metrics.py", "algorithm", "policies",
+HEART = ["config", "trainer.py", "data.py", "rollouts", "batches.py", "metrics.py", "algorithm", "policies",
          "rewards/scorer.py", "rewards/contract.py"]  # fmt: skip
 VERBS = {
     "account", "activate", "add", "adjust", "advance", "allow", "answer", "append", "apply", "arrange", "ask",
@@ -160,8 +160,10 @@ def test_the_heart_and_the_whole_stay_small() -> None:
     # 3,200 and 9,000 after the redesign. Since then: settings compared on resuming, models in one file, weights that
     # mean the same everywhere, and for ten families texts of any length, images beside prompts, defaults of guidance
     # and weights that no gradient reaches (the heart); `evaluate`, hours, mistakes, help without PyTorch (the whole).
-    assert heart() <= 3700
-    assert lines(FILES) <= 11_750  # a model family takes 50 to 85
+    # 3,700 with these. Then credit and families from outside, trust regions, noise by step, rewards of groups, latents
+    # and states, evaluation at another size.
+    assert heart() <= 4350
+    assert lines(FILES) <= 12_700  # a model family takes 50 to 85
 
 
 def test_files_and_functions_fit_a_screen() -> None:
@@ -171,7 +173,7 @@ def test_files_and_functions_fit_a_screen() -> None:
 
 
 def test_modules_know_few_others() -> None:
-    assert internal_imports() <= 2.15  # 1.79 after the redesign; commands know many parts, a family two or three
+    assert internal_imports() <= 2.25  # 1.79 after the redesign; commands know many parts, a family two or three
 
 
 def test_importing_one_family_loads_no_other() -> None:

@@ -249,9 +249,9 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 def test_random_window_moves_between_rollouts_and_is_reproducible(tmp_path: Path) -> None:
     trainer = build(tmp_path, sde_window_size=1, sde_window_range=[0, 3])
-    starts = [trainer.rollouts.draw_window(generation).start for generation in range(12)]
+    starts = [trainer.rollouts.windows.draw(generation).start for generation in range(12)]
     assert set(starts) == {0, 1, 2}
-    assert starts == [trainer.rollouts.draw_window(generation).start for generation in range(12)]
+    assert starts == [trainer.rollouts.windows.draw(generation).start for generation in range(12)]
     trainer.train()
 
 

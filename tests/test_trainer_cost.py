@@ -12,7 +12,8 @@ from trl_tpgrpo.algorithm.credit import CreditRule, shortest_window, step_reward
 from trl_tpgrpo.algorithm.fidelity import compare
 from trl_tpgrpo.algorithm.rollout import EXACT
 from trl_tpgrpo.batches import Trajectories
-from trl_tpgrpo.rollouts import NOISE, _measure_batch_size
+from trl_tpgrpo.rollouts import NOISE
+from trl_tpgrpo.rollouts.sampling import _measure_batch_size
 
 
 def coarse(images, **columns: object) -> list[float]:
@@ -200,7 +201,7 @@ def test_a_measured_window_is_taken_for_all_rollouts_and_kept_in_checkpoints(tmp
     options = {"sde_window_share": 0.5, "num_inference_steps": 6, "save_strategy": "steps", "save_steps": 1}
     trainer = build(tmp_path, max_steps=2, **options)
     trainer.train()
-    window = trainer.rollouts.measured_window
+    window = trainer.rollouts.windows.measured
     assert 1 <= len(window) < 5
     first, second = logged(trainer, "num_evaluations")
     assert first == second + 4 * 21  # the first has the measurement too: 21 evaluations of 4 trajectories
@@ -209,9 +210,9 @@ def test_a_measured_window_is_taken_for_all_rollouts_and_kept_in_checkpoints(tmp
         raise AssertionError("measured again")
 
     resumed = build(tmp_path, max_steps=3, **options)
-    resumed.rollouts._measure_window = not_again
+    resumed.rollouts.windows._measure = not_again
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed.rollouts.measured_window == window
+    assert resumed.rollouts.windows.measured == window
 
 
 def test_a_measured_batch_size_is_taken_and_changes_only_rounding(tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_a_measured_batch_size_is_taken_and_changes_only_rounding(tmp_path: Path
 
 def test_same_generators_give_the_same_trajectories_for_every_rule(tmp_path: Path) -> None:
     trainer = build(tmp_path, pipeline=tiny_sd3())
-    rows, window = [{"prompt": "a red circle", "topic": 0}] * 2, trainer.rollouts.draw_window(0)
+    rows, window = [{"prompt": "a red circle", "topic": 0}] * 2, trainer.rollouts.windows.draw(0)
     exact = trainer.sample_and_score(rows, trainer.rollouts.generators(NOISE, 0, 2), window, EXACT)
     none = trainer.sample_and_score(rows, trainer.rollouts.generators(NOISE, 0, 2), window, None)
     assert torch.equal(exact.rollout.states, none.rollout.states)

@@ -20,10 +20,33 @@ from .algorithm.rollout import Rollout, Window
 from .algorithm.sde import Transition, log_prob, transition
 from .policies.conditioning import Conditioning, Schedule, Step
 from .rewards.contract import RewardError, RewardFunc, takes_images, takes_states_alone
+from .rewards.scorer import Scoring
 
 
 SWEEP = 64  # trajectories sampled together, at least: batches are full, and memory does not grow with the rollout
 LARGEST_BATCH = 256  # that is tried where the batch size of rollouts is measured
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The prompts of B rows, padded alike for all that is made of them."""
+
+    conditioning: Conditioning  # of the distinct prompts
+    prompts: Tensor  # (B,), on the CPU, the rows' indices among these
+
+    def __getitem__(self, part: slice) -> "Encoded":
+        """Select rows, with the same prompts."""
+        return Encoded(self.conditioning, self.prompts[part])
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Trajectories whose M images are being scored."""
+
+    rollout: Rollout
+    prompts: list[int]  # B, indices of the rows' prompts
+    images: list[Image.Image]
+    scoring: Scoring
 
 
 @dataclass(frozen=True)

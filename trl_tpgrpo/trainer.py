@@ -1,7 +1,7 @@
 """The trainer: rows of a dataset become prompts, trajectories, images, rewards, credit, and an update of the weights.
 
 It reads in that order, under the names of TRL's GRPOTrainer: every method that overrides one of TRL's or transformers'
-is here. Mathematics is in `algorithm/`, model families in `policies/`, sampling and scoring in `rollouts.py`.
+is here. Mathematics is in `algorithm/`, model families in `policies/`, sampling and scoring in `rollouts/`.
 """
 
 from concurrent.futures import Future

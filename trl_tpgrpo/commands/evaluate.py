@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     trainer = build_trainer(own, adapters, *training)
     settings, output_dir = settings_of(trainer, own, *training), Path(trainer.args.output_dir)
     results = Results(output_dir, settings, adapters, len(trainer.eval_reward_func_names))
-    window = trainer.rollouts.draw_window(0) if own.sampler == "sde" else None
+    window = trainer.rollouts.windows.draw(0) if own.sampler == "sde" else None
     for number, name in enumerate(results.rewards):
         if len(results.rewards[name]) < results.num_images:
             if name != BASE:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..algorithm.completion import CompletionRule
 from ..algorithm.fidelity import Fidelity, compare
+from ..rewards.contract import takes_states_alone
 from ..rollouts import NOISE
 from ..trainer import TPGRPOTrainer
 from .train import build_trainer, make_parser
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
     for name in names:
         CompletionRule.parse(name)
     trainer = build_trainer(*training)
-    if trainer.rollouts.scores_states_alone:
+    if takes_states_alone(trainer.reward_funcs):
         raise ValueError("All reward functions score noisy states: there are no completions to compare.")
     chosen = trainer.train_dataset.take(min(own.num_prompts, len(trainer.train_dataset)))
     measured = measure(trainer, [dict(row) for row in chosen], names)
@@ -82,7 +83,7 @@ def measure(trainer: TPGRPOTrainer, prompts: list[dict[str, Any]], names: list[s
     rewards: dict[str, list[torch.Tensor]] = {name: [] for name in ["exact", *names]}
     evaluations, images = dict.fromkeys(rewards, 0), dict.fromkeys(rewards, 0)
     for (index, prompt), name in tqdm(list(product(enumerate(prompts), rewards)), desc="Prompts x rules"):
-        window = trainer.rollouts.draw_window(index)
+        window = trainer.rollouts.windows.draw(index)
         generators = trainer.rollouts.generators(NOISE, index, number)
         with trainer.accelerator.autocast():
             sampled = trainer.sample_and_score([prompt] * number, generators, window, CompletionRule.parse(name))

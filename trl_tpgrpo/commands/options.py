@@ -22,7 +22,7 @@ CLASSES = {
     ("trl/scripts/utils.py", "DatasetMixtureConfig"): "Script",
     ("trl_tpgrpo/commands/train.py", "TPGRPOModelConfig"): "Model",
     ("trl/trainer/model_config.py", "ModelConfig"): "Model",
-    ("trl_tpgrpo/config.py", "TPGRPOConfig"): "transformers.TrainingArguments",  # but for its own headings
+    ("trl_tpgrpo/config/settings.py", "TPGRPOConfig"): "transformers.TrainingArguments",  # but for its own headings
     ("trl/trainer/base_config.py", "_BaseConfig"): "transformers.TrainingArguments",
     ("transformers/training_args.py", "TrainingArguments"): "transformers.TrainingArguments",
 }
@@ -112,7 +112,7 @@ def help_text(command: str, description: str) -> str:
     recipes = "options in YAML files; later files override earlier ones, and the command line all of them"
     parser.add_argument("--config", metavar="RECIPE.yaml ...", help=recipes)
     parser.add_argument("--debug", action="store_true", help="show a mistake's traceback")
-    lines = [ast.unparse(node) for node in _tree("trl_tpgrpo/config.py").body]
+    lines = [ast.unparse(node) for node in _tree("trl_tpgrpo/config/settings.py").body]
     unsupported = ast.literal_eval(next(line for line in lines if line.startswith("UNSUPPORTED")).partition("= ")[2])
     groups: dict[str, Any] = {}
     for name, option in read_options(command).items():

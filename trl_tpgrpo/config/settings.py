@@ -1,29 +1,25 @@
 """Every setting of a run, in the order in which the data travels. The defaults are the paper's."""
 
-import inspect
-import math
-import operator
 import pkgutil
-import re
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import chain
-from types import MappingProxyType
-from typing import Annotated, Any, TypeVar, get_origin
+from typing import Annotated, Any
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
-from .algorithm.chunks import LEVELS
-from .algorithm.completion import CompletionRule
-from .algorithm.credit import AGGREGATIONS, BASELINES, CREDITS, SCALES, SCOPES, TRENDS, CreditRule
-from .algorithm.losses import LOSS_TYPES, LossRule
-from .algorithm.rollout import Window
-from .algorithm.sde import LOG_PROB_TYPES, SDE_TYPES
-from .rewards.serving.functions import import_path
+from ..algorithm.chunks import LEVELS
+from ..algorithm.completion import CompletionRule
+from ..algorithm.credit import AGGREGATIONS, BASELINES, CREDITS, SCALES, SCOPES, TRENDS, CreditRule
+from ..algorithm.losses import LOSS_TYPES, LossRule
+from ..algorithm.rollout import Window
+from ..algorithm.sde import LOG_PROB_TYPES, SDE_TYPES
+from ..rewards.serving.functions import import_path
+from .checks import credit_errors, loss_errors, sampling_errors
+from .fields import described, field_defaults, field_limits, is_within, non_defaults
 
 
-COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 UNSUPPORTED = {
     "auto_find_batch_size": "a smaller batch would tear prompt groups apart; lower per_device_train_batch_size",
     "save_on_each_node": "whole weights are collected on the first process alone; let the nodes share output_dir",
@@ -32,48 +28,6 @@ UNSUPPORTED = {
     "torch_compile": "it would compile the model for training alone; set compile_backend='inductor'",
     "neftune_noise_alpha": "it adds noise to token embeddings, which a transformer of latents does not have",
 }
-
-# A parameter in a docstring: its name, type and default, and its description
-PARAMETER = re.compile(r"^ {4}(\w+) \(.+?\): (.+(?:\n {8}.+)*)", re.MULTILINE)
-Config = TypeVar("Config", bound=type)
-
-
-def described(config: Config) -> Config:
-    """Give the fields of a dataclass what `--help` shows: their descriptions in its docstring and their choices."""
-    items, limits = {item.name: item for item in fields(config)}, _limits(config)
-    for name, text in PARAMETER.findall(inspect.cleandoc(config.__doc__ or "")):
-        plain = re.sub(r"\[`~?(.+?)`\]", r"\1", " ".join(text.split())).replace("%", "%%")
-        choices = {"choices": tuple(filter(None, limits[name]))} if isinstance(limits.get(name), tuple) else {}
-        items[name].metadata = MappingProxyType({**items[name].metadata, **choices, "help": plain})
-    return config
-
-
-def _limits(config: type) -> dict[str, Any]:
-    kinds = inspect.get_annotations(config)  # not the fields' types, which transformers' parser replaces
-    return {name: kind.__metadata__[0] for name, kind in kinds.items() if get_origin(kind) is Annotated}
-
-
-def _is_within(value: Any, limit: Any) -> bool:
-    """Say whether a value, or all of a list, are in a tuple or in bounds such as "above 0 and at most 1, or None"."""
-    if isinstance(value, list):
-        return all(_is_within(item, limit) for item in value)
-    if isinstance(limit, tuple):
-        return value in limit
-    bounds, _, exception = limit.partition(", or ")
-    if value is None or isinstance(value, str):
-        return str(value) == exception.strip("'")
-    return all(COMPARISONS[bound[:-2]](value, int(bound[-1])) for bound in bounds.split(" and "))
-
-
-def _defaults(config: Any) -> dict[str, Any]:
-    public = [item for item in fields(config) if not item.name.endswith("_token")]
-    return {item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in public}
-
-
-def non_defaults(config: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass, but for tokens, whose values are not the defaults."""
-    defaults = _defaults(config)
-    return {name: value for name, value in vars(config).items() if name in defaults and value != defaults[name]}
 
 
 @described
@@ -353,16 +307,16 @@ class TPGRPOConfig(_BaseConfig):
         super().__post_init__()
         self._check_values()
         sizes = self._settle_batch_sizes("gradient_accumulation_steps" in given)
-        for message in chain(sizes, self._sampling_errors(), self._credit_errors(), self._loss_errors()):
+        for message in chain(sizes, sampling_errors(self), credit_errors(self), loss_errors(self)):
             raise ValueError(message)
         derived = non_defaults(self).keys() - given
         self.derived = {name: value for name, value in self.to_dict().items() if name in derived}
-        self._given, self._settled = given, {name: getattr(self, name) for name in _defaults(self)}
+        self._given, self._settled = given, {name: getattr(self, name) for name in field_defaults(self)}
 
     def _forget_derived(self) -> None:
         """Set what followed from other settings, where this config was made from, back to its default."""
-        derived, values, defaults = self.derived or {}, self.to_dict(), _defaults(self)
-        self.__dict__ |= {name: defaults[name] for name in derived if values[name] == derived[name]}
+        derived, values, initial = self.derived or {}, self.to_dict(), field_defaults(self)
+        self.__dict__ |= {name: initial[name] for name in derived if values[name] == derived[name]}
         self.__dict__ |= {name: None for name, value in vars(self).items() if value == f"<{name.upper()}>"}  # tokens
         self.derived = None
 
@@ -409,8 +363,8 @@ class TPGRPOConfig(_BaseConfig):
 
     def _check_values(self) -> None:
         # On the command line, scale_rewards may also be true or false
-        for name, limit in {**_limits(TPGRPOConfig), "scale_rewards": SCALES}.items():
-            if not _is_within(getattr(self, name), limit):
+        for name, limit in {**field_limits(TPGRPOConfig), "scale_rewards": SCALES}.items():
+            if not is_within(getattr(self, name), limit):
                 wrong, is_choice = getattr(self, name), isinstance(limit, tuple)
                 allowed, wrong = (f"one of {limit}", repr(wrong)) if is_choice else (limit, wrong)
                 raise ValueError(f"{name} must be {allowed}, got {wrong}.")
@@ -441,72 +395,6 @@ class TPGRPOConfig(_BaseConfig):
             )
         self.generation_batch_size, self.steps_per_generation = size, steps
         self.gradient_accumulation_steps = accumulated
-
-    def _sampling_errors(self) -> Iterator[str]:
-        last, size, limits = self.num_inference_steps - 1, self.sde_window_size, self.sde_window_range
-        if self.sde_type == "cps" and not _is_within(self.noise_level, "at most 1"):
-            yield f"noise_level must be above 0 and at most 1 under cps, got {self.noise_level}."
-        if not self.noise_calibration_iterations and self.noise_calibration_step != 0.01:
-            yield f"noise_calibration_step ({self.noise_calibration_step}) needs noise_calibration_iterations above 0."
-        for step in CompletionRule.parse(self.completion).at or ():
-            if not 1 <= step <= last:
-                yield f"completion={self.completion!r}: step {step} is none of 1 to {last}, the steps it may name."
-        if limits is not None and not (len(limits) == 2 and 0 <= limits[0] < limits[1] <= last):
-            yield (
-                f"sde_window_range must be [start, stop] with 0 <= start < stop <= {last} (the last of the "
-                f"num_inference_steps={self.num_inference_steps} steps is never an SDE step), got {limits}."
-            )
-        start, stop = self.sde_window_limits
-        if isinstance(self.noise_level, list) and len(self.noise_level) != stop - start:
-            what = f"{stop - start} numbers, of each step of [{start}, {stop})"
-            yield f"noise_level must be one number or {what}, got {len(self.noise_level)}: {self.noise_level}."
-        if size is not None and self.sde_window_share is not None:
-            yield f"sde_window_share ({self.sde_window_share}) measures the size: leave out sde_window_size ({size})."
-        if size is not None and not 1 <= size <= stop - start:
-            yield f"sde_window_size must be between 1 and {stop - start}, the steps of [{start}, {stop}), got {size}."
-        evaluated, group = (self.per_device_eval_batch_size or 0) * self.world_size, self.num_generations_eval
-        if self.eval_strategy != "no" and evaluated % group:
-            yield f"Global eval batch size ({evaluated}) must be a multiple of num_generations_eval ({group})."
-
-    def _credit_errors(self) -> Iterator[str]:
-        function, needs_completions = self.credit_rule.function, self.credit_rule.needs_completions
-        if function is not None:
-            try:
-                inspect.signature(function).bind("rewards", "rule")
-            except TypeError as error:
-                yield f"credit: {self.credit} must take (rewards, rule): {error}."
-        elif (self.credit == "lambda") == (self.credit_lambda is None):
-            yield f"credit_lambda ({self.credit_lambda}) is what credit='lambda' alone needs: credit={self.credit!r}."
-        completed = ("completion", "completion_check_every", "advantage_baseline", "noise_calibration_iterations")
-        for name in () if needs_completions else completed:
-            if (value := getattr(self, name)) != getattr(TPGRPOConfig, name):
-                yield f"credit={self.credit!r} computes no completions: leave out {name}, got {value!r}."
-        if not all(map(math.isfinite, self.reward_weights or ())):
-            yield f"reward_weights must be finite numbers, got {self.reward_weights}."
-        if self.num_generations == 1 and "group" in (self.advantage_baseline, self.scale_rewards):
-            yield "num_generations=1 needs advantage_baseline='completion' and scale_rewards='batch' or 'none'."
-        if self.offload_reference and self.beta == 0:
-            yield "offload_reference=True: with beta=0 there is no reference model; leave it out."
-
-    def _loss_errors(self) -> Iterator[str]:
-        clips, level, sizes = self.loss_type == "clip", self.importance_sampling_level, self.chunk_sizes
-        for name in ["kl_mask_threshold"] if clips else ["epsilon", "epsilon_high", "ratio_norm"]:
-            if value := getattr(self, name):
-                yield f"{name} has no effect with loss_type={self.loss_type!r}: leave it out, got {value}."
-        if level != "step" and (self.ratio_norm or not clips):
-            other = "ratio_norm" if clips else f"loss_type={self.loss_type!r}"
-            yield f"importance_sampling_level={level!r} and {other} cannot be combined: each defines another ratio."
-        if self.ratio_norm and (self.sde_type == "cps" or self.log_prob_type != "gaussian"):
-            yield (
-                "ratio_norm needs sde_type='flow_sde' or 'dance_sde' with log_prob_type='gaussian', for which it is "
-                f"published; got {self.sde_type!r} with {self.log_prob_type!r}."
-            )
-        if sizes is not None and level != "chunk":
-            yield f"chunk_sizes {sizes} are for importance_sampling_level='chunk': it is {level!r}."
-        if sizes is not None and self.sde_window_share is not None:
-            yield f"chunk_sizes {sizes}: the number of steps is measured, by sde_window_share. Leave out one of them."
-        if sizes is not None and (min(sizes, default=0) < 1 or sum(sizes) != self.num_sde_steps):
-            yield f"chunk_sizes must be at least 1 each and {self.num_sde_steps} SDE steps together, got {sizes}."
 
     @property
     def prompts_per_generation(self) -> int:

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,53 +22,35 @@ from PIL import Image
 from torch import Tensor
 from transformers import TrainerState
 
-from .algorithm.calibration import calibrate
-from .algorithm.chunks import chunks_by_change, relative_change
-from .algorithm.completion import CompletionRule
-from .algorithm.credit import CreditBatch, RewardTable, shortest_window, step_reward_variances
-from .algorithm.fidelity import compare
-from .algorithm.rollout import EXACT, Generators, Rollout, Window, fastest_batch_size, roll_out
-from .batches import LARGEST_BATCH, Sampled, Trajectories, Transitions, eval_batch_size, scored_rule, sweeps
-from .config import TPGRPOConfig
-from .metrics import Metrics, image_variety
-from .policies.base import FlowPolicy, on_device, to_images
-from .policies.conditioning import Conditioning, Schedule
-from .policies.embeddings import Prompt, PromptEmbeddings
-from .rewards.contract import RewardError, RewardFunc, check_applicability, declared, innermost, reward_names
-from .rewards.scorer import ImageBatch, Scorer, Scoring, runs_beside, save_evidence
+from ..algorithm.chunks import chunks_by_change, relative_change
+from ..algorithm.completion import CompletionRule
+from ..algorithm.credit import CreditBatch, RewardTable
+from ..algorithm.fidelity import compare
+from ..algorithm.rollout import EXACT, Generators, Rollout, Window, fastest_batch_size, roll_out
+from ..batches import (
+    LARGEST_BATCH,
+    Encoded,
+    Pending,
+    Sampled,
+    Trajectories,
+    Transitions,
+    eval_batch_size,
+    scored_rule,
+    sweeps,
+)  # fmt: skip
+from ..config import TPGRPOConfig
+from ..metrics import Metrics, image_variety
+from ..policies.base import FlowPolicy, on_device, to_images
+from ..policies.conditioning import Schedule
+from ..policies.embeddings import Prompt, PromptEmbeddings
+from ..rewards.contract import RewardError, RewardFunc, check_applicability, declared, innermost, reward_names
+from ..rewards.scorer import ImageBatch, Scorer, runs_beside, save_evidence
+from .windows import CARD, EVALUATION, NOISE, Rows, Windows
 
 
 logger = logging.getLogger(__name__)
 
-Rows = list[dict[str, Any]]
-
-NOISE, WINDOW, EVALUATION, PROBE, CARD, CALIBRATION = range(6)
-"""Purposes of a seed; the random numbers of one never depend on how many another took."""
-
 MAX_PENDING = 2  # sweeps that may wait for their rewards while the next is sampled; their images are kept until then
-PROBED_GROUPS = 16  # prompts of a process that noise and window are measured on
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The prompts of B rows, padded alike for all that is made of them."""
-
-    conditioning: Conditioning  # of the distinct prompts
-    prompts: Tensor  # (B,), on the CPU, the rows' indices among these
-
-    def __getitem__(self, part: slice) -> "Encoded":
-        """Select rows, with the same prompts."""
-        return Encoded(self.conditioning, self.prompts[part])
-
-
-@dataclass(frozen=True)
-class Pending:
-    """Trajectories whose M images are being scored."""
-
-    rollout: Rollout
-    prompts: list[int]  # B, indices of the rows' prompts
-    images: list[Image.Image]
-    scoring: Scoring
 
 
 class Rollouts:
@@ -101,7 +83,6 @@ class Rollouts:
         functions = [*reward_funcs, *eval_reward_funcs]
         self._names = reward_names(functions)
         self._trained_names = self._names[: len(reward_funcs)]
-        self.scores_states_alone = all(declared(function).scores_states for function in reward_funcs)
         self._scores_tensors = any(declared(function).image_type == "pt" for function in functions)
         movable = [one for one in functions if hasattr(innermost(one), "to")]
         self._offloaded = [innermost(one) for one in movable if not runs_beside(one)]
@@ -112,31 +93,21 @@ class Rollouts:
             policy.pipeline.vae.to("cpu")
         fixed = args.rollout_batch_size
         self.batch_sizes = {} if fixed is None else {"model": fixed, "vae": fixed}
-        self.calibrated_noise: list[float] | None = None  # of each step of `sde_window_limits`
-        self.measured_window: Window | None = None
+        self.windows = Windows(args, metrics["train"], self._probe)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been measured."""
-        names = ("calibrated_noise", "measured_window", "batch_sizes")
-        return {name: getattr(self, name) for name in names}
+        return {**self.windows.state_dict(), "batch_sizes": self.batch_sizes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what was measured, unless the settings fix it now."""
-        if self.args.noise_calibration_iterations:
-            self.calibrated_noise = state.get("calibrated_noise")  # absent where written before
-        if self.args.sde_window_share is not None and (window := state["measured_window"]) is not None:
-            self.measured_window = self._window(window.start, window.stop)  # with the noise of now
+        self.windows.load_state_dict(state)
         if self.args.rollout_batch_size is None:  # a fixed one may be another than before, say for lack of memory
             self.batch_sizes = state["batch_sizes"]
 
     def generate(self, rows: Rows, generation: int) -> Trajectories:
         """Sample a trajectory with its completions for each of B rows of a rollout, and score every image."""
-        share = self.args.sde_window_share
-        if self.args.noise_calibration_iterations and self.calibrated_noise is None:
-            self.calibrated_noise, self.measured_window = self._calibrate_noise(rows), None
-        if share is not None and self.measured_window is None:
-            self.measured_window = self._measure_window(rows, share)
-        window = self.measured_window or self.draw_window(generation)
+        window = self.windows(rows, generation)
         rule = scored_rule(self.args.completion_rule, self.reward_funcs)
         self.samples.rollout_begins(self._state())
         generators = self.generators(NOISE, generation, len(rows))
@@ -227,42 +198,10 @@ class Rollouts:
             credit = replace(credit, batch=CreditBatch(group, prompts, sigmas.clone(), log_probs, every))
         return RewardTable(gathered, self.reward_weights, group, len(window), credit, every)
 
-    def _probed(self, rows: Rows) -> Rows:
-        group = self.args.num_generations
-        # Groups that straddle processes are whole only if all rows are taken
-        return rows[: PROBED_GROUPS * group] if len(rows) % group == 0 else rows
-
-    def _calibrate_noise(self, rows: Rows) -> list[float]:
-        """Find and log the noise of each step with as many positive as negative step rewards, on the first prompts."""
-        args, rows = self.args, self._probed(rows)
-        encoded, (start, stop) = self._encode(rows), args.sde_window_limits
-
-        def measure(noise_levels: Tensor, iteration: int) -> Tensor:
-            window = args.window(start, stop, noise_levels.tolist())
-            title = f"calibration {iteration + 1}/{args.noise_calibration_iterations}, "
-            generators = self.generators(CALIBRATION, iteration, len(rows))
-            rule = scored_rule(EXACT, self.reward_funcs)
-            return self._sample_in_sweeps(rows, encoded, generators, window, rule, title)[-1].rewards
-
-        first = torch.tensor(args.noise_level, dtype=torch.float64).expand(stop - start)
-        highest = 1.0 if args.sde_type == "cps" else float("inf")
-        levels = calibrate(measure, first, args.noise_calibration_step, highest, args.noise_calibration_iterations)
-        for step, level in enumerate(levels.tolist(), start=start):
-            self.metrics["train"].record(f"noise_level/step_{step}", level)
-        return levels.tolist()
-
-    def _measure_window(self, rows: Rows, share: float) -> Window:
-        """Find the shortest window with the wanted share of the step rewards' variance, on the first prompts."""
-        rows, (first, last) = self._probed(rows), self.args.sde_window_limits
-        whole, generators = self._window(first, last), self.generators(PROBE, 0, len(rows))
-        rule = scored_rule(EXACT, self.reward_funcs)
-        *_, table = self._sample_in_sweeps(rows, self._encode(rows), generators, whole, rule)
-        variances = step_reward_variances(table.rewards, self.args.num_generations)
-        start, stop = shortest_window(variances, share)
-        return self._window(first + start, first + stop)
-
-    def _window(self, start: int, stop: int) -> Window:
-        return self.args.window(start, stop, self.calibrated_noise)
+    def _probe(self, rows: Rows, window: Window, purpose: int, number: int, title: str) -> Tensor:
+        """Return the rewards (N, K + 1) of all processes' rows, sampled for a measurement with exact completions."""
+        generators, rule = self.generators(purpose, number, len(rows)), scored_rule(EXACT, self.reward_funcs)
+        return self._sample_in_sweeps(rows, self._encode(rows), generators, window, rule, title)[-1].rewards
 
     def _check_completions(
         self, rows: Rows, encoded: Encoded, window: Window, generation: int, table: RewardTable
@@ -532,20 +471,6 @@ class Rollouts:
     def weighted(self, rewards: Tensor) -> Tensor:
         """Sum rewards (N, F) of the functions that are trained on, where they apply: (N,); NaN where none does."""
         return (rewards * self.reward_weights).nansum(1).where(~rewards.isnan().all(1), torch.nan)
-
-    def draw_window(self, generation: int) -> Window:
-        """Draw the rollout's SDE window, the same on all processes.
-
-        Raises:
-            ValueError: If its noise is yet to be calibrated, which a training does before its first rollout.
-        """
-        if self.args.noise_calibration_iterations and self.calibrated_noise is None:
-            what = "noise_calibration_iterations is for training, whose first rollout it precedes"
-            raise ValueError(f"{what}: set it to 0 here, and noise_level to the levels that a training has logged.")
-        starts = self.args.window_starts
-        seed = np.random.SeedSequence([self.args.seed, WINDOW, generation])
-        start = starts[int(np.random.default_rng(seed).integers(len(starts)))]
-        return self._window(start, start + self.args.num_sde_steps)
 
     def generators(self, purpose: int, number: int, num_rows: int, first: int | None = None) -> Generators:
         """Make generators that depend on the seed, their purpose and a row's index among those of all processes.

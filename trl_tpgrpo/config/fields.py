@@ -1,0 +1,55 @@
+"""Fields of a dataclass of settings: what `--help` says of them, their limits, and which are not the defaults."""
+
+import inspect
+import operator
+import re
+from dataclasses import MISSING, fields
+from types import MappingProxyType
+from typing import Annotated, Any, TypeVar, get_origin
+
+
+COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+
+# A parameter in a docstring: its name, type and default, and its description
+PARAMETER = re.compile(r"^ {4}(\w+) \(.+?\): (.+(?:\n {8}.+)*)", re.MULTILINE)
+Config = TypeVar("Config", bound=type)
+
+
+def described(config: Config) -> Config:
+    """Give the fields of a dataclass what `--help` shows: their descriptions in its docstring and their choices."""
+    items, limits = {item.name: item for item in fields(config)}, field_limits(config)
+    for name, text in PARAMETER.findall(inspect.cleandoc(config.__doc__ or "")):
+        plain = re.sub(r"\[`~?(.+?)`\]", r"\1", " ".join(text.split())).replace("%", "%%")
+        choices = {"choices": tuple(filter(None, limits[name]))} if isinstance(limits.get(name), tuple) else {}
+        items[name].metadata = MappingProxyType({**items[name].metadata, **choices, "help": plain})
+    return config
+
+
+def field_limits(config: type) -> dict[str, Any]:
+    """Return the values that fields are limited to, by their `Annotated` types: a tuple of choices, or bounds."""
+    kinds = inspect.get_annotations(config)  # not the fields' types, which transformers' parser replaces
+    return {name: kind.__metadata__[0] for name, kind in kinds.items() if get_origin(kind) is Annotated}
+
+
+def is_within(value: Any, limit: Any) -> bool:
+    """Say whether a value, or all of a list, are in a tuple or in bounds such as "above 0 and at most 1, or None"."""
+    if isinstance(value, list):
+        return all(is_within(item, limit) for item in value)
+    if isinstance(limit, tuple):
+        return value in limit
+    bounds, _, exception = limit.partition(", or ")
+    if value is None or isinstance(value, str):
+        return str(value) == exception.strip("'")
+    return all(COMPARISONS[bound[:-2]](value, int(bound[-1])) for bound in bounds.split(" and "))
+
+
+def field_defaults(config: Any) -> dict[str, Any]:
+    """Return the defaults of the fields, but for tokens."""
+    public = [item for item in fields(config) if not item.name.endswith("_token")]
+    return {item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in public}
+
+
+def non_defaults(config: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass, but for tokens, whose values are not the defaults."""
+    initial = field_defaults(config)
+    return {name: value for name, value in vars(config).items() if name in initial and value != initial[name]}

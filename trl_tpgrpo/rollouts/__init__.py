@@ -1,0 +1,7 @@
+"""From rows of a dataset to trajectories with rewards."""
+
+from .sampling import Rollouts
+from .windows import NOISE, PROBED_GROUPS
+
+
+__all__ = ["NOISE", "PROBED_GROUPS", "Rollouts"]
