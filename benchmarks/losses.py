@@ -31,9 +31,9 @@ SHARED = {
 LOSSES: dict[str, dict[str, Any]] = {
     "clip, 1e-3": {},
     "dppo, 1e-6": {"loss_type": "dppo", "epsilon": None},
-    "dppo, 1e-4": {"loss_type": "dppo", "epsilon": None, "kl_mask_threshold": 1e-4},
+    "dppo, 1.3e-4": {"loss_type": "dppo", "epsilon": None, "kl_mask_threshold": 1.3e-4},
     "ratio_norm, 2e-6": {"ratio_norm": True, "epsilon": None},
-    "ratio_norm, 5e-5": {"ratio_norm": True, "epsilon": 5e-5},
+    "ratio_norm, 2.3e-5": {"ratio_norm": True, "epsilon": 2.3e-5},
     "chunks [1, 2]": {"importance_sampling_level": "chunk", "chunk_sizes": [1, 2]},
     "chunks by change": {"importance_sampling_level": "chunk"},
     "trajectory": {"importance_sampling_level": "trajectory"},
