@@ -8,6 +8,10 @@ FLOORS := .floors
 # Rollouts, policies of both families, training, evaluation, checkpoints, what is saved, the command line
 CORE := tests/test_config.py tests/test_rollout.py tests/test_policies.py tests/test_trainer.py tests/test_cli.py::test_recipe_trains_and_options_override_it
 
+# Nothing is compiled as it is installed, but what is imported is, once
+export PYTHONDONTWRITEBYTECODE :=
+INSTALL := pip install --quiet --no-compile
+
 .PHONY: demo test test-floors check docs package lock
 
 demo: $(READY)          ## train the embedded model for a few minutes and show what it learned, in demo/
@@ -16,8 +20,8 @@ demo: $(READY)          ## train the embedded model for a few minutes and show w
 test: $(READY)          ## run the tests
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 3 --dist loadfile
 
-test-floors: package    ## run the core tests on the oldest versions, in the environment that make package leaves
-	$(FLOORS)/bin/python -m pip install --quiet $$(grep -E "^(hypothesis|pytest|pytest-xdist|tensorboard)==" requirements.lock)
+test-floors:            ## run the core tests on the oldest versions, in the environment that make package leaves
+	$(FLOORS)/bin/python -m $(INSTALL) $$(grep -E "^(hypothesis|pytest|pytest-xdist|tensorboard)==" requirements.lock)
 	OMP_NUM_THREADS=1 $(FLOORS)/bin/pytest -n 2 --dist loadfile $(CORE)
 
 check: $(READY)         ## lint and types
@@ -36,6 +40,6 @@ lock: $(READY)          ## write the versions that are installed to requirements
 
 $(READY): requirements.lock pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --requirement requirements.lock
-	$(VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	$(VENV)/bin/python -m $(INSTALL) --requirement requirements.lock
+	$(VENV)/bin/python -m $(INSTALL) --no-deps --editable .
 	touch $(READY)

@@ -1,5 +1,6 @@
 """Fixtures that every test module may use."""
 
+import gc
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if item.get_closest_marker("gpu")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    """Keep all that is imported out of garbage collections: each training run begins with one."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
 """The benchmark for GPUs, at one layer and small images, where there is none."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from processes import run_python
 
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks/gpu.py"
@@ -11,13 +11,12 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks/gpu.py"
 
 def test_benchmark_for_gpus_runs_at_reduced_depth(tmp_path: Path) -> None:
     """Both models, and what the table is made of."""
-    command = [sys.executable, str(SCRIPT), "--quick", "--reduced", "--results", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-3000:]
+    ended = run_python(SCRIPT, "--quick", "--reduced", "--results", tmp_path)
+    assert ended.returncode == 0, ended.stderr[-3000:]
     rows = json.loads((tmp_path / "gpu_quick.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["sd3.5-medium", "flux.1-dev"]
     for row in rows:
-        assert "failed" not in row, run.stderr[-3000:]
+        assert "failed" not in row, ended.stderr[-3000:]
         assert row["num_evaluations"] == 4 * (3 + 2 + 1)  # 3 steps, of which 2 are SDE steps with exact completions
         assert row["num_train_evaluations"] == 4 * 2 * 2  # with the reference
         assert row["loss_is_finite"]
@@ -26,4 +25,4 @@ def test_benchmark_for_gpus_runs_at_reduced_depth(tmp_path: Path) -> None:
         assert all(0 < row[f"{phase}_utilisation"] < 2 for phase in ("rollout", "train"))
         assert row["peak_gib"].keys() == {"load", "encode", "rollout", "decode", "score", "train"}
         assert row["planned_gib"].keys() == {"encode", "rollout", "decode", "train", "update"}
-        assert f"| {row['model']} | bf16 | no |" in run.stdout
+        assert f"| {row['model']} | bf16 | no |" in ended.stdout

@@ -1,11 +1,9 @@
 """Killed runs go on as if nothing had happened, whatever they were doing, and never from half a checkpoint."""
 
 import json
-import os
 import pickle
 import random
 import signal
-import subprocess
 import sys
 import threading
 import types
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import CPU, LAUNCH, Python
 from test_trainer import assert_same, build, lora, trained
 
 from trl_tpgrpo.batches import SAVED_CLASSES
@@ -22,7 +21,6 @@ from trl_tpgrpo.callbacks.checkpoints import INCOMPLETE, is_complete, last_compl
 from trl_tpgrpo.policies import weights
 
 
-TESTS = Path(__file__).parent
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
@@ -59,23 +57,15 @@ CASES = {
 }
 
 
-def run(output_dir: Path, number: int, options: dict, resume: bool = False) -> subprocess.Popen:
+def run(output_dir: Path, number: int, options: dict, resume: bool = False) -> Python:
     """A run in a process of its own that sends itself a signal as it scores for the `number`-th time."""
     options = {**SETTINGS, **options}
-    launch = [sys.executable]
-    if (processes := options.pop("processes", 1)) > 1:
-        launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    launch = LAUNCH if options.pop("processes", 1) == 2 else []
     output_dir.mkdir(exist_ok=True)
     script = output_dir.parent / "script.py"
     script.write_text(SCRIPT)
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
-    }
-    arguments = [str(script), str(output_dir), str(number), json.dumps(options), "resume" if resume else "begin"]
-    return subprocess.Popen([*launch, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+    how = "resume" if resume else "begin"
+    return Python(*launch, script, output_dir, number, json.dumps(options), how, env=CPU)
 
 
 def finished(output_dir: Path, number: int, options: dict, resume: bool = False) -> tuple:
@@ -87,7 +77,7 @@ def finished(output_dir: Path, number: int, options: dict, resume: bool = False)
         trainer.train(resume_from_checkpoint=resume or None)
         return trained(trainer), bool(trainer.stop_on_signal.stopped), trainer.state.global_step
     process = run(output_dir, number, options, resume)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
     return torch.load(output_dir / "end-0.pt")
 
@@ -99,7 +89,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(case: str, tmp_path: Pa
     number = random.randrange(1, rollouts + 1) + 1
     whole, *_ = finished(tmp_path / "whole", -1, CASES[case])
     process = run(tmp_path / "killed", number, CASES[case])
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate()
     by_signal = -signal.SIGKILL if "processes" not in CASES[case] else 1  # the launcher's own end
     assert process.returncode == by_signal, errors[-3000:]
     assert not (tmp_path / "killed/end-0.pt").exists(), f"rollout {number} was not reached"

@@ -12,6 +12,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 from PIL import Image
+from processes import run_python
 
 import trl_tpgrpo
 from trl_tpgrpo import cli
@@ -222,8 +223,8 @@ def test_the_example_script_runs(tmp_path: Path) -> None:
     script = (ROOT / "examples/tpgrpo.py").read_text()
     assert script.count("\n") <= 45
     script = script.replace("max_steps=10", "max_steps=1, use_cpu=True, num_inference_steps=4")
-    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    ended = run_python("-c", script, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "outputs/tpgrpo/pytorch_lora_weights.safetensors").exists()
 
 

@@ -1,15 +1,12 @@
 """Two processes train as one does at the same global batch."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from processes import CPU, LAUNCH, run_python
 
 
-TESTS = Path(__file__).parent
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
@@ -47,24 +44,10 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     """
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
-    }
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    for command in ([sys.executable], launch):
-        run = subprocess.run(
-            [*command, str(script), str(tmp_path), json.dumps(OPTIONS)],
-            env=environment,
-            capture_output=True,
-            cwd=tmp_path,
-            text=True,
-            timeout=300,
-        )
-        assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("Samples of update 1:") == 1 and run.stdout.count("finished after update 4") == 1
+    for launch in ([], LAUNCH):
+        ended = run_python(*launch, script, tmp_path, json.dumps(OPTIONS), cwd=tmp_path, env=CPU)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.count("Samples of update 1:") == 1 and ended.stdout.count("finished after update 4") == 1
     assert len(list(tmp_path.rglob("events.out*"))) == 1
     saved = {name: torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in ("1-0", "2-0", "2-1")}
     (one, history), (first, other_history), (second, _) = saved.values()

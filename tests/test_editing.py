@@ -31,7 +31,7 @@ TRUE_CFG = {"true_cfg_scale": 2.5, "negative_prompt": NEGATIVE_PROMPT}
 
 
 @pytest.fixture(autouse=True)
-def _small_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_input(monkeypatch: pytest.MonkeyPatch) -> None:
     real = pipeline_qwenimage_edit.calculate_dimensions
     monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: real(AREA, ratio))
 

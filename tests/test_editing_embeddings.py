@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_editing import pictures
+from test_editing import pictures, small_input  # noqa: F401 - of each test here too
 from tiny import PROMPTS
 from tiny_flux2 import tiny_kontext
 from tiny_qwen import tiny_qwen_image_edit

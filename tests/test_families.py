@@ -1,9 +1,6 @@
 """What the trainer promises, of every family: the first ratio, saving, all weights, processes, and what is refused."""
 
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +8,13 @@ import pytest
 import torch
 from datasets import Dataset
 from families import FAMILIES
+from processes import CPU, LAUNCH, run_python
 from test_trainer import brightness, build, logged, lora, trained
 
 from trl_tpgrpo import batches
 from trl_tpgrpo.policies.loading import unreached_weights
 
 
-TESTS = Path(__file__).parent
 MIXED = Dataset.from_dict(
     {"prompt": ["a circle", "a red square above a blue triangle above a green circle", "two red squares"] * 2}
 )
@@ -140,14 +137,9 @@ def test_two_processes_give_the_weights_of_one(name: str, tmp_path: Path) -> Non
     """Up to rounding: gradients are summed in another order, and texts are padded to the longest of a process."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    path = f"{TESTS.parent}{os.pathsep}{TESTS}"
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    for command in ([sys.executable], launch):
-        run = subprocess.run(
-            [*command, str(script), name, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert run.returncode == 0, run.stderr[-3000:]
+    for launch in ([], LAUNCH):
+        ended = run_python(*launch, script, name, tmp_path, env=CPU)
+        assert ended.returncode == 0, ended.stderr[-3000:]
     one, first, second = (torch.load(tmp_path / f"{file}.pt") for file in ("1-0", "2-0", "2-1"))
     assert any(value.abs().max() > 1e-4 for key, value in one.items() if "lora_B" in key)
     for key, value in one.items():

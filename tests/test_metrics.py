@@ -2,20 +2,17 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from processes import CPU, LAUNCH, run_python
 
 from trl_tpgrpo.algorithm.credit import CreditRule, RewardTable
 from trl_tpgrpo.metrics import Metrics, image_variety, rollout_metrics
 
 
-TESTS = Path(__file__).parent
 NAN = math.nan
 
 
@@ -111,15 +108,8 @@ state.destroy_process_group()
 
 def test_two_processes_skip_what_one_has_not_recorded_but_no_nan(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-        + [str(tmp_path / "script.py"), str(tmp_path)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    ended = run_python(*LAUNCH, tmp_path / "script.py", tmp_path, env=CPU)
+    assert ended.returncode == 0, ended.stderr[-3000:]
     expected = {"both": 0.5, "sum": 2.0, "seconds/phase": 2.0, "skips": 3.0, "alone": 5.0, "alone, max": -5.0}
     for rank in (0, 1):
         latest, first, second = json.loads((tmp_path / f"{rank}.json").read_text())

@@ -1,13 +1,13 @@
 """The scripts that make prompt sets: what they write is what the rewards and the command line read."""
 
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, load_dataset
+from processes import run_python
 
 from trl_tpgrpo.rewards.geneval import CLASSES
 from trl_tpgrpo.rewards.geneval_rules import check_metadata, clauses
@@ -22,7 +22,7 @@ import text_rendering  # noqa: E402
 
 
 def run(script: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, SCRIPTS / script, *arguments], check=True, capture_output=True, timeout=120)
+    run_python(SCRIPTS / script, *arguments).check_returncode()
 
 
 def test_compositional_prompts_say_what_they_ask_for(tmp_path: Path) -> None:

@@ -1,10 +1,7 @@
 """What failing reward functions do to a run: stop all processes, with evidence, or cost trajectories they fail on."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -12,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import CPU, LAUNCH, run_python
 from test_trainer import assert_same, brightness, build, logged, prompts, trained
 
 from trl_tpgrpo import batches
 from trl_tpgrpo.rewards import RewardError
 
 
-TESTS = Path(__file__).parent
 FAILURES = {
     "raises": "raised OSError: no disk for row",
     "returns NaN": "returned nan .* for row",
@@ -160,21 +157,8 @@ def test_two_processes_stop_together_in_every_case(tmp_path: Path) -> None:
     """The topic that fails is sampled by one of them alone; the other neither hangs nor says nothing. Nor does it
     where one records a metric that the other does not."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    run = subprocess.run(
-        [*command, str(tmp_path / "script.py"), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    ended = run_python(*LAUNCH, tmp_path / "script.py", tmp_path, env=CPU)
+    assert ended.returncode == 0, ended.stderr[-3000:]
     said = [json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in (0, 1)]
     assert said[0]["topic_0"] == said[1]["topic_0"] != []  # which one of them alone has recorded
     for how, what in FAILURES.items():

@@ -2,16 +2,14 @@
 
 import json
 import logging
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from diffusers import StableDiffusion3Pipeline
+from processes import Python, run_python
 from safetensors.torch import load_file
 from test_checkpoints import CASES, run
 from test_trainer import PROMPTS, assert_same, brightness, build, logged, lora, prompts, trained
@@ -42,7 +40,7 @@ def saved_run(folder: Path, **settings: object) -> Path:
 def test_ctrl_c_saves_after_the_update_and_stops(case: str, tmp_path: Path) -> None:
     """To one process of a run; all stop after the same update."""
     process = run(tmp_path / "stopped", 2, {**CASES[case], "signal": "SIGINT"})
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
     assert "SIGINT: the run stops after this update" in errors
     steps = []
@@ -62,6 +60,8 @@ from test_trainer import brightness, build
 def reward(images, **columns):
     os.kill(os.getpid(), signal.SIGINT)
     if sys.argv[2] == "later":
+        while not trainer.stop_on_signal._received:  # in the main thread, which may be long in coming to it
+            time.sleep(0.01)
         time.sleep(2.5)
     os.kill(os.getpid(), signal.SIGINT)
     return brightness(images)
@@ -74,8 +74,7 @@ print("stopped after update", trainer.state.global_step)
 
 @pytest.mark.parametrize("second", ["at once", "later"])
 def test_a_second_ctrl_c_ends_at_once_but_not_a_launchers_repetition(second: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", TWICE, str(tmp_path), second]
-    ended = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
+    ended = run_python("-c", TWICE, tmp_path, second)
     if second == "later":
         assert ended.returncode != 0 and "KeyboardInterrupt" in ended.stderr
     else:
@@ -232,13 +231,13 @@ def test_the_weights_of_an_interrupted_command_are_found(tmp_path: Path) -> None
     tiny_sd3().save_pretrained(tmp_path / "model")
     Dataset.from_dict({"prompt": PROMPTS}).to_json(tmp_path / "data" / "train.json")
     command = [
-        *(sys.executable, "-m", "trl_tpgrpo", "train", "--model_name_or_path", str(tmp_path / "model")),
+        *("-m", "trl_tpgrpo", "train", "--model_name_or_path", str(tmp_path / "model")),
         *("--dataset_name", str(tmp_path / "data"), "--reward_funcs", "rewards_of_a_test.stopping", "--use_peft"),
         *("--height", "16", "--width", "16", "--num_inference_steps", "4", "--num_generations", "2", "--use_cpu"),
         *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--max_steps", "5"),
         *("--output_dir", str(tmp_path / "out"), "--report_to", "none", "--max_sequence_length", "8"),
     ]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    ended = run_python(*command, cwd=tmp_path)
     assert ended.returncode == 128 + signal.SIGTERM, ended.stderr[-2000:]
     assert "Stopped by SIGTERM with a checkpoint; the weights so far are saved" in ended.stdout
     pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "model")
@@ -267,18 +266,13 @@ Path(sys.argv[1], "ended").touch()
 @pytest.mark.parametrize("terminal", ["ascii", "gone"])
 def test_printing_never_ends_a_run(terminal: str, shows: str, tmp_path: Path) -> None:
     """On a terminal that lacks the prompt's letters, and through a pipe that nobody reads any more."""
-    command = [sys.executable, "-c", PRINTING, str(tmp_path), shows]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"}
-    folder = Path(__file__).parent
+    process = Python("-c", PRINTING, tmp_path, shows, env={"PYTHONIOENCODING": "ascii"})
     if terminal == "ascii":
-        ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-        assert "Samples of update" in ended.stdout and "gr\\xfcner" in ended.stdout, ended.stderr[-2000:]
+        output, errors = process.communicate()
+        assert "Samples of update" in output and "gr\\xfcner" in output, errors[-2000:]
     else:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        assert any(b"update 1" in line for line in process.stdout)
+        assert any("update 1" in line for line in process.stdout)
         process.stdout.close()
         process.stderr.close()
-        process.wait(timeout=300)
+        process.wait()
     assert (tmp_path / "ended").exists()

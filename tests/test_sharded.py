@@ -4,9 +4,6 @@ The configs are those of examples/accelerate. The processes are on the CPU and m
 (emulated_gpus.py); what they run is in sharded_runs.py.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from processes import run_python
 from safetensors.torch import load_file
 from test_trainer import build
 from tiny import tiny_flux, tiny_sd3
@@ -24,16 +22,14 @@ from trl_tpgrpo.commands.train import make_parser, split_options
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "examples" / "accelerate"
 KINDS = ("multi_gpu", "fsdp2", "zero2")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
 
 
 def launch(kind: str | None, folder: Path) -> Path:
     """Run sharded_runs.py on two processes, or on one without a kind."""
     config = ["--config_file", str(CONFIGS / f"{kind}.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
     launcher = ["-m", "accelerate.commands.launch", *config] if kind else []
-    command = [sys.executable, *launcher, str(TESTS / "sharded_runs.py"), str(folder)]
-    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-5000:]
+    ended = run_python(*launcher, TESTS / "sharded_runs.py", folder)
+    assert ended.returncode == 0, ended.stderr[-5000:]
     return folder
 
 

@@ -1,19 +1,18 @@
 """The study's scripts, from sampling to the report, at the smallest sizes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from processes import run_python
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def run(script: str, *options: str) -> str:
-    command = [sys.executable, str(BENCHMARKS / script), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    ended = run_python(BENCHMARKS / script, *options)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout
 
 
 def test_ablation_runs_goes_on_and_reports(tmp_path: Path) -> None:
