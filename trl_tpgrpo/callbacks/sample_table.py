@@ -4,6 +4,7 @@ The setting's name is TRL's, where a completion is what a language model writes.
 images; everywhere else in this package a completion is the image that the ODE makes of a state.
 """
 
+import io
 import shutil
 import sys
 from pathlib import Path
@@ -67,7 +68,6 @@ def trajectory(sample: RolloutSample, index: int) -> str:
 def rendered(shown: Table) -> str:
     """Return a table as text, at least 80 characters wide."""
     width = max(80, shutil.get_terminal_size((120, 24)).columns)
-    console = Console(width=width, force_terminal=sys.stdout.isatty())
-    with console.capture() as written:
-        console.print(shown)
-    return "\n".join(line.rstrip() for line in written.get().splitlines())
+    written = io.StringIO()  # rich's capture would flush the terminal's stream, and end the run if its reader has gone
+    Console(file=written, width=width, force_terminal=sys.stdout.isatty()).print(shown)
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
