@@ -1,6 +1,6 @@
 """Step credit with each trust region on the testbed: 30 updates, two on each rollout, the second off policy.
 
-All weights are trained with the paper's credit on three steps, in rollouts of 512 images; a row is one seed. Rewards
+All weights are trained with the paper's credit on four steps, in rollouts of 512 images; a row is one seed. Rewards
 are means of the trajectories of the first and the last three rollouts; the other columns are means over the second
 updates. Results go to benchmarks/results/losses.json, as they come.
 
@@ -25,7 +25,7 @@ from trl_tpgrpo.testbed.checker import shapes_reward
 
 RESULTS = Path(__file__).parent / "results/losses.json"
 SHARED = {
-    **SETTINGS, "sde_window_size": 3, "completion": "at_1_2_3_5", "learning_rate": 2e-4, "max_steps": 30,
+    **SETTINGS, "sde_window_size": 4, "completion": "at_1_2_3_5", "learning_rate": 2e-4, "max_steps": 30,
     "generation_batch_size": 512, "gradient_accumulation_steps": 4, "guard_rails": "stop", "report_to": "none",
 }  # fmt: skip
 LOSSES: dict[str, dict[str, Any]] = {
@@ -34,7 +34,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "dppo, 1.3e-4": {"loss_type": "dppo", "epsilon": None, "kl_mask_threshold": 1.3e-4},
     "ratio_norm, 2e-6": {"ratio_norm": True, "epsilon": None},
     "ratio_norm, 2.3e-5": {"ratio_norm": True, "epsilon": 2.3e-5},
-    "chunks [1, 2]": {"importance_sampling_level": "chunk", "chunk_sizes": [1, 2]},
+    "chunks [1, 3]": {"importance_sampling_level": "chunk", "chunk_sizes": [1, 3]},
     "chunks by change": {"importance_sampling_level": "chunk"},
     "trajectory": {"importance_sampling_level": "trajectory"},
 }

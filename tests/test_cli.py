@@ -122,6 +122,9 @@ def test_the_recipe_of_the_examples_is_valid() -> None:
 def test_launch_options_go_to_accelerate(tmp_path: Path, monkeypatch) -> None:
     launched = []
     monkeypatch.setattr(train, "launch_command", launched.append)
+    with pytest.raises(ValueError, match="num_processes=2 needs GPUs.*torchrun --nproc_per_node 2 -m trl_tpgrpo"):
+        train.main(["--config", recipe(tmp_path, num_processes=2), *SMALL])
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     train.main(["--config", recipe(tmp_path, num_processes=2), *SMALL])
     train.main(["--config", recipe(tmp_path), "--num_processes", "2", *SMALL])
     from_recipe, arguments = launched

@@ -197,7 +197,7 @@ WRONG = [
     ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps must be at least 1"),
     ({"generation_batch_size": -24}, "generation_batch_size must be at least 1"),
     ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size must be at least 1"),
-    ({"generation_batch_size": 50}, "must be a multiple of the global batch size"),
+    ({"generation_batch_size": 48}, r"must be a multiple of per_device_train_batch_size x processes \(9\)"),
     ({"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3}, "must be a multiple of num_generations"),
     (
         {"per_device_train_batch_size": 24, "steps_per_generation": 4, "gradient_accumulation_steps": 3},

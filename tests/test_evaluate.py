@@ -278,6 +278,7 @@ def test_launch_options_go_to_accelerate(tmp_path: Path, monkeypatch: Any) -> No
     launched: list[Any] = []
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr(train, "launch_command", launched.append)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     arguments = [*options(tmp_path), "--adapter", "a", "b"]
     evaluate.main([*arguments, "--num_processes", "2"])
     assert launched[0].num_processes == 2 and launched[0].training_script == "trl_tpgrpo"

@@ -22,7 +22,15 @@ from tiny import tiny_flux, tiny_sd3
 from torch import Tensor
 
 from trl_tpgrpo import TPGRPOConfig, cli
-from trl_tpgrpo.algorithm.credit import AGGREGATIONS, CreditRule, RewardTable, assign_credit, normalize, step_rewards
+from trl_tpgrpo.algorithm.credit import (
+    AGGREGATIONS,
+    CreditRule,
+    RewardTable,
+    assign_credit,
+    normalize,
+    step_rewards,
+    turning_point_credit,
+)  # fmt: skip
 from trl_tpgrpo.commands import sample
 from trl_tpgrpo.hub.card import to_yaml
 from trl_tpgrpo.policies.base import FlowPolicy, Guidance
@@ -146,7 +154,17 @@ def test_a_function_of_the_script_itself(tmp_path: Path, monkeypatch: pytest.Mon
     made = config(tmp_path, credit=discounted)
     assert made.credit == "__main__.discounted" and made.credit_rule.function is discounted
     text = to_yaml(made.given)
-    assert "functions of its own: credit\n" in text and "credit" not in yaml.safe_load(text)
+    assert yaml.safe_load(text)["credit"] == "__main__.discounted"  # which nothing else takes for the default
+
+
+def test_a_rule_may_build_on_turning_points(tmp_path: Path) -> None:
+    rewards = torch.tensor([[0.0, -1.0, 2.0, 3.0], [1.0, 2.0, 0.0, -1.0]])
+    doubled = dataclasses.replace(
+        CreditRule(), credit="a.b", function=lambda rewards, rule: 2 * turning_point_credit(rewards, rule)
+    )
+    expected = assign_credit(rewards, CreditRule(), 3)[0]
+    assert torch.equal(assign_credit(rewards, doubled, 3)[0], 2 * expected)
+    assert not torch.equal(expected, rewards.diff(dim=1)) and copy.deepcopy(doubled).function is doubled.function
 
 
 class Callable_:
@@ -164,7 +182,10 @@ class Callable_:
         ("my_rules.discount", "'my_rules' has no credit 'discount': did you mean discounted"),
         ("my_rules:GAMMA", "credit: my_rules.GAMMA is neither a function nor a class, but 0.9"),
         ("no_rules.discounted", "The module of the credit 'no_rules.discounted' cannot be imported"),
-        (takes_rewards_alone, r"credit: test_from_outside.takes_rewards_alone must take \(rewards, rule\): too many"),
+        (
+            takes_rewards_alone,
+            r"credit: test_from_outside.takes_rewards_alone must be a function of \(rewards, rule\), no class: too",
+        ),
     ],
 )
 def test_a_credit_that_cannot_be_found_is_refused(credit: Any, message: str, files: Path) -> None:

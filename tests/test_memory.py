@@ -240,9 +240,8 @@ def test_the_rollout_that_is_recomputed_twice_gives_the_same(tmp_path: Path) -> 
     trainer = build(tmp_path, recompute_old_log_probs=True, num_iterations=2)
     trainer.model.train()
     (chunk,) = [trainer._prepare_inputs([{"prompt": PROMPTS[0], "topic": 0}] * 4)]
-    assert torch.equal(
-        chunk.log_probs, trainer.rollouts.training_log_probs(chunk, trainer.compute_loss_context_manager)
-    )
+    again = trainer.rollouts.recomputed(chunk, trainer.compute_loss_context_manager)
+    assert torch.equal(chunk.log_probs, again.log_probs)
     assert not chunk.log_probs.requires_grad
 
 

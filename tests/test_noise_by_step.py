@@ -119,9 +119,15 @@ def test_the_command_line_and_recipes_take_a_number_or_a_list(tmp_path: Path) ->
 
 CPS = {"noise_level": [0.5, 1.5, 0.5], "num_inference_steps": 4}
 WRONG = [
-    ({"noise_level": [0.7] * 8}, r"one number or 9 numbers, of each step of \[0, 9\), got 8: \[0.7, "),
+    (
+        {"noise_level": [0.7] * 8},
+        r"one number or 9 numbers, of each step of sde_window_range \[0, 9\), got 8: \[0.7, ",
+    ),
     ({"noise_level": []}, "one number or 9 numbers"),
-    ({"noise_level": [0.5] * 3, "sde_window_range": [1, 3]}, r"2 numbers, of each step of \[1, 3\), got 3"),
+    (
+        {"noise_level": [0.5] * 3, "sde_window_range": [1, 3]},
+        r"2 numbers, of each step of sde_window_range \[1, 3\), got 3",
+    ),
     ({"noise_level": [0.5, 0.0, 0.5]}, r"noise_level must be above 0, got \[0.5, 0.0, 0.5\]"),
     ({"noise_level": [0.5, float("nan")]}, "noise_level must be above 0"),
     ({"noise_level": "0.5"}, "noise_level must be above 0"),
@@ -240,6 +246,19 @@ def test_a_run_goes_on_from_before_with_other_noise_if_that_is_accepted(tmp_path
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     found, taken = resumed.rollouts.windows.calibrated_noise, resumed.rollouts.windows.measured
     assert taken.noise_level == tuple(found[taken.start : taken.stop])
+
+
+def test_what_was_measured_in_other_steps_is_measured_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    windows = build(tmp_path, sde_window_range=[1, 3], **CALIBRATES).rollouts.windows
+    windows.calibrated_noise = [0.4, 0.5]
+    saved = windows.state_dict()
+    same, other = (
+        build(tmp_path, sde_window_range=steps, **CALIBRATES).rollouts.windows for steps in ([1, 3], [0, 3])
+    )
+    same.load_state_dict(saved)
+    assert same.calibrated_noise == [0.4, 0.5] and not caplog.messages
+    other.load_state_dict(saved)
+    assert other.calibrated_noise is None and "sde_window_range or sde_type has changed" in caplog.text
 
 
 def test_calibration_costs_what_the_plan_says_and_repeats(tmp_path: Path) -> None:

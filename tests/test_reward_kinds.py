@@ -351,6 +351,7 @@ def test_declarations_that_exclude_each_other_are_refused(attributes: dict, mess
     [
         (states(), {"completion": "ab2_2"}, "completion='ab2_2': all reward functions score noisy states"),
         (states(), {"completion_check_every": 2}, "completion_check_every=2: all reward functions score noisy states"),
+        (ranks, {"noise_calibration_iterations": 2}, "noise_calibration_iterations: ranks compare the images of a gr"),
         (ranks, {"num_generations": 3, "generation_batch_size": 12, "eval_dataset": prompts(2),
                  "num_generations_eval": 3, "per_device_eval_batch_size": 4},
          r"'ranks' scores groups: 4 images a process are no whole groups of num_generations_eval \(3\)"),

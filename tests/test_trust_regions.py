@@ -14,6 +14,7 @@ from trl_tpgrpo.algorithm.chunks import chunk_means, chunks_by_change, relative_
 from trl_tpgrpo.algorithm.losses import LossRule, clipped_surrogate, masked_surrogate, normalized_log_ratio
 from trl_tpgrpo.algorithm.sde import Transition, kl_divergence, log_prob, transition
 from trl_tpgrpo.batches import Trajectories
+from trl_tpgrpo.callbacks.costs import count
 
 
 TWO_UPDATES = {  # the second is off policy
@@ -67,6 +68,8 @@ def test_an_infinite_threshold_masks_nothing_and_an_overflow_stays_out() -> None
     assert not masked_surrogate(log_ratio, advantages, divergence, float("inf")).left_out.any()
     masked = masked_surrogate(log_ratio, advantages, divergence, 1.0)
     assert masked.left_out.all() and torch.equal(masked.loss, torch.zeros(3))
+    masked.loss.sum().backward()
+    assert torch.equal(log_ratio.grad, torch.zeros(3))
 
 
 def test_the_normalised_ratio_is_the_published_one() -> None:
@@ -131,7 +134,8 @@ def test_the_change_of_latents_is_relative() -> None:
         ([3, 2, 1, 5, 4, 3], (2, 1, 3)),
         ([1, 2, 1, 2], (1, 1, 2)),
         ([1.0], (1,)),
-        ([1.0, 2.0], (1, 1)),
+        ([1.0, 2.0], (2,)),
+        ([3.0, 2.0, 4.0], (1, 2)),
     ],
 )
 def test_chunks_end_where_the_change_turns(change: list[float], sizes: tuple[int, ...]) -> None:
@@ -240,10 +244,20 @@ def test_the_loss_of_a_normalised_ratio_is_divided_by_the_length_of_the_step(tmp
 
 
 def test_chunks_take_evaluations_of_their_own_after_the_first_update(tmp_path: Path) -> None:
-    trainer = build(tmp_path, **TWO_UPDATES | LOSSES["trajectory"], beta=0.0)
+    trainer = build(tmp_path, **TWO_UPDATES | LOSSES["trajectory"])
     trainer.train()
     first, second = logged(trainer, "num_train_evaluations")
     assert second == first + 4 * 4
+    assert count(trainer.args).rollout["evaluations in training"] == [first + second]
+
+
+@pytest.mark.parametrize("loss", ["dppo", "ratio_norm", "trajectory"])
+def test_another_loss_inside_a_rollout_is_refused_on_resuming(loss: str, tmp_path: Path) -> None:
+    sampled = first_micro_batch(build(tmp_path, **TWO_UPDATES | GAUSSIAN))
+    sampled.check_loss(config(**GAUSSIAN))
+    sampled.check_loss(config(**GAUSSIAN, importance_sampling_level="chunk", chunk_sizes=[1] * 9))
+    with pytest.raises(ValueError, match="inside a rollout that was sampled for another loss"):
+        sampled.check_loss(config(**GAUSSIAN | LOSSES[loss]))
 
 
 # Settings
@@ -263,10 +277,10 @@ def test_published_bounds_are_the_defaults_of_each_loss() -> None:
     [
         ({"loss_type": "ppo"}, r"loss_type must be one of \('clip', 'dppo'\), got 'ppo'"),
         ({"importance_sampling_level": "token"}, "importance_sampling_level must be one of"),
-        ({"loss_type": "dppo", "epsilon": 1e-5}, "epsilon has no effect with loss_type='dppo': leave it out"),
-        ({"loss_type": "dppo", "epsilon_high": 1e-5}, "epsilon_high has no effect"),
-        ({"loss_type": "dppo", "ratio_norm": True, **GAUSSIAN}, "ratio_norm has no effect"),
-        ({"kl_mask_threshold": 1e-6}, "kl_mask_threshold has no effect with loss_type='clip'"),
+        ({"loss_type": "dppo", "epsilon": 1e-5}, "epsilon=1e-05 has no effect with loss_type='dppo': leave it out"),
+        ({"loss_type": "dppo", "epsilon_high": 1e-5}, "epsilon_high=1e-05 has no effect"),
+        ({"loss_type": "dppo", "ratio_norm": True, **GAUSSIAN}, "ratio_norm=True has no effect"),
+        ({"kl_mask_threshold": 1e-6}, "kl_mask_threshold=1e-06 has no effect with loss_type='clip'"),
         ({"loss_type": "dppo", "kl_mask_threshold": 0.0}, "kl_mask_threshold must be above 0"),
         ({"ratio_norm": True}, "ratio_norm needs sde_type='flow_sde' or 'dance_sde'.*got 'cps' with 'squared_error'"),
         ({"ratio_norm": True, "sde_type": "flow_sde", "log_prob_type": "squared_error"}, "ratio_norm needs"),

@@ -157,6 +157,14 @@ class Trajectories:
             means=None if self.means is None else self.means.to(states_device),
         )
 
+    def check_loss(self, args: Any) -> None:
+        """Raise a `ValueError` where the loss of a `TPGRPOConfig` needs what was not kept when these were sampled."""
+        lacks_means = args.loss_rule.needs_means and self.means is None and self.log_probs is not None
+        has_no_chunks = args.importance_sampling_level != "step" and args.chunk_sizes is None and self.chunks is None
+        if lacks_means or has_no_chunks:
+            remedy = "resume from a checkpoint at the end of a rollout, or change the loss later"
+            raise ValueError(f"The checkpoint is inside a rollout that was sampled for another loss: {remedy}.")
+
     def with_chunk_ratios(self, now: "Trajectories") -> "Trajectories":
         """Add the ratios of chunks of steps, from the log-probabilities of the policy that is trained `now`.
 
@@ -216,7 +224,7 @@ SAVED_CLASSES += [(one, f"trl_tpgrpo.{module}.{one.__name__}") for module, known
 
 def scored_rule(rule: CompletionRule | None, reward_funcs: Sequence[RewardFunc]) -> CompletionRule | None:
     """Return the rule by which states are completed; where all functions score states, these are left as they are."""
-    return replace(rule, num_steps=0) if rule and takes_states_alone(reward_funcs) else rule
+    return replace(rule, num_steps=0, at=None) if rule and takes_states_alone(reward_funcs) else rule
 
 
 def what_is_scored(reward_funcs: Sequence[RewardFunc]) -> str:

@@ -113,7 +113,7 @@ class TPGRPOTrainer(_BaseTrainer):
         if args.reward_weights is not None and len(args.reward_weights) != number:
             raise ValueError(f"reward_weights has {len(args.reward_weights)} entries for {number} reward functions.")
         check_datasets(train_dataset, eval_dataset, self.reward_funcs, self.eval_reward_funcs, args)
-        sharding.check_before_loading()
+        sharding.check_before_loading(args)
         set_seed(args.seed)  # before the adapter's random weights
         self.policy = loading.load_policy(model, args, use_lora=peft_config is not None)
         transformer, frozen_copy = loading.prepare_transformer(self.policy, peft_config, args)

@@ -35,10 +35,10 @@ def relative_change(states: Tensor) -> Tensor:
 def chunks_by_change(change: Tensor) -> tuple[int, ...]:
     """Cut K steps where the relative change (K,) of their latents turns from falling to rising or back (section 4.3).
 
-    A chunk of more than half of the steps is cut again, where the slope of its change turns, and so on. One that never
-    turns is halved.
+    A chunk of more than half of the steps, and of more than two, is cut again where the slope of its change turns, and
+    so on. One that never turns is halved.
     """
-    return tuple(_cut(change.tolist(), longest=max(1, len(change) // 2)))
+    return tuple(_cut(change.tolist(), longest=max(2, len(change) // 2)))
 
 
 def _cut(values: list[float], longest: int) -> list[int]:

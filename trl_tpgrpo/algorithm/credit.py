@@ -56,11 +56,15 @@ class CreditRule:
     @property
     def needs_completions(self) -> bool:
         """Whether the rule reads rewards of completed states, and not those of the trajectories' own images alone."""
-        return getattr(self.function or RULES[self.credit], "needs_completions", True)
+        return getattr(self.function or RULES.get(self.credit), "needs_completions", True)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the function out, so that a checkpoint names no code to run; its credit has been computed by then."""
         return {**vars(self), "function": None}
+
+    def __deepcopy__(self, memo: dict) -> "CreditRule":
+        """Return itself, with the function."""
+        return self
 
 
 def step_rewards(rewards: Tensor) -> Tensor:
@@ -101,6 +105,12 @@ def balance(turning: Tensor, aggregated: Tensor) -> Tensor:
     return kept.view_as(turning)
 
 
+def kept_turning_points(rewards: Tensor, rule: CreditRule) -> Tensor:
+    """Return the turning points that are left when they are balanced: bool, (B, K) from (B, K + 1)."""
+    turning = turning_points(rewards, rule)
+    return balance(turning, aggregated_rewards(rewards)) if rule.balanced else turning
+
+
 def lambda_return(rewards: Tensor, decay: float) -> Tensor:
     """Return `c_j = sum_l decay^l r_{j+l}`, from the last step backwards: (B, K) from (B, K + 1)."""
     returns = step_rewards(rewards)
@@ -124,7 +134,7 @@ def incremental(rewards: Tensor, rule: CreditRule) -> Tensor:
 
 def turning_point_credit(rewards: Tensor, rule: CreditRule) -> Tensor:
     """Return `A_j` at turning points and `r_j` elsewhere: (B, K) from (B, K + 1)."""
-    turning = credited_turning_points(rewards, rule, rewards.shape[1] - 1)
+    turning = kept_turning_points(rewards, rule)
     return torch.where(turning, aggregated_rewards(rewards), step_rewards(rewards))
 
 
@@ -145,8 +155,7 @@ def credited_turning_points(rewards: Tensor, rule: CreditRule, num_steps: int) -
     """Return the steps that a rule credits as turning points: bool, (B, K); none where it knows no such."""
     if rule.function is not None or RULES[rule.credit] is not turning_point_credit:
         return torch.zeros(len(rewards), num_steps, dtype=torch.bool)
-    turning = turning_points(rewards, rule)
-    return balance(turning, aggregated_rewards(rewards)) if rule.balanced else turning
+    return kept_turning_points(rewards, rule)
 
 
 def assign_credit(rewards: Tensor, rule: CreditRule, num_steps: int) -> tuple[Tensor, Tensor]:
@@ -178,8 +187,8 @@ def _from_outside(rewards: Tensor, rule: CreditRule, num_steps: int) -> Tensor:
     if wrong:
         row, step = wrong[0]
         where = f"{credits[row, step].item()} for trajectory {row}, step {step}, whose rewards are finite"
-        hint = "Trajectories that are left out have rewards of NaN: nanmean and nansum skip them"
-        raise ValueError(f"{what} returned {where}. {hint}.")
+        hint = " Trajectories that are left out have rewards of NaN: nanmean and nansum skip them."
+        raise ValueError(f"{what} returned {where}.{hint if left_out.any() else ''}")
     return credits
 
 

@@ -65,10 +65,10 @@ def masked_surrogate(log_ratio: Tensor, advantages: Tensor, divergence: Tensor, 
     That is, where `divergence` (B,), the exact one of the new from the old transition, has reached the threshold, and
     the ratio is above 1 with a positive advantage or below 1 with a negative one.
     """
-    ratio = torch.exp(log_ratio)
-    goes_out = (ratio.detach() - 1) * advantages > 0
-    masked = goes_out & (divergence >= threshold)
-    return Surrogate(torch.where(masked, 0.0, -ratio * advantages), ratio.detach(), masked, divergence)
+    masked = (log_ratio.detach().sign() * advantages > 0) & (divergence >= threshold)
+    ratio = torch.exp(torch.where(masked, 0.0, log_ratio))  # an overflow that is masked has no gradient either
+    loss = torch.where(masked, 0.0, -ratio * advantages)
+    return Surrogate(loss, torch.exp(log_ratio.detach()), masked, divergence)
 
 
 def normalized_log_ratio(step: Transition, old: Transition, next_latents: Tensor) -> Tensor:

@@ -163,6 +163,8 @@ def load_progress(trainer: Any, checkpoint: Path) -> None:
     trainer.rollouts.load_state_dict(saved)
     device, offload = trainer.args.device, trainer.args.offload_trajectories
     buffered = saved["buffered_inputs"]
+    if buffered and trainer._step % trainer._generate_every:  # and not used up
+        buffered[0].check_loss(trainer.args)
     trainer._buffered_inputs = buffered and [trajectories.to(device, offload) for trajectories in buffered]
 
 

@@ -44,6 +44,8 @@ def count(args: Any, dataset_size: int | None = None, reward_funcs: Sequence[Cal
     batches = steps * (args.num_iterations + (args.beta > 0))
     if args.recompute_old_log_probs:  # the first update can do without, unless there are more iterations
         batches += max(0, steps - (accumulated if args.num_iterations == 1 else 0))
+    if args.importance_sampling_level != "step" and max(args.chunk_sizes or [2]) > 1:  # ratios of chunks, later on
+        batches += max(0, steps * args.num_iterations - accumulated)
     updates, total = steps * args.num_iterations / accumulated, args.max_steps if args.max_steps > 0 else None
     num_rollouts = None if total is None else math.ceil(total / updates)
     if dataset_size is not None:  # an epoch ends with an update, whatever has been accumulated

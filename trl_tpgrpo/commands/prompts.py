@@ -94,5 +94,6 @@ def _with_prompts(dataset: Dataset, column: str | None) -> Dataset:
     elif column not in (None, "prompt"):
         dataset = dataset.remove_columns([name for name in names if name == "prompt"]).rename_column(column, "prompt")
     if (kind := getattr(dataset.features["prompt"], "dtype", "list")) not in ("string", "large_string"):
-        raise ValueError(f"The dataset has no prompts that are strings, but of the type {kind}.")
+        what = f"The column {column or 'prompt'!r} must hold strings, and is of the type {kind}"
+        raise ValueError(f"{what}: look for rows whose prompt is a number, empty or a list.")
     return dataset

@@ -97,9 +97,13 @@ def launch(command: str, parser: TrlParser, argv: list[str]) -> list[str] | int:
     launch_options, own_options = split_options(parser, argv)
     if "LOCAL_RANK" in os.environ or not (launch_options or torch.cuda.device_count() > 1):
         return own_options
-    arguments = [*launch_options, "--module", "trl_tpgrpo", command, *own_options]
+    arguments = launch_command_parser().parse_args([*launch_options, "--module", "trl_tpgrpo", command, *own_options])
+    number = arguments.num_processes or 1
+    if number > 1 and not torch.accelerator.is_available():  # accelerate would start one
+        remedy = f"torchrun --nproc_per_node {number} -m trl_tpgrpo {command} ... --use_cpu true"
+        raise ValueError(f"num_processes={number} needs GPUs, and there are none; on a CPU: {remedy}.")
     try:
-        launch_command(launch_command_parser().parse_args(arguments))
+        launch_command(arguments)
     except ChildFailedError as error:  # which has said why
         return error.get_first_failure()[1].exitcode
     except SignalException as error:

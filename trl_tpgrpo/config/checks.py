@@ -26,7 +26,7 @@ def sampling_errors(args: Any) -> Iterator[str]:
         )
     start, stop = args.sde_window_limits
     if isinstance(args.noise_level, list) and len(args.noise_level) != stop - start:
-        what = f"{stop - start} numbers, of each step of [{start}, {stop})"
+        what = f"{stop - start} numbers, of each step of sde_window_range [{start}, {stop})"
         yield f"noise_level must be one number or {what}, got {len(args.noise_level)}: {args.noise_level}."
     if size is not None and args.sde_window_share is not None:
         yield f"sde_window_share ({args.sde_window_share}) measures the size: leave out sde_window_size ({size})."
@@ -43,8 +43,8 @@ def credit_errors(args: Any) -> Iterator[str]:
     if function is not None:
         try:
             inspect.signature(function).bind("rewards", "rule")
-        except TypeError as error:
-            yield f"credit: {args.credit} must take (rewards, rule): {error}."
+        except (TypeError, ValueError) as error:  # of a built-in function too, which has no signature
+            yield f"credit: {args.credit} must be a function of (rewards, rule), no class: {error}."
     elif (args.credit == "lambda") == (args.credit_lambda is None):
         yield f"credit_lambda ({args.credit_lambda}) is what credit='lambda' alone needs: credit={args.credit!r}."
     completed = ("completion", "completion_check_every", "advantage_baseline", "noise_calibration_iterations")
@@ -64,7 +64,8 @@ def loss_errors(args: Any) -> Iterator[str]:
     clips, level, sizes = args.loss_type == "clip", args.importance_sampling_level, args.chunk_sizes
     for name in ["kl_mask_threshold"] if clips else ["epsilon", "epsilon_high", "ratio_norm"]:
         if value := getattr(args, name):
-            yield f"{name} has no effect with loss_type={args.loss_type!r}: leave it out, got {value}."
+            what = f"{name}={value} has no effect with loss_type={args.loss_type!r}"
+            yield f"{what}: leave it out, or set it to null if a recipe has it."
     if level != "step" and (args.ratio_norm or not clips):
         other = "ratio_norm" if clips else f"loss_type={args.loss_type!r}"
         yield f"importance_sampling_level={level!r} and {other} cannot be combined: each defines another ratio."

@@ -380,10 +380,11 @@ class TPGRPOConfig(_BaseConfig):
         if size is not None and steps is not None:
             yield f"generation_batch_size ({size}) excludes steps_per_generation ({steps}): set one of them."
         size = size or per_step * (steps or accumulated or 0) or 48 * group
-        if size % per_step:
-            yield f"generation_batch_size ({size}) must be a multiple of the global batch size ({per_step})."
         if size % group:
             yield f"generation_batch_size ({size}) must be a multiple of num_generations ({group}), for whole groups."
+        if size % per_step:
+            what = f"per_device_train_batch_size x processes ({per_step})"
+            yield f"generation_batch_size ({size}) must be a multiple of {what}."
         if self.share_initial_noise and (own := size // self.world_size) % group:
             yield f"share_initial_noise: {own} images a process are no whole groups of num_generations ({group})."
         steps = size // per_step

@@ -110,6 +110,7 @@ class RunCard:
             updates=state.global_step,
             evaluated=bool(evaluated),
             calibrated={name: found[-1][1] for name, found in calibrated.items()},
+            own_credit="." in self.args.credit,
             rewards=evaluated or rewards_by_update(state.log_history, r"reward|rewards/.+/mean"),
         )
 
@@ -192,8 +193,7 @@ def _portable_items(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _portable(name: str, value: Any) -> Any:
     if isinstance(value, str):
-        is_own = is_local(value) or value.startswith("__main__.") or name in ("deepspeed", "fsdp_config")
-        return LOCAL if is_own else value
+        return LOCAL if is_local(value) or name in ("deepspeed", "fsdp_config") else value
     if isinstance(value, Path):
         return LOCAL
     if is_dataclass(value) and not isinstance(value, type):

@@ -17,8 +17,11 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 
 
-def check_before_loading() -> None:
-    """Raise a `ValueError` for launch options under which models are loaded in part."""
+def check_before_loading(args: Any) -> None:
+    """Raise a `ValueError` for launch options under which models are loaded in part, or processes work apart."""
+    if (number := int(os.environ.get("WORLD_SIZE", 1))) != args.world_size:
+        what = f"{number} processes were launched, and this one works alone (world size {args.world_size})"
+        raise ValueError(f"{what}: without GPUs set use_cpu=True.")
     names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
     if all(os.environ.get(name, "false").lower() == "true" for name in names):
         reason = "else only the first process has text encoders and reward models; see examples/accelerate/fsdp2.yaml"

@@ -35,9 +35,10 @@ class RewardError(RuntimeError):
     @property
     def outcome(self) -> str:
         """What the function did, and on which image or group."""
+        what = self.what.removesuffix(".")  # of what a function raised
         if self.row is None:
-            return self.what if self.prompt is None else f"{self.what} for the group of the prompt {self.prompt!r}"
-        return f"{self.what} for row {self.row}, prompt {self.prompt!r}"
+            return what if self.prompt is None else f"{what} for the group of the prompt {self.prompt!r}"
+        return f"{what} for row {self.row}, prompt {self.prompt!r}"
 
     def __str__(self) -> str:
         saved = "" if self.saved_to is None else f" The image is in {self.saved_to}."
@@ -230,6 +231,10 @@ def check_settings(reward_funcs: list[RewardFunc], eval_only: list[RewardFunc], 
             raise ValueError(
                 f"{name}={value!r}: all reward functions score noisy states, none is completed: {remedy}."
             )
+    ranks = [reward_name(function) for function in reward_funcs if declared(function).scores_groups]
+    if args.noise_calibration_iterations and ranks and len(ranks) == len(reward_funcs):
+        what = f"noise_calibration_iterations: {' and '.join(ranks)} compare the images of a group"
+        raise ValueError(f"{what}, whose rewards are as often above as below at any noise: set it to 0.")
     own = {"num_generations": args.generation_batch_size // args.world_size}
     own |= {"num_generations_eval": args.per_device_eval_batch_size} if evaluates else {}
     for name, number in own.items():

@@ -138,7 +138,7 @@ class Rollouts:
             return tuple(sizes) if max(sizes) > 1 else None
         chunks = chunks_by_change(self.accelerator.reduce(relative_change(states).to(self.args.device), "mean"))
         self.metrics["train"].record("num_chunks", len(chunks))
-        return chunks
+        return chunks if max(chunks) > 1 else None
 
     def _sample_in_sweeps(
         self,

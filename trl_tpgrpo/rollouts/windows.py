@@ -1,5 +1,6 @@
 """The SDE windows of rollouts: drawn for each, or measured before the first, as is the noise of their steps."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from ..algorithm.rollout import Window
 from ..config import TPGRPOConfig
 from ..metrics import Metrics
 
+
+logger = logging.getLogger(__name__)
 
 Rows = list[dict[str, Any]]
 
@@ -35,11 +38,18 @@ class Windows:
         self.measured: Window | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what has been measured."""
-        return {"calibrated_noise": self.calibrated_noise, "measured_window": self.measured}
+        """Return what has been measured, and for which steps and SDE."""
+        return {"calibrated_noise": self.calibrated_noise, "measured_window": self.measured, "measured_in": self._in}
+
+    @property
+    def _in(self) -> list[Any]:
+        return [*self.args.sde_window_limits, self.args.sde_type]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was measured, unless the settings fix it now."""
+        """Take over what was measured, unless the settings fix it now, or had it measured for other steps or SDEs."""
+        if state.get("measured_in", self._in) != self._in:
+            logger.warning("sde_window_range or sde_type has changed: what was measured in them is measured anew.")
+            return
         if self.args.noise_calibration_iterations:
             self.calibrated_noise = state.get("calibrated_noise")  # absent where written before
         if self.args.sde_window_share is not None and (window := state["measured_window"]) is not None:

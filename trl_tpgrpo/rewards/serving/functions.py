@@ -136,6 +136,8 @@ def import_path(name: str, given: Any, known: Sequence[str] = ()) -> str:
     """
     if given in known:
         return given
+    if not (isinstance(given, str) or callable(given)):
+        raise ValueError(f"{name} must be a name, an import path or a function, got {given!r}.")
     if isinstance(given, str):
         path = dotted(given)
     else:
@@ -159,8 +161,9 @@ def find_function(path: str, what: str = "reward function") -> Callable[..., Any
     `what` it is for is named in the `ValueError` that says why there is nothing.
     """
     module_path, _, name = dotted(path).rpartition(".")
-    if not module_path:
-        raise ValueError(f"{path!r} must be a dotted import path, such as my_rewards.mine.")
+    if not module_path or module_path.startswith("."):
+        form = "an import path from the current folder on, such as my_rewards.mine or ./folder/my_rewards.py:mine"
+        raise ValueError(f"The {what} {path!r} must be {form}.")
     folder = os.getcwd()
     sys.path.insert(0, folder)
     try:
