@@ -121,12 +121,12 @@ CPS = {"noise_level": [0.5, 1.5, 0.5], "num_inference_steps": 4}
 WRONG = [
     (
         {"noise_level": [0.7] * 8},
-        r"one number or 9 numbers, of each step of sde_window_range \[0, 9\), got 8: \[0.7, ",
+        r"or 9 numbers, of each step of sde_window_range \[0, 9\), got 8: \[0.7, ",
     ),
     ({"noise_level": []}, "one number or 9 numbers"),
     (
         {"noise_level": [0.5] * 3, "sde_window_range": [1, 3]},
-        r"2 numbers, of each step of sde_window_range \[1, 3\), got 3",
+        r"2 numbers, .* sde_window_range \[1, 3\), got 3",
     ),
     ({"noise_level": [0.5, 0.0, 0.5]}, r"noise_level must be above 0, got \[0.5, 0.0, 0.5\]"),
     ({"noise_level": [0.5, float("nan")]}, "noise_level must be above 0"),
