@@ -17,6 +17,7 @@ from loopback import Reply, as_json, scripted, serving
 from test_judge import ask, completion, shade, short_pauses  # noqa: F401  # a fixture is among them
 
 from trl_tpgrpo.commands.rewards import load_reward
+from trl_tpgrpo.rewards import RewardUnavailable
 from trl_tpgrpo.rewards.judge import NUMBERS, VLMJudge, VLMJudgeError
 from trl_tpgrpo.rewards.remote import RemoteReward
 from trl_tpgrpo.rewards.serving.functions import find_function
@@ -164,6 +165,11 @@ def test_unified_reward_asks_with_the_users_template(
     lines = "Alignment Score (1-5): 2.5\nCoherence Score (1-5): 3.000{0}\nStyle Score (1-5): 5"
     said = iter([lines.format(""), "Final", lines.replace("2.5", "5.5").format("")])
     (tmp_path / "template.txt").write_text("A form {a} of {prompt}.")
+    (tmp_path / "no_prompt.txt").write_text("A form.")
+    for wrong in ("", str(tmp_path / "none.txt"), str(tmp_path / "no_prompt.txt")):
+        monkeypatch.setenv("UNIFIED_REWARD_TEMPLATE", wrong)
+        with pytest.raises(ValueError, match="UNIFIED_REWARD_TEMPLATE must name a file with {prompt} in it"):
+            example("unified_reward.UnifiedReward")()
     monkeypatch.setenv("UNIFIED_REWARD_TEMPLATE", str(tmp_path / "template.txt"))
     with scripted(lambda *_: completion(next(said))) as server:
         reward = example("unified_reward.UnifiedReward")(f"{server.url}/v1")
@@ -174,10 +180,12 @@ def test_unified_reward_asks_with_the_users_template(
         for _ in range(2):  # no score, and one out of the range
             with pytest.raises(ValueError, match="without its three scores"):
                 reward([shade(1)], ["a dog"])
+    with pytest.raises(RewardUnavailable, match="No UnifiedReward at http.*: Connection error"):
+        reward.check_available()
     monkeypatch.chdir(EXAMPLES.parent)
     assert type(load_reward("examples/rewards/unified_reward.py:UnifiedReward")).__name__ == "UnifiedReward"
 
 
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "rewards").iterdir()), ids=lambda file: file.name)
 def test_examples_stay_short(file: Path) -> None:
-    assert sum(bool(line.strip()) for line in file.read_text().splitlines()) <= 33
+    assert sum(bool(line.strip()) for line in file.read_text().splitlines()) <= 40

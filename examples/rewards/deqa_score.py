@@ -1,7 +1,8 @@
 """DeQA-Score (arXiv 2501.11561), served from an environment of its own, as its code needs transformers 4.36.1.
+In a clone of this repository:
 
     pip install transformers==4.36.1 "numpy<2" torch accelerate sentencepiece protobuf icecream starlette uvicorn
-    DEQA_REVISION=commit PYTHONPATH=trl-tpgrpo:trl-tpgrpo/examples/rewards python -m trl_tpgrpo.rewards.serving \
+    DEQA_REVISION=commit PYTHONPATH=examples/rewards python -m trl_tpgrpo.rewards.serving \
         --reward_funcs deqa_score.DeQAScore --port 8001
     trl-tpgrpo train ... --eval_reward_funcs http://127.0.0.1:8001/deqa_score
 

@@ -1,7 +1,8 @@
 """HPSv3 (arXiv 2508.03789), served from an environment of its own, as its package pins transformers 4.45.2.
+In a clone of this repository:
 
     pip install hpsv3 matplotlib tensorboard starlette uvicorn  # the package does not name the middle two
-    PYTHONPATH=trl-tpgrpo:trl-tpgrpo/examples/rewards python -m trl_tpgrpo.rewards.serving \
+    PYTHONPATH=examples/rewards python -m trl_tpgrpo.rewards.serving \
         --reward_funcs hps_v3.HPSv3 --device cuda:0 --port 8000
     trl-tpgrpo train ... --reward_funcs http://127.0.0.1:8000/hps_v3
 """

@@ -1,8 +1,10 @@
 """UnifiedReward 2.0 (arXiv 2503.05236) behind vLLM: the mean of alignment, coherence and style. docs/rewards.md says
 where the question is that it was trained on, which the file of UNIFIED_REWARD_TEMPLATE has, with {prompt} in it.
 
+    pip install '.[judge]'  # in a clone of this repository, as what follows
     vllm serve CodeGoat24/UnifiedReward-2.0-qwen-7b --served-model-name UnifiedReward --port 8080
-    trl-tpgrpo train ... --reward_funcs examples/rewards/unified_reward.py:UnifiedReward
+    UNIFIED_REWARD_TEMPLATE=question.txt trl-tpgrpo train ... \
+        --reward_funcs examples/rewards/unified_reward.py:UnifiedReward
 """
 
 import os
@@ -10,8 +12,9 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 
+from trl_tpgrpo.rewards import RewardUnavailable
 from trl_tpgrpo.rewards.remote import base64_png
 
 
@@ -22,8 +25,17 @@ class UnifiedReward:
     __name__, runs_in = "unified_reward", "thread"
 
     def __init__(self, base_url="http://127.0.0.1:8080/v1"):
-        self.template = Path(os.environ["UNIFIED_REWARD_TEMPLATE"]).read_text()
+        path = os.environ.get("UNIFIED_REWARD_TEMPLATE", "")
+        self.template = Path(path).read_text() if Path(path).is_file() else ""
+        if "{prompt}" not in self.template:
+            raise ValueError(f"UNIFIED_REWARD_TEMPLATE must name a file with {{prompt}} in it, got {path!r}.")
         self.client = OpenAI(base_url=base_url, api_key="none")
+
+    def check_available(self):
+        try:
+            self.client.models.list()
+        except OpenAIError as error:
+            raise RewardUnavailable(f"No UnifiedReward at {self.client.base_url}: {error}") from error
 
     def __call__(self, images, prompts, **columns):
         with ThreadPoolExecutor(8) as pool:
