@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from PIL import Image
-from test_editing import _small_input  # noqa: F401  # a fixture
+from test_editing import small_input  # noqa: F401  # a fixture
 from test_editing_embeddings import FAMILIES as EDITING
 from test_editing_embeddings import counted, pictures
 from test_evaluate import options, saved

@@ -113,10 +113,14 @@ class PromptEmbeddings:
         """Tell prompts apart whose images are resized now to another size than in training."""
         size = self.policy.input_size
         is_other = self.policy.takes_image and size != self._size
-        return [prompt._replace(eval_size=size) for prompt in prompts] if is_other else prompts
+        return (
+            [Prompt(prompt.text, prompt.image, prompt.is_negative, size) for prompt in prompts]
+            if is_other
+            else prompts
+        )
 
     def _negative_of(self, prompts: list[Prompt]) -> list[Prompt]:
-        return [prompt._replace(text=text, is_negative=True) for text in self._negative for prompt in prompts]
+        return [Prompt(text, prompt.image, True, prompt.eval_size) for text in self._negative for prompt in prompts]
 
     @torch.no_grad()
     def _encode_missing(self, prompts: list[Prompt], number: int, on_prompt: Callable[[int], object]) -> None:
