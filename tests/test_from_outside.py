@@ -48,6 +48,9 @@ class MyPolicy(SD3Policy):
 
 class Nameless(SD3Policy):
     pipeline_class = None
+
+class Unguided(SD3Policy):
+    default_guidance = 4.5
 """
 
 
@@ -273,6 +276,7 @@ def test_a_policy_class_that_does_not_fit_is_refused(files: Path, tmp_path: Path
     for path, message in {
         "my_rules.discounted": "policy_class must be a subclass of trl_tpgrpo.policies.base.FlowPolicy, got <function",
         "my_policies.Nameless": "Nameless must name the class of its pipelines as pipeline_class",
+        "my_policies.Unguided": "Unguided.default_guidance must be a dict of options of the pipeline",
         "my_policies.MyPolicy": "MyPolicy serves StableDiffusion3PAGPipeline, and the pipeline is a FluxPipeline",
         "test_from_outside.FlowPolicy": "FlowPolicy must name the class of its pipelines",
     }.items():

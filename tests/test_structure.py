@@ -162,8 +162,8 @@ def test_the_heart_and_the_whole_stay_small() -> None:
     # and weights that no gradient reaches (the heart); `evaluate`, hours, mistakes, help without PyTorch (the whole).
     # 3,700 with these. Then credit and families from outside, trust regions, noise by step, rewards of groups, latents
     # and states, evaluation at another size.
-    assert heart() <= 4350
-    assert lines(FILES) <= 12_700  # a model family takes 50 to 85
+    assert heart() <= 4400
+    assert lines(FILES) <= 12_750  # a model family takes 50 to 85
 
 
 def test_files_and_functions_fit_a_screen() -> None:

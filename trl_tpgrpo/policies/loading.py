@@ -143,6 +143,9 @@ def own_policy_class(own: str | type | None) -> type[FlowPolicy] | None:
         raise ValueError(f"policy_class must be a subclass of trl_tpgrpo.policies.base.FlowPolicy, got {found!r}.")
     if not isinstance(getattr(found, "pipeline_class", None), type):
         raise ValueError(f"policy_class: {found.__name__} must name the class of its pipelines as pipeline_class.")
+    if not isinstance(getattr(found, "default_guidance", None), dict):
+        form = "a dict of options of the pipeline, such as {'guidance_scale': 4.5}"
+        raise ValueError(f"policy_class: {found.__name__}.default_guidance must be {form}.")
     return found
 
 
