@@ -1,5 +1,6 @@
 """The moving average of the weights: what it is, who sees it, and that training never does."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,13 @@ def test_a_resumed_run_has_the_same_weights_and_average(full: bool, tmp_path: Pa
         with resumed.averaged.in_use():
             assert_same(trained(resumed), expected)
         assert resumed.averaged.num_moves == 3
+    shutil.rmtree(tmp_path / "whole/checkpoint-4/last")
+    with pytest.raises(
+        FileNotFoundError, match=r"checkpoint-4/last is missing: the weights that training goes on from"
+    ):
+        build(tmp_path / "lost", max_steps=6, **options).train(
+            resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4")
+        )
 
 
 def test_the_best_average_is_loaded_at_the_end_and_saved(tmp_path: Path) -> None:

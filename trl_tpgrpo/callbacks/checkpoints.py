@@ -155,6 +155,8 @@ def load_progress(trainer: Any, checkpoint: Path) -> None:
         if (before := saved["layout"][name]) != value:
             hint = "a run is resumed with the batches, processes and seed that it was begun with"
             raise ValueError(f"{checkpoint} was saved with {before} for {name}, and this run has {value}: {hint}.")
+    if saved["num_moves_of_average"] and not (checkpoint / LAST).exists():
+        raise FileNotFoundError(f"{checkpoint / LAST} is missing: the weights that training goes on from.")
     trainer._step = saved["step"]
     if trainer.averaged.average is not None:
         trainer.averaged.average.optimization_step = saved["num_moves_of_average"]
