@@ -68,6 +68,7 @@ def run_python(*arguments: object, cwd: Path = Path(), env: dict[str, str] | Non
 def _become(arguments: list[str], cwd: Path, environment: dict[str, str], stdout: Connection, stderr: Connection):
     """Give this process a group, streams, environment and folder of its own, and run the program."""
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started with, as by `nohup`
     for number, pipe in enumerate((stdout, stderr), start=1):
         os.dup2(pipe.fileno(), number)
         pipe.close()
