@@ -18,7 +18,7 @@ demo: $(READY)          ## train the embedded model for a few minutes and show w
 	$(VENV)/bin/trl-tpgrpo demo
 
 test: $(READY)          ## run the tests
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-floors:            ## run the core tests on the oldest versions, in the environment that make package leaves
 	$(FLOORS)/bin/python -m $(INSTALL) $$(grep -E "^(hypothesis|pytest|pytest-xdist|tensorboard)==" requirements.lock)

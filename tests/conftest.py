@@ -17,8 +17,17 @@ from tiny import tiny_flux, tiny_sd3
 torch.set_num_threads(1)
 
 
+SLOW = """
+    sharded plan checkpoints memory evaluate guard_rails hub families study policies trust_regions benchmarks
+""".split()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests for a GPU where there is none, unless they are asked for: `-m gpu`."""
+    """Put the files that take longest first, so that no worker is left with one; leave out tests for a GPU.
+
+    These are run where there is one, or asked for: `-m gpu`.
+    """
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in SLOW)
     if torch.accelerator.is_available() or config.getoption("markexpr"):
         return
     left_out = [item for item in items if item.get_closest_marker("gpu")]

@@ -450,7 +450,7 @@ def test_functions_are_found_by_path_and_built_in_name(tmp_path: Path, monkeypat
     assert serve_reward.find_reward("jpeg_compressibility") is jpeg_compressibility
     assert serve_reward.find_reward("trl_tpgrpo.rewards.jpeg_compressibility") is jpeg_compressibility
     for name, message in (
-        ("beauty", "must be a dotted import path"),
+        ("beauty", "must be an import path from the current folder on"),
         ("own_rewards.fast", "'own_rewards' has no reward function 'fast'"),
         ("no_such_module.fast", "module of the reward function 'no_such_module.fast' cannot be imported"),
     ):
