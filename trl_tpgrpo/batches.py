@@ -109,7 +109,8 @@ class Transitions:
         if self.chunk_log_ratios is not None:  # with the gradient of this step alone: others bring their own
             log_ratio = log_ratio + (self.chunk_log_ratios - log_ratio).detach()
         surrogate, (sigma, sigma_next) = rule.surrogate(log_ratio, advantages, step, old), self.step.sigmas
-        weight = self.weight / float(sigma - sigma_next) if rule.ratio_norm else self.weight
+        weight = self.weight * (rule.step_weights[self.position] if rule.step_weights else 1)
+        weight = weight / float(sigma - sigma_next) if rule.ratio_norm else weight
         return replace(surrogate, loss=weight * surrogate.loss)
 
 
@@ -183,7 +184,7 @@ class Trajectories:
         num_steps = len(self.window)
         if not skip_zeros:
             return dict.fromkeys(range(num_steps), torch.arange(len(self)))
-        advantages = self.table.advantages[self.rows]
+        advantages = self.table.trained_advantages[self.rows]
         chosen = {step: advantages[:, step].nonzero().flatten() for step in range(num_steps)}
         needed = range(num_steps) if keep_steps else [num_steps - 1]
         chosen |= {step: torch.tensor([0]) for step in needed if not len(chosen[step])}

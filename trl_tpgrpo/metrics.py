@@ -129,7 +129,7 @@ def rollout_metrics(table: RewardTable, names: list[str]) -> dict[str, Tensor]:
         "advantages/frac_zero": (table.advantages[kept] == 0).float().mean(),
     }
     completed = table.rewards.shape[1] > 1
-    states = [*range(0, table.num_steps, table.every), table.num_steps] if completed else []
+    states = table.states if completed else []
     for name, rewards in zip(names, table.rewards_per_func.unbind(1), strict=True):
         means = rewards.nanmean(0)  # (K + 1,)
         spreads = (rewards - means).square().nanmean(0).sqrt()

@@ -330,7 +330,7 @@ class TPGRPOTrainer(_BaseTrainer):
         """
         if return_outputs:
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
-        advantages = inputs.table.credited.advantages[inputs.rows, inputs.position].to(inputs.latents.device)  # (B,)
+        advantages = inputs.table.trained_advantages[inputs.rows, inputs.position].to(inputs.latents.device)  # (B,)
         velocity = self.policy.velocity(model, inputs.latents, inputs.step, inputs.conditioning)
         step = inputs.transition(velocity)
         surrogate = inputs.surrogate(step, advantages, self.args.loss_rule)

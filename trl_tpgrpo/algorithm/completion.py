@@ -12,7 +12,7 @@ from torch import Tensor
 from .sde import extrapolated_steps, ode_step
 
 
-FORM = re.compile(r"(exact|one_step|(euler|ab2)_([1-9]\d*)|at((?:_\d+)+))(?:_every_([1-9]\d*))?")
+FORM = re.compile(r"(exact|one_step|(euler|ab2)_([1-9]\d*)|at((?:_\d+)+))(?:_every_([1-9]\d*)|_from_(1))?")
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,15 @@ class CompletionRule:
     the states x_0, x_2, x_4 and so on, and with T = 10 steps the completion of x_2 has `stops(2, 10) == [2, 5, 10]`.
     Over steps without an evaluation the velocity is that of the last one (Euler) or, with `extrapolate`, linear in the
     last two (Adams-Bashforth). With a stride `every` above 1, credit is that of blocks of so many steps.
+
+    With `first` = 1 (`parse("exact_from_1")`) x_0 is not completed: the mean reward of its group stands for R_0.
     """
 
     num_steps: int | None = None  # largest number of evaluations, evenly spaced; None: no limit; 0: stay at the state
     at: tuple[int, ...] | None = None  # steps that alone are evaluated, beside the state's own; None: no such limit
     extrapolate: bool = False
     every: int = 1  # stride n: the states before every n-th SDE step are completed
+    first: int = 0  # the first state of the window that is completed: x_0 or x_1
 
     @classmethod
     def parse(cls, name: str) -> "CompletionRule":
@@ -37,12 +40,19 @@ class CompletionRule:
         if match is None:
             raise ValueError(
                 "completion must be 'exact', 'at_P_Q_...' (evaluate at steps P, Q, ... alone), 'ab2_N' or 'euler_N' "
-                f"(N evaluations) or 'one_step', each also with '_every_M' (complete every M-th state), got {name!r}."
+                "(N evaluations) or 'one_step', each also with '_every_M' (complete every M-th state) or '_from_1' "
+                f"(all but the first), got {name!r}."
             )
-        whole, kind, number, steps, every = match.groups()
+        whole, kind, number, steps, every, first = match.groups()
         num_steps = 1 if whole == "one_step" else int(number) if number else None
         at = tuple(sorted({int(step) for step in steps.split("_")[1:]})) if steps else None
-        return cls(num_steps, at, extrapolate=kind == "ab2" or at is not None, every=int(every or 1))
+        return cls(
+            num_steps, at, extrapolate=kind == "ab2" or at is not None, every=int(every or 1), first=int(first or 0)
+        )
+
+    def states(self, num_sde_steps: int) -> range:
+        """Return the states that are completed, by their index in the window."""
+        return range(self.first, num_sde_steps, self.every)
 
     def stops(self, start: int, num_inference_steps: int) -> list[int]:
         """Return the steps before which a completion from step `start` on is evaluated, and last where it ends."""

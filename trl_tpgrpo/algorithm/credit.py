@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 TRENDS = ("remaining", "global")
-BASELINES = ("group", "completion")
+BASELINES = ("group", "completion", "fitted")
 SCALES = ("group", "batch", "none")
 SCOPES = ("step", "joint")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
@@ -46,10 +46,11 @@ class CreditRule:
     first_step: bool = True  # whether the first step, which has none before it, may be a turning point (Remark 5.2)
     deadzone: float = 0.0  # largest step reward that counts as 0 in the search for turning points
     balanced: bool = True  # whether to apply `balance`
-    baseline: str = "group"  # mean to subtract: the group's, or none ("completion"), as R_j is the state's value
+    baseline: str = "group"  # what to subtract: the mean of the group, none ("completion"), or see `fitted_credit`
     scale: str = "group"  # spread to divide by: within the group, within the "batch", or none ("none")
     scope: str = "step"  # steps over which mean and spread are taken: each on its own, or all of them ("joint")
     aggregation: str = "sum_then_normalize"  # of several reward functions; or "normalize_then_sum" (GDPO)
+    share: float | None = None  # of the transitions that are trained on, see `draw_transitions`; `None`: all
     function: Callable[[Tensor, "CreditRule"], Tensor] | None = None  # from outside; `None`: that of `RULES`
     batch: CreditBatch | None = field(default=None, compare=False)  # where a rule from outside is applied to one
 
@@ -192,6 +193,26 @@ def _from_outside(rewards: Tensor, rule: CreditRule, num_steps: int) -> Tensor:
     return credits
 
 
+def fitted_credit(credits: Tensor, rewards: Tensor, num_generations: int) -> Tensor:
+    """Return `c_j + (1 - b_j) R_j`, the credit with the baseline `b_j R_j` instead of `R_j`: (B, K).
+
+    `R_j` is a noisy value of the state before step j: the more of it chance decides, the less should be subtracted.
+    `b_j` is the slope of the least squares of `c_j + R_j` on `R_j`, both without their groups' means, over the batch,
+    0 where R_j has no spread. Credits are (B, K), rewards (B, K + 1). As a function of the state alone, any multiple
+    of R_j leaves the gradient's mean as it is.
+    """
+    values = rewards[:, :-1].double()
+    x, y = (_centred(one, num_generations) for one in (values, credits + values))
+    slopes = (x * y).nansum(0) / x.square().nansum(0).clamp(min=EPSILON**2)
+    return (credits + (1 - slopes) * values).to(credits.dtype)
+
+
+def _centred(values: Tensor, num_generations: int) -> Tensor:
+    """Return values (B, K) without the means of their groups of `num_generations` adjacent rows."""
+    grouped = values.unflatten(0, (-1, num_generations))
+    return (grouped - grouped.nanmean(1, keepdim=True)).flatten(0, 1)
+
+
 def normalize(credits: Tensor, num_generations: int, rule: CreditRule) -> Tensor:
     """Standardise credit (B, K) within the prompts' groups of `num_generations` adjacent rows: (B, K).
 
@@ -202,10 +223,32 @@ def normalize(credits: Tensor, num_generations: int, rule: CreditRule) -> Tensor
     grouped = credits.double().unflatten(0, (-1, num_generations))  # (B / G, G, K)
     dims = (1,) if rule.scope == "step" else (1, 2)
     spread_dims = dims if rule.scale == "group" else (0, *dims)
-    has_mean = rule.baseline == "group"
+    has_mean = rule.baseline != "completion"
     mean, spread_mean = (grouped.nanmean(over, keepdim=True) if has_mean else 0.0 for over in (dims, spread_dims))
     spread = (grouped - spread_mean).square().nanmean(spread_dims, keepdim=True).sqrt() + EPSILON
     return ((grouped - mean) / (1 if rule.scale == "none" else spread)).flatten(0, 1).to(credits.dtype)
+
+
+def draw_transitions(advantages: Tensor, share: float, seed: int) -> Tensor:
+    """Draw a share of the transitions by the size of their advantage, and weight them by the inverse: (B, K).
+
+    A transition is kept with probability `p = min(1, c |a|)`, with `c` such that `share` of all that have an advantage
+    are expected, and gets `a / p`; others get 0. So each advantage has its own mean, and with it the gradient (Horvitz
+    and Thompson). Sampling is systematic: the number kept is the expected one, rounded up or down.
+    """
+    sizes = advantages.abs().double().flatten()
+    wanted, certain = share * int((sizes > 0).sum()), torch.zeros_like(sizes, dtype=torch.bool)
+    if not wanted:
+        return advantages
+    factor = wanted / sizes.sum()
+    while (more := (factor * sizes >= 1) & ~certain).any():
+        certain |= more
+        factor = (wanted - certain.sum()) / sizes[~certain].sum()
+    probabilities = torch.where(certain, 1.0, factor * sizes)
+    start = torch.rand(1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    ends = torch.cat([start, start + probabilities.cumsum(0)]).floor()
+    weights = torch.where(ends.diff() > 0, 1 / probabilities, 0.0).view_as(advantages)
+    return advantages * weights.to(advantages.dtype)
 
 
 @dataclass(frozen=True)
@@ -235,6 +278,14 @@ class RewardTable:
     num_steps: int  # K
     rule: CreditRule
     every: int = 1
+    first: int = 0  # 1: x_0 has no reward either, and C is K - 1; that of its group's trajectories stands for it
+    seed: int = 0  # of the transitions that are drawn, where the rule has a share
+
+    @property
+    def states(self) -> list[int]:
+        """The number of SDE steps before the ODE made each of the C + 1 images; K for the trajectory's own."""
+        completed = self.rewards_per_func.shape[2] > 1
+        return [*(range(self.first, self.num_steps, self.every) if completed else ()), self.num_steps]
 
     @cached_property
     def rewards(self) -> Tensor:
@@ -263,7 +314,20 @@ class RewardTable:
     @property
     def step_rewards(self) -> Tensor:
         """Gain of each step, or of the block of steps that it is in: (B, K)."""
-        return self.by_step(step_rewards(self.rewards))
+        return self.by_step(step_rewards(self.from_the_first(self.rewards)))
+
+    @cached_property
+    def trained_advantages(self) -> Tensor:
+        """Advantages, or 0 where a transition is not drawn, and then weighted: (B, K)."""
+        share = self.rule.share
+        return self.advantages if share is None else draw_transitions(self.advantages, share, self.seed)
+
+    def from_the_first(self, rewards: Tensor) -> Tensor:
+        """Return rewards (B, C + 1) of all states that credit is made of, where x_0 is not completed: (B, C + 2)."""
+        if not self.first:
+            return rewards
+        means = rewards[:, -1].unflatten(0, (-1, self.num_generations)).nanmean(1)
+        return torch.cat([means.repeat_interleave(self.num_generations)[:, None], rewards], 1)
 
     def by_step(self, by_block: Tensor) -> Tensor:
         """Return values of blocks, (B, C), as values of their steps: (B, K)."""
@@ -274,8 +338,13 @@ def compute_advantages(table: RewardTable) -> CreditedSteps:
     """Compute credit and advantages of a generation batch, of the functions' weighted sum or function by function."""
     rule, num_blocks = table.rule, -(-table.num_steps // table.every)
     together = rule.aggregation == "sum_then_normalize"
-    per_func = [table.rewards] if together else table.rewards_per_func.unbind(1)
+    per_func = [
+        table.from_the_first(one) for one in ([table.rewards] if together else table.rewards_per_func.unbind(1))
+    ]
     credits, turning = zip(*(assign_credit(rewards, rule, num_blocks) for rewards in per_func), strict=True)
+    if rule.baseline == "fitted":
+        pairs = zip(credits, per_func, strict=True)
+        credits = tuple(fitted_credit(credit, rewards, table.num_generations) for credit, rewards in pairs)
     normalized = [normalize(one, table.num_generations, rule) for one in credits]
     if together:
         advantages = normalized[0].nan_to_num(0.0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .completion import CompletionRule
 from .credit import CreditRule, step_rewards, turning_points
 
 
@@ -25,13 +26,15 @@ class Fidelity:
         return {name: values[-1].item() for name, values in vars(self).items()}
 
 
-def compare(exact: Tensor, cheap: Tensor, every: int, rule: CreditRule) -> Fidelity:
+def compare(exact: Tensor, cheap: Tensor, completion: CompletionRule, rule: CreditRule) -> Fidelity:
     """Compare rewards along the same B trajectories of K SDE steps.
 
-    With exact completions of all states they are (B, K + 1), with cheap ones of the C states before every n-th step
-    (`every`) they are (B, C + 1). Under credits without turning points the paper's consistent ones are compared.
+    With exact completions of all states they are (B, K + 1), with those of the C states of a `completion` rule (B,
+    C + 1). What comes before the first of them is left out, and K is less. Under credits without turning points the
+    paper's consistent ones are compared.
     """
-    block = torch.arange(exact.shape[1] - 1) // every
+    exact = exact[:, completion.first :]
+    block = torch.arange(exact.shape[1] - 1) // completion.every
     gains, cheap_gains = step_rewards(exact).double(), step_rewards(cheap).double()[:, block]
     turning, cheap_turning = turning_points(exact, rule), turning_points(cheap, rule)[:, block]
     same_sign = (gains.sign() == cheap_gains.sign()).double()

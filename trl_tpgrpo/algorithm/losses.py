@@ -24,6 +24,7 @@ class LossRule:
     epsilon_high: float | None = 1e-5
     kl_mask_threshold: float | None = None
     ratio_norm: bool = False  # whether the clipped ratio is GRPO-Guard's
+    step_weights: list[float] | None = None  # of the surrogates of K steps; `None`: 1 each
 
     @property
     def needs_means(self) -> bool:

@@ -86,13 +86,13 @@ class Rollout:
         keys = torch.stack([self.columns, self.rows // num_generations], 1)
         return torch.unique_consecutive(keys, dim=0, return_counts=True)[1].tolist()
 
-    def noisy_latents(self, sigmas: Tensor, start: int, every: int) -> tuple[Tensor, Tensor]:
+    def noisy_latents(self, sigmas: Tensor, start: int, states: range) -> tuple[Tensor, Tensor]:
         """Return the state that each image was made from, (M, ...), and its sigma, (M,); of trajectories their end, 0.
 
-        `sigmas` are the schedule's; from step `start` on, the state before every n-th (`every`) has an image.
+        `sigmas` are the schedule's, whose window begins at step `start`; `states` are those in it that have an image.
         """
         latents, num_completions = self.final_latents.clone(), len(self.rows) - len(self.image_of)
-        steps, rows = every * self.columns[:num_completions], self.rows[:num_completions]
+        steps, rows = torch.tensor(states)[self.columns[:num_completions]], self.rows[:num_completions]
         latents[:num_completions] = self.states[rows, steps].to(latents.device)
         ends = sigmas.new_zeros(len(self.image_of))
         return latents, torch.cat([sigmas[start + steps], ends]).to(latents.device)
@@ -196,7 +196,7 @@ class _Sweep:
     def take_sde_step(self, step: int, velocity: Tensor, window: Window, rule: CompletionRule | None) -> None:
         """Start the completion of the state and advance the trajectories with noise."""
         trajectories, position = self.trajectories, step - window.start
-        if rule is not None and position % rule.every == 0:
+        if rule is not None and position in rule.states(len(window)):
             stops = rule.stops(step, len(self.sigmas) - 1)
             completion = Branch(trajectories.latents, trajectories.rows, stops, rule.extrapolate)
             if len(stops) > 1:

@@ -54,8 +54,7 @@ class RolloutSample:
     @property
     def states(self) -> list[int]:
         """The number of SDE steps before the ODE made each of the C + 1 images; K for the trajectory's own."""
-        completed = range(0, self.table.num_steps, self.table.every) if self.rewards.shape[1] > 1 else []
-        return [*completed, self.table.num_steps]
+        return self.table.states
 
 
 @dataclass(frozen=True)

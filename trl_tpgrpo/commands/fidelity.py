@@ -94,7 +94,7 @@ def measure(trainer: TPGRPOTrainer, prompts: list[dict[str, Any]], names: list[s
     total, measured, exact = len(prompts) * number, [], torch.cat(rewards["exact"])
     for name, cheap in ((name, torch.cat(parts)) for name, parts in rewards.items()):
         both = ~(exact.isnan().any(1) | cheap.isnan().any(1))  # a reward function may have failed, if that is skipped
-        fidelity = compare(exact[both], cheap[both], CompletionRule.parse(name).every, trainer.args.credit_rule)
+        fidelity = compare(exact[both], cheap[both], CompletionRule.parse(name), trainer.args.credit_rule)
         measured.append(Measured(name, evaluations[name] / total, images[name] / total, fidelity))
     return measured
 

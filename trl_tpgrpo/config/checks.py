@@ -53,8 +53,13 @@ def credit_errors(args: Any) -> Iterator[str]:
             yield f"credit={args.credit!r} computes no completions: leave out {name}, got {value!r}."
     if not all(map(math.isfinite, args.reward_weights or ())):
         yield f"reward_weights must be finite numbers, got {args.reward_weights}."
-    if args.num_generations == 1 and "group" in (args.advantage_baseline, args.scale_rewards):
-        yield "num_generations=1 needs advantage_baseline='completion' and scale_rewards='batch' or 'none'."
+    needs_group = args.advantage_baseline != "completion" or args.scale_rewards == "group"
+    if args.num_generations == 1 and (needs_group or CompletionRule.parse(args.completion).first):
+        what = "num_generations=1 needs advantage_baseline='completion' and scale_rewards='batch' or 'none'"
+        yield f"{what}, and a completion of the first state: no '_from_1'."
+    if args.transition_share is not None and args.beta > 0:
+        what = f"transition_share={args.transition_share} needs beta=0, got {args.beta}"
+        yield f"{what}: the KL divergence is a mean over all transitions."
     if args.offload_reference and args.beta == 0:
         yield "offload_reference=True: with beta=0 there is no reference model; leave it out."
 
@@ -66,6 +71,10 @@ def loss_errors(args: Any) -> Iterator[str]:
         if value := getattr(args, name):
             what = f"{name}={value} has no effect with loss_type={args.loss_type!r}"
             yield f"{what}: leave it out, or set it to null if a recipe has it."
+    if args.step_weights is not None and len(args.step_weights) != args.num_sde_steps:
+        yield f"step_weights must be {args.num_sde_steps} numbers, one for each SDE step, got {args.step_weights}."
+    if args.step_weights is not None and args.sde_window_share is not None:
+        yield f"step_weights {args.step_weights}: the number of steps is measured, by sde_window_share."
     if level != "step" and (args.ratio_norm or not clips):
         other = "ratio_norm" if clips else f"loss_type={args.loss_type!r}"
         yield f"importance_sampling_level={level!r} and {other} cannot be combined: each defines another ratio."

@@ -101,7 +101,8 @@ class TPGRPOConfig(_BaseConfig):
             scored for it. `"exact"` takes all remaining steps; `"at_1_2_3_4_6"` evaluates the model before these alone
             and extrapolates the velocity over others; `"ab2_N"` and `"euler_N"` take at most N, of second and first
             order; `"one_step"` one, whose velocity is known. `_every_M` at the end (`"exact_every_2"`) completes every
-            M-th state only, and credits blocks of M steps. `trl-tpgrpo fidelity` compares on your model.
+            M-th state only, and credits blocks of M steps; `_from_1` all but the first, for which the mean reward of
+            its group stands. `trl-tpgrpo fidelity` compares on your model.
         completion_check_every (`int`, *optional*): Rollouts between two comparisons with exact completions, of the
             first prompt of each process, which log how well step rewards and turning points agree. `None`: never.
 
@@ -124,11 +125,16 @@ class TPGRPOConfig(_BaseConfig):
         turning_point_balance (`bool`, *optional*, defaults to `True`): Whether as many positive as negative turning
             points are kept, those with the largest gain.
         advantage_baseline (`str`, *optional*, defaults to `"group"`): `"group"` subtracts the group's mean credit;
-            `"completion"` nothing, as a gain is measured from the state's own completion (`num_generations` may be 1).
+            `"completion"` nothing, as a gain is measured from the state's own completion (`num_generations` may be 1);
+            `"fitted"` the mean too, where gains are measured from the share of the state's reward that least squares
+            find in what follows it.
         scale_rewards (`str` or `bool`, *optional*, defaults to `"group"`): Spread that credit is divided by: within
             the `"group"` (or `True`), the `"batch"`, or none (`"none"` or `False`).
         advantage_scope (`str`, *optional*, defaults to `"step"`): Whether mean and spread are those of each `"step"`,
             or `"joint"` over all steps of the group.
+        transition_share (`float`, *optional*): Share of the transitions that is trained on, drawn in proportion to the
+            size of their advantage and weighted by the inverse, which leaves the mean gradient as it is. Needs
+            `beta=0`. `None`: all that have an advantage.
 
         > Parameters that control the training
         beta (`float`, *optional*, defaults to `4e-4`): Weight of the KL divergence; `0.0` needs no reference model.
@@ -143,6 +149,7 @@ class TPGRPOConfig(_BaseConfig):
             `log_prob_type="gaussian"` and an SDE that it is published for, `"flow_sde"` or `"dance_sde"`.
         kl_mask_threshold (`float`, *optional*): KL divergence of a transition from the sampled one, a mean over the
             latent's dimensions, from which on `"dppo"` leaves it out. `None`: 1e-6.
+        step_weights (`list[float]`, *optional*): Weight of the surrogate of each SDE step. `None`: 1 each.
         importance_sampling_level (`str`, *optional*, defaults to `"step"`): Steps that share a ratio, the geometric
             mean of theirs: each `"step"` its own, a `"chunk"` (GCPO, arXiv 2510.21583) or the `"trajectory"`.
         chunk_sizes (`list[int]`, *optional*): Sizes of the chunks, first steps first. `None`: cut where the relative
@@ -256,6 +263,7 @@ class TPGRPOConfig(_BaseConfig):
     advantage_baseline: Annotated[str, BASELINES] = "group"
     scale_rewards: str = "group"
     advantage_scope: Annotated[str, SCOPES] = "step"
+    transition_share: Annotated[float | None, "above 0 and below 1, or None"] = None
     beta: Annotated[float, "at least 0"] = 4e-4
     num_iterations: Annotated[int, "at least 1"] = 1
     loss_type: Annotated[str, LOSS_TYPES] = "clip"
@@ -263,6 +271,7 @@ class TPGRPOConfig(_BaseConfig):
     epsilon_high: Annotated[float | None, "above 0, or None"] = None
     ratio_norm: bool = False
     kl_mask_threshold: Annotated[float | None, "above 0, or None"] = None
+    step_weights: Annotated[list[float] | None, "above 0, or None"] = None
     importance_sampling_level: Annotated[str, LEVELS] = "step"
     chunk_sizes: list[int] | None = None
     ema_decay: Annotated[float | None, "at least 0 and below 1, or None"] = 0.9
@@ -440,8 +449,8 @@ class TPGRPOConfig(_BaseConfig):
     def loss_rule(self) -> LossRule:
         """The trust region of an update."""
         return LossRule(
-            self.loss_type, self.epsilon, self.epsilon_high, self.kl_mask_threshold, self.ratio_norm
-        )  # fmt: skip
+            self.loss_type, self.epsilon, self.epsilon_high, self.kl_mask_threshold, self.ratio_norm, self.step_weights
+        )
 
     @property
     def credit_rule(self) -> CreditRule:
@@ -450,6 +459,6 @@ class TPGRPOConfig(_BaseConfig):
             credit=self.credit, lambda_=self.credit_lambda or 0.0, trend=self.turning_point_trend,
             first_step=self.turning_point_first_step, deadzone=self.turning_point_deadzone,
             balanced=self.turning_point_balance, baseline=self.advantage_baseline, scale=self.scale_rewards,
-            scope=self.advantage_scope, aggregation=self.multi_objective_aggregation,
+            scope=self.advantage_scope, aggregation=self.multi_objective_aggregation, share=self.transition_share,
             function=None if self.credit in CREDITS else pkgutil.resolve_name(self.credit),
         )  # fmt: skip

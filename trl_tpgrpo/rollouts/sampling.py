@@ -45,7 +45,7 @@ from ..policies.conditioning import Schedule
 from ..policies.embeddings import Prompt, PromptEmbeddings
 from ..rewards.contract import RewardError, RewardFunc, check_applicability, declared, innermost, reward_names
 from ..rewards.scorer import ImageBatch, Scorer, runs_beside, save_evidence
-from .windows import CARD, EVALUATION, NOISE, Rows, Windows
+from .windows import CARD, DRAW, EVALUATION, NOISE, Rows, Windows
 
 
 logger = logging.getLogger(__name__)
@@ -116,6 +116,7 @@ class Rollouts:
         if self.args.completion_check_every and generation % self.args.completion_check_every == 0:
             self._check_completions(rows, encoded, window, generation, table)
         first = self.accelerator.process_index * len(rows)
+        seed = self.generators(DRAW, generation, 1, first=0)[0].initial_seed()
         return Trajectories(
             states=states,
             log_probs=log_probs,
@@ -124,7 +125,7 @@ class Rollouts:
             conditioning=encoded.conditioning,
             prompts=encoded.prompts,
             rows=torch.arange(first, first + len(rows)),
-            table=table,
+            table=replace(table, seed=seed),
             means=means,
             chunks=self._chunks(states),
         )
@@ -191,12 +192,12 @@ class Rollouts:
         gathered, all_failed = (self.accelerator.gather(value.to(device)).cpu() for value in (rewards, failed))
         prompts = gather_object(prompts)
         check_applicability(gathered, self._trained_names, prompts, group, all_failed)
-        every, credit = 1 if rule is None else rule.every, self.args.credit_rule
+        rule, credit = rule or EXACT, self.args.credit_rule
         if credit.function is not None:
             sigmas = self.policy.schedule(self.args.num_inference_steps).sigmas[window.start : window.stop + 1]
             log_probs = self.accelerator.gather(log_probs.to(device)).cpu()
-            credit = replace(credit, batch=CreditBatch(group, prompts, sigmas.clone(), log_probs, every))
-        return RewardTable(gathered, self.reward_weights, group, len(window), credit, every)
+            credit = replace(credit, batch=CreditBatch(group, prompts, sigmas.clone(), log_probs, rule.every))
+        return RewardTable(gathered, self.reward_weights, group, len(window), credit, rule.every, rule.first)
 
     def _probe(self, rows: Rows, window: Window, purpose: int, number: int, title: str) -> Tensor:
         """Return the rewards (N, K + 1) of all processes' rows, sampled for a measurement with exact completions."""
@@ -218,7 +219,7 @@ class Rollouts:
         cheap = table.rewards[first : first + len(rows)]
         exact = (sampled.rewards * self.reward_weights[:, None]).nansum(1)
         both = ~(sampled.failed | cheap.isnan().any(1))
-        fidelity = compare(exact[both], cheap[both], table.every, table.rule)
+        fidelity = compare(exact[both], cheap[both], self.args.completion_rule or EXACT, table.rule)
         for name, value in fidelity.overall().items():
             self.metrics["train"].record(f"completion_check/{name}", value, "nanmean")
 
@@ -352,14 +353,14 @@ class Rollouts:
             metrics.record(f"num_{name}", value, "sum")
         with self.phase("score", len(reward_funcs), mode) as advance:
             shown, sigmas = [rows[row] for row in rollout.rows.tolist()], self._schedule(window).sigmas
-            steps = window.start if window else 0, completion.every if completion else 1
+            scored = (completion or EXACT).states(len(window)) if window else range(0)
             batch = ImageBatch(
                 images=images,
                 pixels=pixels if self._scores_tensors else None,
                 prompts=[row["prompt"] for row in shown],
                 columns={name: [row[name] for row in shown] for name in rows[0] if name != "prompt"},
                 latents=rollout.final_latents,
-                states=rollout.noisy_latents(sigmas, *steps) if scores_states else None,
+                states=rollout.noisy_latents(sigmas, window.start if window else 0, scored) if scores_states else None,
                 group_sizes=rollout.group_sizes(group),
             )
             log_metric = partial(metrics.record, reduction="logged")

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 Rows = list[dict[str, Any]]
 
-NOISE, WINDOW, EVALUATION, PROBE, CARD, CALIBRATION = range(6)
+NOISE, WINDOW, EVALUATION, PROBE, CARD, CALIBRATION, DRAW = range(7)
 """Purposes of a seed; the random numbers of one never depend on how many another took."""
 
 PROBED_GROUPS = 16  # prompts of a process that noise and window are measured on
