@@ -32,6 +32,9 @@ def rule(name: str) -> CompletionRule:
         ("exact_every_3", CompletionRule(every=3)),
         ("one_step_every_2", CompletionRule(num_steps=1, every=2)),
         ("at_1_12_every_2", CompletionRule(at=(1, 12), extrapolate=True, every=2)),
+        ("exact_from_1", CompletionRule(first=1)),
+        ("one_step_from_1", CompletionRule(num_steps=1, first=1)),
+        ("at_1_2_from_1", CompletionRule(at=(1, 2), extrapolate=True, first=1)),
     ],
 )
 def test_a_name_says_the_rule(name: str, expected: CompletionRule) -> None:
@@ -39,7 +42,22 @@ def test_a_name_says_the_rule(name: str, expected: CompletionRule) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "heun_4", "euler", "euler_0", "ab2_-1", "at", "at_", "exact_2", "exact_every_0", "every_2", "Exact"]
+    "name",
+    [
+        "",
+        "heun_4",
+        "euler",
+        "euler_0",
+        "ab2_-1",
+        "at",
+        "at_",
+        "exact_2",
+        "exact_every_0",
+        "every_2",
+        "Exact",
+        "exact_from_0",
+        "exact_from_2",
+    ],
 )
 def test_other_names_are_refused_with_the_forms_there_are(name: str) -> None:
     with pytest.raises(ValueError, match=rf"completion must be 'exact', 'at_P_Q.*got '{name}'"):

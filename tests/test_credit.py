@@ -2,9 +2,11 @@
 
 import json
 import pickle
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -23,6 +25,8 @@ from trl_tpgrpo.algorithm.credit import (
     assign_credit,
     balance,
     compute_advantages,
+    draw_transitions,
+    fitted_credit,
     lambda_return,
     normalize,
     step_reward_variances,
@@ -506,3 +510,119 @@ def test_a_group_of_which_nothing_is_left_has_no_advantages() -> None:
     table = RewardTable(rewards, torch.ones(1), 2, 2, CreditRule())
     assert torch.equal(table.advantages[:2], torch.zeros(2, 2))
     assert table.advantages[2:].isfinite().all()
+
+
+# A baseline that is fitted
+
+
+def noisy_walks(num_groups: int, group: int, num_steps: int) -> Tensor:
+    """Rewards (B, K + 1) of trajectories whose values are a walk of chance, seen through noise."""
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(2, num_groups * group, num_steps + 1, generator=generator)
+    return noise[0].cumsum(1) + noise[1] + torch.arange(num_groups).repeat_interleave(group)[:, None]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_the_fitted_baseline_has_the_slopes_of_least_squares(decay: float) -> None:
+    rewards, group = noisy_walks(30, 8, 4), 8
+    credits = lambda_return(rewards, decay)
+    fitted = fitted_credit(credits, rewards, group)
+    before = rewards[:, :-1].double().numpy()
+    targets = credits.double().numpy() + before
+    groups = np.kron(np.eye(30), np.ones((group, 1)))  # a mean of its own for each group
+    for step in range(4):
+        matrix = np.column_stack([before[:, step], groups])
+        slope = np.linalg.lstsq(matrix, targets[:, step], rcond=None)[0][0]
+        np.testing.assert_allclose(fitted[:, step], targets[:, step] - slope * before[:, step], atol=1e-5)
+        assert 0.1 < slope < 0.9  # of noisy values less than all
+
+
+def test_the_fitted_credit_is_the_td_lambda_return_less_its_share_of_the_state() -> None:
+    """`(1 - l) sum_{i > j} l^{i - j - 1} R_i + ... + l^{K - 1 - j} R_K - b_j R_j`, written out for three steps."""
+    rewards, decay = noisy_walks(20, 4, 3), 0.5
+    first, second, third, last = rewards.unbind(1)
+    returns = [(1 - decay) * (second + decay * third) + decay**2 * last, (1 - decay) * third + decay * last, last]
+    fitted = fitted_credit(lambda_return(rewards, decay), rewards, 4)
+    for step, (value, target) in enumerate(zip((first, second, third), returns, strict=True)):
+        slopes = (target - fitted[:, step]) / value
+        torch.testing.assert_close(slopes, slopes[:1].expand_as(slopes), rtol=1e-3, atol=1e-3)
+
+
+def test_without_a_completion_of_the_first_state_its_credit_is_what_follows_less_the_groups_mean() -> None:
+    rewards, rule = noisy_walks(5, 4, 3), CreditRule("lambda", 0.5, baseline="fitted", scale="none")
+    table = RewardTable(rewards[:, None, 1:], torch.ones(1), 4, 3, rule, first=1)
+    target = 0.5 * rewards[:, 1] + 0.25 * rewards[:, 2] + 0.25 * rewards[:, 3]
+    expected = target - target.view(5, 4).mean(1).repeat_interleave(4)
+    torch.testing.assert_close(table.advantages[:, 0], expected, rtol=1e-5, atol=1e-5)
+    assert table.states == [1, 2, 3]
+    assert table.step_rewards.shape == table.advantages.shape == (20, 3)
+
+
+def test_a_group_that_is_left_out_is_no_part_of_the_fit() -> None:
+    rewards = noisy_walks(6, 4, 3)
+    alone = fitted_credit(lambda_return(rewards, 0.5), rewards, 4)
+    more = torch.cat([rewards, torch.full((4, 4), NAN)])
+    torch.testing.assert_close(fitted_credit(lambda_return(more, 0.5), more, 4)[:-4], alone)
+
+
+# Transitions that are drawn
+
+
+def test_drawn_transitions_keep_the_mean_of_each_advantage() -> None:
+    advantages = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)) ** 3
+    draws = torch.stack([draw_transitions(advantages, 0.4, seed) for seed in range(4000)])
+    errors = draws.std(0) / 4000**0.5
+    assert ((draws.mean(0) - advantages).abs() <= 4 * errors + 1e-4).all()
+    assert {int((draw != 0).sum()) for draw in draws} == {19, 20}  # 0.4 of 48 is 19.2
+    certain = (draws != 0).all(0)
+    assert certain.any()
+    torch.testing.assert_close(draws[0][certain], advantages[certain])
+    sizes = draws.abs()[:, ~certain].flatten()
+    sizes = sizes[sizes > 0]
+    torch.testing.assert_close(sizes, sizes[:1].expand_as(sizes))  # drawn by size, so all weigh the same
+
+
+def test_a_gradient_of_drawn_transitions_is_that_of_all_on_the_mean() -> None:
+    """Of `E[x]` for `x ~ N(m, 1)`, whose gradient by `m` is 1 and whose score is `x - m`."""
+    sampled = torch.randn(400, 1, generator=torch.Generator().manual_seed(1))
+    advantages = sampled - sampled.mean()
+    whole = (advantages * sampled).mean()
+    drawn = torch.stack([(draw_transitions(advantages, 0.25, seed) * sampled).mean() for seed in range(2000)])
+    assert abs(whole - 1) < 0.2
+    assert abs(drawn.mean() - whole) < 4 * drawn.std() / 2000**0.5
+    assert drawn.std() < 0.05
+
+
+@pytest.mark.parametrize("advantages", [torch.zeros(3, 2), torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, -1.0]])])
+def test_of_few_transitions_some_may_be_drawn(advantages: Tensor) -> None:
+    draws = [draw_transitions(advantages, 0.5, seed) for seed in range(40)]
+    assert all(torch.isfinite(draw).all() for draw in draws)
+    assert all(int((draw != 0).sum()) <= 1 for draw in draws)
+    torch.testing.assert_close(torch.stack(draws).mean(0), advantages, atol=1.0, rtol=0.0)
+
+
+def test_a_table_draws_the_same_transitions_each_time_it_is_asked() -> None:
+    rewards, rule = noisy_walks(5, 4, 3), CreditRule("incremental", share=0.5)
+    tables = [RewardTable(rewards[:, None], torch.ones(1), 4, 3, rule, seed=seed) for seed in (7, 7, 8)]
+    drawn = [table.trained_advantages for table in tables]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert int((drawn[0] != 0).sum()) == 30
+    assert int((tables[0].advantages != 0).sum()) == 60
+
+
+# A reward of pass or fail
+
+
+@pytest.mark.parametrize("trend", TRENDS)
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 6])
+def test_a_pass_or_fail_reward_has_no_turning_point_that_counts(num_steps: int, trend: str) -> None:
+    """For rewards of 0 and 1 no consistent turning point exists, and plain ones have `A_j = r_j`."""
+    rewards = torch.tensor(list(product((0.0, 1.0), repeat=num_steps + 1)))
+    assert not turning(rewards, trend="remaining").any()
+    own = step_rewards(rewards)
+    for name in ("turning_point", "consistent"):
+        rule = CreditRule(name, trend=trend, balanced=False)
+        expected = torch.where(turning(rewards, name == "consistent", trend=trend), aggregated_rewards(rewards), own)
+        assert torch.equal(credit(rewards, rule, num_steps), expected)
+        if trend == "remaining":
+            assert torch.equal(credit(rewards, rule, num_steps), own)

@@ -8,6 +8,7 @@ from test_trainer import assert_same, brightness, build, logged, prompts, traine
 from tiny import tiny_sd3
 
 from trl_tpgrpo import TPGRPOTrainer
+from trl_tpgrpo.algorithm.completion import CompletionRule
 from trl_tpgrpo.algorithm.credit import CreditRule, shortest_window, step_reward_variances
 from trl_tpgrpo.algorithm.fidelity import compare
 from trl_tpgrpo.algorithm.rollout import EXACT
@@ -50,6 +51,18 @@ def test_transitions_without_advantage_are_not_run_and_would_change_nothing(tmp_
     )
     for name, value in trained(whole).items():
         torch.testing.assert_close(trained(lean)[name], value, rtol=1e-3, atol=1e-6)
+
+
+def test_a_share_of_the_transitions_is_drawn_and_run(tmp_path: Path) -> None:
+    options = {"beta": 0.0, "num_inference_steps": 6, "learning_rate": 1e-3}
+    drawn = build(tmp_path, transition_share=0.4, **options)
+    drawn.train()
+    expected = 0.4 * 4 * 5
+    assert set(logged(drawn, "num_train_evaluations")) <= {expected, expected + 1}  # one if the last step had none
+    assert logged(drawn, "advantages/frac_zero") == [0.0] * 2  # which are all that were credited
+    again = build(tmp_path, transition_share=0.4, **options)
+    again.train()
+    assert_same(trained(drawn), trained(again))
 
 
 def test_with_a_kl_term_every_transition_is_run(tmp_path: Path) -> None:
@@ -118,6 +131,21 @@ def test_it_trains_with_cheap_completions(completion: str, tmp_path: Path) -> No
     assert logged(trainer, "num_evaluations")[0] < 4 * 15
 
 
+def test_from_1_completes_all_states_but_the_first(tmp_path: Path) -> None:
+    trainer, whole = (build(tmp_path, completion=f"exact{end}", credit="incremental") for end in ("_from_1", ""))
+    trainer.train()
+    whole.train()
+    assert logged(trainer, "num_scored_images") == [4 * 3] * 2
+    assert logged(whole, "num_scored_images") == [4 * 4] * 2
+    first, all_first = (
+        logged(trainer, "rewards/brightness/mean_of_state_1"),
+        logged(whole, "rewards/brightness/mean_of_state_1"),
+    )
+    assert first[0] == all_first[0]
+    assert "rewards/brightness/mean_of_state_0" not in trainer.state.log_history[0]
+    assert all(value > 0 for value in logged(trainer, "step_reward_std/step_0"))
+
+
 def test_blocks_of_steps_get_the_credit_of_the_block(tmp_path: Path) -> None:
     trainer = build(tmp_path, completion="exact_every_2", num_inference_steps=6)
     trainer.model.train()
@@ -153,7 +181,7 @@ def test_checks_change_no_weight(tmp_path: Path) -> None:
 
 def test_fidelity_of_equal_rewards_is_perfect() -> None:
     rewards = torch.rand(30, 6)
-    found = compare(rewards, rewards, 1, CreditRule())
+    found = compare(rewards, rewards, CompletionRule(), CreditRule())
     assert found.overall() == pytest.approx({"correlation": 1, "sign_agreement": 1, "f1": 1})
     assert found.correlation.shape == (6,)
 
@@ -161,7 +189,7 @@ def test_fidelity_of_equal_rewards_is_perfect() -> None:
 def test_fidelity_against_hand_computed_numbers() -> None:
     exact = torch.tensor([[0.0, 1.0, 0.5], [0.0, -1.0, 1.0]])  # gains 1, -0.5 and -1, 2; turning points: 0 and 1
     cheap = torch.tensor([[0.0, 1.0, 1.5], [0.0, 1.0, 1.0]])  # gains 1, 0.5 and 1, 0; turning points: 0 and none
-    found = compare(exact, cheap, 1, CreditRule(credit="turning_point"))
+    found = compare(exact, cheap, CompletionRule(), CreditRule(credit="turning_point"))
     assert found.sign_agreement.tolist() == pytest.approx([0.5, 0, 0.25])
     assert found.f1.tolist() == pytest.approx([2 * 1 / 3, 0, 2 * 1 / 4])
     assert found.correlation[0].isnan()  # the cheap gains of the first step have no spread
@@ -171,7 +199,7 @@ def test_fidelity_against_hand_computed_numbers() -> None:
 
 def test_fidelity_of_blocks_holds_each_step_against_its_block() -> None:
     exact = torch.tensor([[0.0, 1.0, 2.0, 0.0]]).expand(3, 4)
-    found = compare(exact, exact[:, [0, 2, 3]], 2, CreditRule())
+    found = compare(exact, exact[:, [0, 2, 3]], CompletionRule(every=2), CreditRule())
     assert found.sign_agreement.tolist() == [1, 1, 1, 1]
 
 

@@ -55,13 +55,14 @@ def count(args: Any, dataset_size: int | None = None, reward_funcs: Sequence[Cal
         num_rollouts = total // epoch * rollouts + min(rollouts, math.ceil(total % epoch / updates))
     rule = scored_rule(args.completion_rule, reward_funcs)
     evaluations, calls, scored = count_sampling(args, trajectories // args.world_size, rule)
+    transitions = round(trajectories * args.num_sde_steps * (args.transition_share or 1))
     rollout = {
         "trajectories": [trajectories],
         "evaluations in sampling": evaluations,
         "model calls in sampling": calls if args.rollout_batch_size else [],
         what_is_scored(reward_funcs): scored,
-        "transitions trained on": [trajectories * args.num_sde_steps],
-        "evaluations in training": [trajectories * args.num_sde_steps * batches // steps],
+        "transitions trained on": [transitions],
+        "evaluations in training": [transitions * batches // steps],
     }
     return Counts(rollout, updates, total, num_rollouts, args.beta == 0 or args.sde_window_share is not None)
 

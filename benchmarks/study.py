@@ -1,0 +1,452 @@
+"""What credit by step is worth on the testbed: the held-out reward of six methods by evaluations of the model.
+
+The design is in the constants below, and was committed before the first reported run. `--tune` trains each candidate
+with seeds and prompts of its own, from which `--report` shows why SETTLED has what it has; without it every method
+runs once a seed. Each run takes one thread and leaves a file, so that a second call goes on where one was stopped.
+
+    python benchmarks/study.py --tune --num_processes 2
+    python benchmarks/study.py --num_processes 2
+    python benchmarks/study.py --report
+"""
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from matplotlib import pyplot as plt
+from scipy import stats
+from transformers import PrinterCallback, TrainerCallback
+
+from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
+from trl_tpgrpo.commands.demo import SETTINGS
+from trl_tpgrpo.policies.loading import load_pipeline
+from trl_tpgrpo.testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
+from trl_tpgrpo.testbed.checker import score_images, shapes_reward
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS, FIGURE = ROOT / "benchmarks/results/study", ROOT / "docs/images/study.png"
+
+# The instrument
+COMMON = {**SETTINGS, "sde_type": "cps", "gradient_accumulation_steps": 8}
+"""An update takes 512 trajectories, 64 prompts of 8, in micro-batches of 64. All weights are trained, without KL."""
+
+CHEAP = {"completion": "at_1_2_3_5", "scale_rewards": "batch", "advantage_scope": "joint"}
+FITTED = {
+    "completion": "at_1_2_3_5_from_1", "scale_rewards": "batch", "advantage_scope": "joint", "credit": "lambda",
+    "credit_lambda": 0.5, "advantage_baseline": "fitted", "transition_share": 0.4,
+}  # fmt: skip
+
+METHODS: dict[str, dict[str, Any]] = {
+    "Flow-GRPO, first three steps": {"credit": "outcome", "scale_rewards": "batch", "sde_window_size": 3},
+    "Flow-GRPO, one of the first three steps": {
+        "credit": "outcome", "scale_rewards": "batch", "sde_window_size": 1, "sde_window_range": [0, 3],
+        "share_initial_noise": True,
+    },
+    "Flow-GRPO, all steps but the last": {"credit": "outcome"},
+    "TP-GRPO as published": {},
+    "TP-GRPO, joint scale, cheap completions, all steps but the last": {**CHEAP, "advantage_baseline": "completion"},
+    "TP-GRPO, joint scale, cheap completions, first three steps": {
+        **CHEAP, "advantage_baseline": "completion", "sde_window_size": 3,
+    },
+    "fitted credit, transitions drawn, all steps but the last": FITTED,
+    "fitted credit, transitions drawn, first three steps": {**FITTED, "sde_window_size": 3},
+}  # fmt: skip
+"""The rows of the design; those in a short window and those in the paper's are rivals for one place each."""
+
+RATES, TUNING_SEEDS, TUNING_BUDGET = (2e-4, 4e-4), (1000, 1001, 1002), 150_000
+SEEDS, BUDGET, MARKS = range(8), 400_000, 50_000
+REFERENCE = "Flow-GRPO, first three steps"
+SETTLED: dict[str, float] = {}
+"""The methods that are compared and their learning rates: the highest mean reward of the three tuning seeds."""
+
+MARGIN = 0.1  # of the reference's gain: a difference that is certainly smaller counts as none
+FORWARD_AND_BACKWARD = 3  # a transition that is trained on counts as so many evaluations
+IMAGES = {"mark": 8, "end": 28}  # of each caption, held out or for tuning: 90 captions
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; its name is that of its file."""
+
+    method: str
+    learning_rate: float
+    seed: int
+    split: str  # of the prompts that are scored
+    budget: float
+
+    @property
+    def path(self) -> Path:
+        name = self.method.replace(",", "").replace(" ", "_")
+        return Path(self.split) / f"{name}_{self.learning_rate:g}_{self.seed}.json"
+
+
+def captions(split: str) -> Dataset:
+    """The distinct captions of a split, which weigh the same."""
+    rows = prompt_dataset(split)
+    return rows.select(sorted({prompt: index for index, prompt in enumerate(rows["prompt"])}.values()))
+
+
+class Scores(TrainerCallback):
+    """Counts what a run spends, and scores the model at the marks and at the end."""
+
+    def __init__(self, run: Run):
+        self.run, self.trainer = run, None
+        self.spent = dict.fromkeys(("evaluations", "updates", "images", "cpu_seconds"), 0.0)
+        self.curve: list[dict[str, float]] = []
+        self.marks: list[dict[str, float]] = []
+        self.end: dict[str, dict[str, float]] = {}
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._start = time.process_time()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.spent["cpu_seconds"] += time.process_time() - self._start
+        self.spent["updates"] += 1
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "num_evaluations" not in logs:
+            return  # the last log, of the whole run
+        self.spent["evaluations"] += logs["num_evaluations"] + FORWARD_AND_BACKWARD * logs["num_train_evaluations"]
+        self.spent["images"] += logs["num_scored_images"]
+        self.curve.append({**self.spent, "reward": logs["reward"]})
+        control.should_training_stop |= self.spent["evaluations"] >= self.run.budget
+        if control.should_training_stop:
+            self.end = score_the_end(self.trainer, self.run.split)
+        elif self.spent["evaluations"] >= MARKS * (len(self.marks) + 1) and self.run.split == "heldout":
+            rows = captions(self.run.split)
+            self.marks.append({**self.spent, **score(self.trainer.policy.pipeline, rows, IMAGES["mark"])})
+
+
+def score_the_end(trainer: TPGRPOTrainer, split: str) -> dict[str, dict[str, float]]:
+    """What the weights are worth: images of the ODE and of the SDE that was trained on, of new and of known captions.
+
+    Those of tuning are scored by the ODE alone.
+    """
+    pipeline, rows = trainer.policy.pipeline, captions(split)
+    if split == "tuning":
+        return {split: score(pipeline, rows, IMAGES["mark"])}
+    known = captions("train")
+    return {
+        split: score(pipeline, rows, IMAGES["end"]),
+        f"{split}, SDE": score_sde(trainer, rows, IMAGES["mark"]),
+        "train": score(pipeline, known, IMAGES["mark"] // 2),
+        "train, SDE": score_sde(trainer, known, IMAGES["mark"] // 2),
+    }
+
+
+def score(pipeline: Any, rows: Dataset, number: int) -> dict[str, float]:
+    """Mean scores of so many images a caption, by the pipeline's own call and from noise that never changes."""
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, images = [prompt for prompt in rows["prompt"] for _ in range(number)], []
+    options = {**PIPELINE_KWARGS, "guidance_scale": 1.0, "num_inference_steps": COMMON["num_inference_steps"]}
+    for start in range(0, len(prompts), 64):
+        chunk = prompts[start : start + 64]
+        generators = [torch.Generator().manual_seed(start + offset) for offset in range(len(chunk))]
+        images += pipeline(chunk, generator=generators, **options).images
+    return means(images, prompts)
+
+
+def score_sde(trainer: TPGRPOTrainer, rows: Dataset, number: int) -> dict[str, float]:
+    """The same of images that are sampled as in training, in the window of the first rollout."""
+    repeated = [row for row in rows for _ in range(number)]
+    group, images, window = COMMON["num_generations"], [], trainer.rollouts.windows.draw(0)
+    repeated += repeated[-1:] * (-len(repeated) % group)  # whole groups, which may share their first noise
+    trainer.model.eval()
+    for start in range(0, len(repeated), 64):
+        chunk = repeated[start : start + 64]
+        generators = [torch.Generator().manual_seed(start + offset) for offset in range(len(chunk))]
+        sampled = trainer.sample_and_score(chunk, generators, window, None)
+        images += [sampled.images[index] for index in sampled.rollout.image_of[:, -1].tolist()]
+    trainer.model.train()
+    total = len(rows) * number
+    return means(images[:total], [row["prompt"] for row in repeated[:total]])
+
+
+def means(images: list, prompts: list[str]) -> dict[str, float]:
+    """Mean scores, the mean of both (which is the reward that is trained on), and how many images they are of."""
+    scores = score_images(images, prompts)
+    strict, graded = (float(np.mean([getattr(one, name) for one in scores])) for name in ("strict", "graded"))
+    return {"reward": (strict + graded) / 2, "strict": strict, "graded": graded, "num_images": len(images)}
+
+
+def train(run: Run, results: Path) -> None:
+    """Do the run and keep what came of it."""
+    torch.set_num_threads(1)
+    scores = Scores(run)
+    with tempfile.TemporaryDirectory() as folder:
+        scores.trainer = build_trainer(run, folder, scores)
+        scores.trainer.train()
+    if not scores.end:
+        raise InterruptedError(f"{run} has been stopped before its end.")
+    settings, version = METHODS[run.method], torch.__version__
+    write(
+        results / run.path,
+        {"run": asdict(run), "settings": settings, "curve": scores.curve, "marks": scores.marks, "end": scores.end,
+         "torch": version},
+    )  # fmt: skip
+
+
+def build_trainer(run: Run, folder: str, callback: Scores) -> TPGRPOTrainer:
+    """The method's settings at a constant learning rate, so that a run may be looked at anywhere."""
+    settings = {"sde_window_size": None, **COMMON, **METHODS[run.method]}
+    args = TPGRPOConfig(
+        folder,
+        max_steps=100_000,
+        learning_rate=run.learning_rate,
+        lr_scheduler_type="constant",
+        guard_rails="off",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        seed=run.seed,
+        **settings,
+    )
+    trainer = TPGRPOTrainer(TESTBED, shapes_reward, args, prompt_dataset("train"), callbacks=[callback])
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def write(path: Path, kept: dict) -> None:
+    """So that the file is there only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(kept))
+    unfinished.rename(path)
+
+
+def score_base(results: Path) -> None:
+    """Score the model that all runs begin with."""
+    torch.set_num_threads(1)
+    pipeline, numbers = load_pipeline(TESTBED), {"heldout": "end", "tuning": "mark", "train": "mark"}
+    write(
+        results / "base.json",
+        {split: score(pipeline, captions(split), IMAGES[number]) for split, number in numbers.items()},
+    )
+
+
+Kept = dict[tuple[str, float], list[dict]]
+"""Finished runs by method and learning rate."""
+
+
+def load(results: Path, split: str) -> Kept:
+    """Read the runs that were scored on a split, in the order of METHODS."""
+    kept: Kept = defaultdict(list)
+    for path in sorted((results / split).glob("*.json")):
+        run = json.loads(path.read_text())
+        kept[run["run"]["method"], run["run"]["learning_rate"]].append(run)
+    return dict(sorted(kept.items(), key=lambda item: (list(METHODS).index(item[0][0]), item[0][1])))
+
+
+def report(results: Path, figure: Path) -> str:
+    """The tables in Markdown; draws the figure."""
+    base = json.loads((results / "base.json").read_text())
+    kept = load(results, "heldout")
+    parts = [tuning_table(load(results, "tuning"), base["tuning"]["reward"])]
+    if kept:
+        parts += [
+            end_table(kept, base["heldout"]),
+            *both_currencies(kept, base),
+            reaching_table(kept, base["heldout"]),
+        ]
+        draw(kept, base["heldout"]["reward"], figure)
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def tuning_table(kept: Kept, base: float) -> list[str]:
+    """Reward on the tuning captions, by candidate."""
+    lines = ["| method | learning rate | seeds | updates | reward gained, mean and deviation of seeds | settled |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for (method, rate), runs in kept.items():
+        gained = np.array([run["end"]["tuning"]["reward"] - base for run in runs])
+        settled = "yes" if SETTLED.get(method) == rate else ""
+        spread = f"{gained.std(ddof=1):.3f}" if len(gained) > 1 else "-"
+        columns = (
+            method,
+            f"{rate:g}",
+            len(runs),
+            f"{mean_of(runs, 'updates'):.0f}",
+            f"{gained.mean():+.3f}, {spread}",
+        )
+        lines.append(f"| {' | '.join(map(str, (*columns, settled)))} |")
+    return lines
+
+
+def end_table(kept: Kept, base: dict[str, float]) -> list[str]:
+    """What held-out scores have gained at the end, and what that is beside the reference's gain."""
+    lines = [
+        "| method | learning rate | seeds | updates | images scored | CPU seconds | reward gained | strict gained "
+        "| beside the reference | p, corrected | p of a difference beyond the margin |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    gains = {
+        key: np.array([run["end"]["heldout"]["reward"] - base["reward"] for run in runs]) for key, runs in kept.items()
+    }
+    reference = next((gain for (method, _), gain in gains.items() if method == REFERENCE), np.array([]))
+    tests = {key: compare(gain, reference) for key, gain in gains.items() if gain is not reference}
+    corrected = holm({key: test["p"] for key, test in tests.items()})
+    for key, runs in kept.items():
+        strict = [run["end"]["heldout"]["strict"] - base["strict"] for run in runs]
+        spent = [f"{mean_of(runs, name):,.0f}" for name in ("updates", "images", "cpu_seconds")]
+        columns = [key[0], f"{key[1]:g}", len(runs), *spent, interval(gains[key]), interval(strict)]
+        if key in tests:
+            test = tests[key]
+            beside = f"{test['difference']:+.3f} \u00b1 {test['half_width']:.3f}"
+            columns += [beside, f"{corrected[key]:.3f}", f"{test['p_equivalent']:.3f}"]
+        lines.append(f"| {' | '.join(map(str, columns))} |" + " | | |" * (key not in tests))
+    return lines
+
+
+def both_currencies(kept: Kept, base: dict) -> list[list[str]]:
+    """What images of the ODE, which are scored, and of the SDE, which are trained on, have gained."""
+    lines = [
+        "| method | held out, ODE | held out, SDE | known captions, ODE | known captions, SDE |",
+        "|---|---|---|---|---|",
+    ]
+    for (method, _), runs in kept.items():
+        ends = [run["end"] for run in runs]
+        cells = [f"{np.mean([end[place]['reward'] for end in ends]):.3f}" for place in
+                 ("heldout", "heldout, SDE", "train", "train, SDE")]  # fmt: skip
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    lines.append(f"| before training | {base['heldout']['reward']:.3f} |  | {base['train']['reward']:.3f} |  |")
+    return [lines]
+
+
+def reaching_table(kept: Kept, base: dict[str, float]) -> list[str]:
+    """Evaluations until the mean held-out reward of a method's runs is the one that the reference ends at."""
+    lines = ["| method | evaluations to the reference's end | as a share of its own |", "|---|---|---|"]
+    reference = next((runs for (method, _), runs in kept.items() if method == REFERENCE), None)
+    if reference is None:
+        return lines
+    generator = np.random.default_rng(0)
+    for (method, _), runs in kept.items():
+        drawn = [shares(resampled(runs, generator), resampled(reference, generator), base) for _ in range(2000)]
+        share, (low, high) = shares(runs, reference, base), np.nanpercentile(drawn, [2.5, 97.5])
+        total = mean_of(reference, "evaluations")
+        never = f"not within {mean_of(runs, 'evaluations'):,.0f}" if np.isinf(share) else f"{share * total:,.0f}"
+        shown = "" if np.isinf(share) else f"{share:.2f} [{low:.2f}, {high:.2f}]"
+        lines.append(f"| {method} | {never} | {shown} |")
+    return lines
+
+
+def resampled(runs: list[dict], generator: np.random.Generator) -> list[dict]:
+    """As many runs, drawn with replacement."""
+    return [runs[index] for index in generator.integers(len(runs), size=len(runs))]
+
+
+def shares(runs: list[dict], reference: list[dict], base: dict[str, float]) -> float:
+    """Where the mean curve first reaches the reference's mean end, over the reference's evaluations; or infinity."""
+    spent, rewards = mean_curve(runs, base["reward"])
+    total, target = mean_curve(reference, base["reward"])[0][-1], mean_curve(reference, base["reward"])[1][-1]
+    above = np.flatnonzero(rewards >= target)
+    if not len(above):
+        return float("inf")
+    place = above[0]
+    part = (target - rewards[place - 1]) / (rewards[place] - rewards[place - 1])
+    return float((spent[place - 1] + part * (spent[place] - spent[place - 1])) / total)
+
+
+def mean_curve(runs: list[dict], base: float) -> tuple[np.ndarray, np.ndarray]:
+    """Evaluations and held-out reward at the start, the marks and the end: the means of runs."""
+    points = []
+    for run in runs:
+        marks = [(mark["evaluations"], mark["reward"]) for mark in run["marks"]]
+        points.append([(0.0, base), *marks, (run["curve"][-1]["evaluations"], run["end"]["heldout"]["reward"])])
+    spent, rewards = np.array(points).mean(0).T
+    return spent, rewards
+
+
+def compare(gains: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Welch's test of the difference of two means, and of the two that it lies beyond the margin on either side."""
+    test, margin = stats.ttest_ind(gains, reference, equal_var=False), MARGIN * reference.mean()
+    low, high = test.confidence_interval(0.95)
+    sides = [stats.ttest_ind(gains + margin, reference, equal_var=False, alternative="greater").pvalue,
+             stats.ttest_ind(gains - margin, reference, equal_var=False, alternative="less").pvalue]  # fmt: skip
+    return {"difference": gains.mean() - reference.mean(), "half_width": (high - low) / 2, "p": test.pvalue,
+            "p_equivalent": max(sides)}  # fmt: skip
+
+
+def holm(p_values: dict[Any, float]) -> dict[Any, float]:
+    """Correct p-values for their number (Holm, 1979)."""
+    corrected, highest = {}, 0.0
+    for place, key in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[key]))
+        corrected[key] = highest
+    return corrected
+
+
+def mean_of(runs: list[dict], name: str) -> float:
+    """Mean of what runs have spent."""
+    return float(np.mean([run["curve"][-1][name] for run in runs]))
+
+
+def interval(values: Any) -> str:
+    """Mean with the half width of its 95% interval (Student's t over seeds)."""
+    if len(values) < 2:
+        return f"{np.mean(values):+.3f}"
+    half_width = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{np.mean(values):+.3f} \u00b1 {half_width:.3f}"
+
+
+def draw(kept: Kept, base: float, path: Path) -> None:
+    """Held-out reward by evaluations, a line a method, with every run's end."""
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    for place, ((method, _), runs) in enumerate(kept.items()):
+        spent, rewards = mean_curve(runs, base)
+        axis.plot(spent / 1000, rewards, color=f"C{place}", marker="o", markersize=3, label=f"{method} ({len(runs)})")
+        ends = [(run["curve"][-1]["evaluations"] / 1000, run["end"]["heldout"]["reward"]) for run in runs]
+        axis.scatter(*zip(*ends, strict=True), color=f"C{place}", s=8, alpha=0.4)
+    axis.set(xlabel="model evaluations, thousands", ylabel="reward of held-out captions, ODE")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, title="method (seeds)", title_fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    if args.report:
+        print(report(args.results, args.figure))  # noqa: T201
+        return
+    if not (args.results / "base.json").exists():
+        score_base(args.results)
+    if args.tune:
+        chosen, split, budget = product(args.methods or METHODS, args.learning_rates or RATES), "tuning", TUNING_BUDGET
+    else:
+        chosen, split, budget = SETTLED.items(), "heldout", BUDGET
+    seeds = args.seeds or (TUNING_SEEDS if args.tune else SEEDS)
+    runs = [Run(*method, seed, split, args.evaluations or budget) for seed, method in product(seeds, list(chosen))]
+    runs = [run for run in runs if not args.methods or run.method in args.methods]
+    missing = [(run, args.results) for run in runs if not (args.results / run.path).exists()]
+    with multiprocessing.get_context("spawn").Pool(args.num_processes, maxtasksperchild=1) as pool:
+        pool.starmap(train, missing, chunksize=1)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--tune", action="store_true", help="runs of all candidates, scored on the tuning captions")
+    add("--methods", nargs="+", choices=list(METHODS), help="(default: those of the design)")
+    add("--learning_rates", type=float, nargs="+", help=f"of --tune (default: {RATES})")
+    add("--seeds", type=int, nargs="+", help=f"(default: {list(SEEDS)}, with --tune {TUNING_SEEDS})")
+    add("--evaluations", type=float, help=f"of a run (default: {BUDGET:,}, with --tune {TUNING_BUDGET:,})")
+    add("--num_processes", type=int, default=2, help="runs at once (default: %(default)s)")
+    add("--results", type=Path, default=RESULTS, help="(default: benchmarks/results/study)")
+    add("--report", action="store_true", help="print the tables and draw the figure of what is there")
+    add("--figure", type=Path, default=FIGURE, help="(default: docs/images/study.png)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
