@@ -98,6 +98,10 @@ COMPARED = {
 }
 """The rules by which settings are compared."""
 
+FITTED = CreditRule("lambda", 0.5, baseline="fitted", scale="batch", scope="joint")
+SHARES = (None, 0.6, 0.4, 0.2)
+"""The fitted baseline without a completion of the first state, and shares of transitions that are drawn by size."""
+
 POLICY_GRADIENT = CreditRule("lambda", 1.0, baseline="completion", scale="none")
 REWARD_NOISE = (0.0, 0.05, 0.1, 0.2)
 DEADZONES = (0.0, 0.1, 0.2, 0.4)
@@ -193,6 +197,11 @@ def compare(batches: list[tuple[Tensor, Tensor, float]], setting: dict) -> list[
         cost = of_sampling(setting) if rule.credit == "outcome" else evaluations
         cost += FORWARD_AND_BACKWARD * share * num_sde_steps
         add(name, noise, cost, own, budget / cost)
+    for share in SHARES:
+        own, part = gradients(batches, replace(FITTED, share=share), group, first=1)
+        cost = evaluations - of_the_first_state(setting) + FORWARD_AND_BACKWARD * part * num_sde_steps
+        name = "lambda 0.5 | fitted, from 1 | batch | joint" + (f" | drawn {share}" if share else "")
+        add(name, 0.0, cost, own, budget / cost)
     whole = evaluations + FORWARD_AND_BACKWARD * num_sde_steps
     add("gain over a share of R_j | group | none | step", 0.0, whole, over_a_share(batches, group), BATCH)
     for position in range(num_sde_steps):
@@ -228,6 +237,12 @@ def of_sampling(setting: dict) -> float:
     """
     shared = setting["start"] if setting["share_initial_noise"] else 0
     return setting["num_steps"] - shared + shared / setting["group"]
+
+
+def of_the_first_state(setting: dict) -> float:
+    """Evaluations a trajectory of the completion of x_0; the first is the trajectory's own."""
+    stops = CompletionRule.parse(setting["completion"]).stops(setting["start"], setting["num_steps"])
+    return (len(stops) - 2) / (setting["group"] if setting["share_initial_noise"] else 1)
 
 
 def alone(position: int, number: int) -> Tensor:
@@ -305,16 +320,23 @@ def pairs(shape: torch.Size, generators: list[torch.Generator], device: torch.de
 
 
 def gradients(
-    batches: list[tuple[Tensor, Tensor, float]], rule: CreditRule, group: int, reward_noise: float = 0.0
+    batches: list[tuple[Tensor, Tensor, float]],
+    rule: CreditRule,
+    group: int,
+    reward_noise: float = 0.0,
+    first: int = 0,
 ) -> tuple[Tensor, float]:
-    """The gradient of each batch, (M, size), and the share of transitions that it took."""
+    """The gradient of each batch, (M, size), and the share of transitions that it took.
+
+    With `first` = 1, as if the first state had no completion.
+    """
     found, shares = [], []
     generator = torch.Generator().manual_seed(1)
-    for rewards, sketches, _ in batches:
-        noisy = rewards + reward_noise * torch.randn(rewards.shape, generator=generator)
-        table = RewardTable(noisy[:, None].float(), torch.ones(1), group, sketches.shape[1], rule)
-        found.append(torch.einsum("bk,bkd->d", table.advantages.float(), sketches) / len(rewards))
-        shares.append(float((table.advantages != 0).float().mean()))
+    for number, (rewards, sketches, _) in enumerate(batches):
+        noisy = (rewards + reward_noise * torch.randn(rewards.shape, generator=generator))[:, None, first:].float()
+        table = RewardTable(noisy, torch.ones(1), group, sketches.shape[1], rule, first=first, seed=number)
+        found.append(torch.einsum("bk,bkd->d", table.trained_advantages.float(), sketches) / len(rewards))
+        shares.append(float((table.trained_advantages != 0).float().mean()))
     return torch.stack(found).double(), float(np.mean(shares))
 
 
