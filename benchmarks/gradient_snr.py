@@ -29,10 +29,10 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from ablation import FORWARD_AND_BACKWARD
 from diffusers.utils.torch_utils import randn_tensor
 from matplotlib import pyplot as plt
 from models import load_policy
+from study import FORWARD_AND_BACKWARD
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -359,11 +359,11 @@ def summary(values: np.ndarray, progress_of_flow: np.ndarray) -> dict[str, float
 def statistics(own: Tensor, both: Tensor, reference: Tensor, num_trajectories: float) -> tuple[float, float, float]:
     """From products of batches' gradients (M, M): signal to noise of a trajectory, cosine, progress.
 
-    A squared norm below 0 is none.
+    A squared norm below 0 is none, and where nothing happens both are none.
     """
     apart = ~torch.eye(len(own), dtype=torch.bool)
     signal, along, true = (float(products[apart].mean()) for products in (own, both, reference))
-    noise = BATCH * (float(own.diagonal().mean()) - signal)
+    noise = max(BATCH * (float(own.diagonal().mean()) - signal), 1e-30)
     signal, true = max(signal, 1e-30), max(true, 1e-30)
     return signal / noise, along / (signal * true) ** 0.5, along**2 / ((signal + noise / num_trajectories) * true)
 

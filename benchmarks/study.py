@@ -28,7 +28,7 @@ from scipy import stats
 from transformers import PrinterCallback, TrainerCallback
 
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
-from trl_tpgrpo.commands.demo import SETTINGS
+from trl_tpgrpo.commands.demo import SETTINGS, distinct
 from trl_tpgrpo.policies.loading import load_pipeline
 from trl_tpgrpo.testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
 from trl_tpgrpo.testbed.checker import score_images, shapes_reward
@@ -71,7 +71,7 @@ RATE = 2e-4
 SEEDS, BUDGET, MARKS = range(6), 300_000, 50_000
 MARGIN = 0.1  # of the reference's gain: a difference that is certainly smaller counts as none
 FORWARD_AND_BACKWARD = 3  # a transition that is trained on counts as so many evaluations
-IMAGES = {"mark": 8, "end": 28}  # of each caption, held out or for tuning: 90 captions
+IMAGES = {"tuning": 8, "mark": 4, "end": 28}  # of each caption, of which 90 are held out and 90 for tuning
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ class Run:
 
 def captions(split: str) -> Dataset:
     """The distinct captions of a split, which weigh the same."""
-    rows = prompt_dataset(split)
-    return rows.select(sorted({prompt: index for index, prompt in enumerate(rows["prompt"])}.values()))
+    return distinct(prompt_dataset(split))
 
 
 class Scores(TrainerCallback):
@@ -134,7 +133,7 @@ def score_the_end(trainer: TPGRPOTrainer, split: str) -> dict[str, dict[str, flo
     """
     pipeline, rows = trainer.policy.pipeline, captions(split)
     if split == "tuning":
-        return {split: score(pipeline, rows, IMAGES["mark"])}
+        return {split: score(pipeline, rows, IMAGES["tuning"])}
     known = captions("train")
     return {
         split: score(pipeline, rows, IMAGES["end"]),
@@ -227,7 +226,7 @@ def write(path: Path, kept: dict) -> None:
 def score_base(results: Path) -> None:
     """Score the model that all runs begin with."""
     torch.set_num_threads(1)
-    pipeline, numbers = load_pipeline(TESTBED), {"heldout": "end", "tuning": "mark", "train": "mark"}
+    pipeline, numbers = load_pipeline(TESTBED), {"heldout": "end", "tuning": "tuning", "train": "tuning"}
     write(
         results / "base.json",
         {split: score(pipeline, captions(split), IMAGES[number]) for split, number in numbers.items()},

@@ -1,9 +1,15 @@
 """The study's scripts, from sampling to the report, at the smallest sizes."""
 
 import json
+import sys
+from itertools import product
 from pathlib import Path
 
+import numpy as np
+import pytest
 from processes import run_python
+
+from trl_tpgrpo.testbed import prompt_dataset
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -15,28 +21,47 @@ def run(script: str, *options: str) -> str:
     return ended.stdout
 
 
-def test_ablation_runs_goes_on_and_reports(tmp_path: Path) -> None:
-    results, figure = tmp_path / "results", tmp_path / "figure.png"
-    options = ["--studies", "window_3", "--learning_rates", "1e-4", "--num_prompts", "4", "--num_processes", "1"]
-    options += ["--methods", "outcome", "consistent"]
-    budgets = ["--cpu_seconds", "0.1", "--evaluations", "1200", "--updates", "1"]
-    where = ["--results", str(results), "--figure", str(figure)]
-    run("ablation.py", *options, *budgets, *where, "--seeds", "0", "1")
-    kept = sorted((results / "window_3").glob("*.json"))
-    assert len(kept) == 2 + 2 * 2
-    one = json.loads((results / "window_3/heldout_outcome_0.0001_0.json").read_text())
-    spent = {budget: scores["spent"] for budget, scores in one["scores"].items()}
-    assert spent["updates"]["updates"] == 1
-    assert spent["evaluations"]["evaluations"] >= 1200 and spent["evaluations"]["updates"] == 2
-    assert len(one["scores"]["cpu_seconds"]["strict"]) == 4
-    changed = [path.stat().st_mtime_ns for path in kept]
-    kept[-1].unlink()
-    run("ablation.py", *options, *budgets, *where, "--seeds", "0", "1")
-    assert [path.stat().st_mtime_ns for path in kept[:-1]] == changed[:-1]
-    assert kept[-1].exists()
-    text = run("ablation.py", "--report", *where)
-    assert text.count("| consistent | 0.0001 | 2 | ") == 6  # budgets, last and averaged weights
-    assert figure.stat().st_size > 5_000
+def test_the_study_tunes_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import study
+
+    small = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    monkeypatch.setattr(study, "COMMON", {**study.COMMON, **small})
+    monkeypatch.setattr(study, "IMAGES", {"tuning": 2, "mark": 2, "end": 2})
+    monkeypatch.setattr(study, "MARKS", 300)
+    monkeypatch.setattr(study, "captions", lambda split: prompt_dataset(split, 4))
+    study.score_base(tmp_path)
+    study.train(study.Run(study.REFERENCE, 1e-4, 1000, "tuning", 100), tmp_path)
+    methods = [study.REFERENCE, "Flow-GRPO, one of the first three steps", "fitted credit, transitions drawn"]
+    for method, seed in product(methods, (0, 1)):
+        study.train(study.Run(method, 1e-4, seed, "heldout", 800), tmp_path)
+    kept = {path.name: json.loads(path.read_text()) for path in (tmp_path / "heldout").glob("*.json")}
+    assert len(kept) == 6
+    one = kept["Flow-GRPO_first_three_steps_0.0001_0.json"]
+    evaluations = [point["evaluations"] for point in one["curve"]]
+    assert evaluations == [
+        272 * (update + 1) for update in range(3)
+    ]  # 16 trajectories of 8 steps, 3 of them trained on
+    assert [mark["updates"] for mark in one["marks"]] == [2]
+    assert one["end"]["heldout"]["num_images"] == one["end"]["train, SDE"]["num_images"] * 2 == 8
+    drawn = kept["fitted_credit_transitions_drawn_0.0001_0.json"]["curve"]
+    assert drawn[0]["images"] == 16 * 7  # the own image and those of x_1 to x_6
+    text = study.report(tmp_path, tmp_path / "figure.png")
+    assert f"| {study.REFERENCE} | 0.0001 | 1 |" in text
+    assert text.count("| fitted credit, transitions drawn | ") == 3
+    assert (tmp_path / "figure.png").stat().st_size > 5_000
+
+
+def test_p_values_are_corrected_for_their_number() -> None:
+    sys.path.insert(0, str(BENCHMARKS))
+    from study import compare, holm
+
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    reference = np.random.default_rng(0).normal(0.2, 0.005, 12)
+    same, other = compare(reference + 0.001, reference), compare(reference + 0.05, reference)
+    assert same["p"] > 0.5 and same["p_equivalent"] < 0.001
+    assert other["p"] < 0.001 and other["p_equivalent"] > 0.999
+    assert other["difference"] == pytest.approx(0.05)
 
 
 def test_gradient_snr_of_every_rule(tmp_path: Path) -> None:

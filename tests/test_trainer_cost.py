@@ -65,6 +65,17 @@ def test_a_share_of_the_transitions_is_drawn_and_run(tmp_path: Path) -> None:
     assert_same(trained(drawn), trained(again))
 
 
+def test_weights_of_steps_weigh_their_gradients(tmp_path: Path) -> None:
+    def first_norm(step_weights: list[float] | None) -> float:
+        trainer = build(tmp_path, beta=0.0, max_steps=1, step_weights=step_weights)
+        trainer.train()
+        return logged(trainer, "grad_norm")[0]
+
+    norm = first_norm(None)
+    assert first_norm([3.0] * 3) == pytest.approx(3 * norm, rel=1e-4)
+    assert first_norm([1.0, 2.0, 0.5]) != pytest.approx(norm, rel=1e-3)
+
+
 def test_with_a_kl_term_every_transition_is_run(tmp_path: Path) -> None:
     trainer = build(tmp_path, reward_funcs=coarse, beta=0.1, max_steps=1)
     trainer.train()
