@@ -431,6 +431,16 @@ def test_rows_to_which_no_function_applies_get_no_advantage(aggregation: str) ->
     assert (computed[:2] != 0).any()
 
 
+def test_advantages_are_clamped_to_a_largest_size() -> None:
+    rewards = torch.tensor([[[0.0, 9.0]], [[0.0, 1.0]], [[0.0, -1.0]], [[0.0, -3.0]]])
+    free, clipped = (
+        RewardTable(rewards, torch.ones(1), 4, 1, CreditRule("incremental", scale="none", clip=clip)).advantages[:, 0]
+        for clip in (None, 4.0)
+    )
+    assert free.tolist() == [7.5, -0.5, -2.5, -4.5]
+    assert clipped.tolist() == [4.0, -0.5, -2.5, -4.0]
+
+
 def test_balance_is_of_the_whole_table_so_the_split_into_processes_does_not_matter() -> None:
     rising, falling = [0.0, -1.0, 0.0, 2.0], [0.0, 1.0, 0.0, -2.0]
     flat = [0.0, 1.0, 2.0, 3.0]

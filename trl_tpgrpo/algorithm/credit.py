@@ -50,6 +50,7 @@ class CreditRule:
     scale: str = "group"  # spread to divide by: within the group, within the "batch", or none ("none")
     scope: str = "step"  # steps over which mean and spread are taken: each on its own, or all of them ("joint")
     aggregation: str = "sum_then_normalize"  # of several reward functions; or "normalize_then_sum" (GDPO)
+    clip: float | None = None  # largest size of an advantage; `None`: no limit
     share: float | None = None  # of the transitions that are trained on, see `draw_transitions`; `None`: all
     function: Callable[[Tensor, "CreditRule"], Tensor] | None = None  # from outside; `None`: that of `RULES`
     batch: CreditBatch | None = field(default=None, compare=False)  # where a rule from outside is applied to one
@@ -352,6 +353,8 @@ def compute_advantages(table: RewardTable) -> CreditedSteps:
         advantages = (torch.stack(normalized, 1) * table.reward_weights[:, None]).nansum(1)
         if rule.scale != "none":
             advantages = advantages / (advantages[~table.left_out].square().mean().sqrt() + EPSILON)
+    if rule.clip is not None:
+        advantages = advantages.clamp(-rule.clip, rule.clip)
     return CreditedSteps(table.by_step(advantages), table.by_step(torch.stack(turning).float().mean(0)))
 
 

@@ -132,6 +132,8 @@ class TPGRPOConfig(_BaseConfig):
             the `"group"` (or `True`), the `"batch"`, or none (`"none"` or `False`).
         advantage_scope (`str`, *optional*, defaults to `"step"`): Whether mean and spread are those of each `"step"`,
             or `"joint"` over all steps of the group.
+        adv_clip_max (`float`, *optional*): Largest size of an advantage; the released code has 5, which no advantage in
+            a group of 24 reaches that is scaled by the group. `None`: no limit.
         transition_share (`float`, *optional*): Share of the transitions that is trained on, drawn in proportion to the
             size of their advantage and weighted by the inverse, which leaves the mean gradient as it is. Needs
             `beta=0`. `None`: all that have an advantage.
@@ -263,6 +265,7 @@ class TPGRPOConfig(_BaseConfig):
     advantage_baseline: Annotated[str, BASELINES] = "group"
     scale_rewards: str = "group"
     advantage_scope: Annotated[str, SCOPES] = "step"
+    adv_clip_max: Annotated[float | None, "above 0, or None"] = None
     transition_share: Annotated[float | None, "above 0 and below 1, or None"] = None
     beta: Annotated[float, "at least 0"] = 4e-4
     num_iterations: Annotated[int, "at least 1"] = 1
@@ -460,5 +463,6 @@ class TPGRPOConfig(_BaseConfig):
             first_step=self.turning_point_first_step, deadzone=self.turning_point_deadzone,
             balanced=self.turning_point_balance, baseline=self.advantage_baseline, scale=self.scale_rewards,
             scope=self.advantage_scope, aggregation=self.multi_objective_aggregation, share=self.transition_share,
+            clip=self.adv_clip_max,
             function=None if self.credit in CREDITS else pkgutil.resolve_name(self.credit),
         )  # fmt: skip
