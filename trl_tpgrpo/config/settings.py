@@ -132,8 +132,8 @@ class TPGRPOConfig(_BaseConfig):
             the `"group"` (or `True`), the `"batch"`, or none (`"none"` or `False`).
         advantage_scope (`str`, *optional*, defaults to `"step"`): Whether mean and spread are those of each `"step"`,
             or `"joint"` over all steps of the group.
-        adv_clip_max (`float`, *optional*): Largest size of an advantage. The released code has 5, which none in a group of
-            24 reaches that is scaled by the group. `None`: no limit.
+        adv_clip_max (`float`, *optional*): Largest size of an advantage. The released code has 5, which groups of 24,
+            scaled by themselves, do not reach. `None`: no limit.
         transition_share (`float`, *optional*): Share of the transitions that is trained on, drawn in proportion to the
             size of their advantage and weighted by the inverse, which leaves the mean gradient as it is. Needs
             `beta=0`. `None`: all that have an advantage.

@@ -116,7 +116,6 @@ class Rollouts:
         if self.args.completion_check_every and generation % self.args.completion_check_every == 0:
             self._check_completions(rows, encoded, window, generation, table)
         first = self.accelerator.process_index * len(rows)
-        seed = self.generators(DRAW, generation, 1, first=0)[0].initial_seed()
         return Trajectories(
             states=states,
             log_probs=log_probs,
@@ -125,7 +124,7 @@ class Rollouts:
             conditioning=encoded.conditioning,
             prompts=encoded.prompts,
             rows=torch.arange(first, first + len(rows)),
-            table=replace(table, seed=seed),
+            table=replace(table, seed=self.generators(DRAW, generation, 1, first=0)[0].initial_seed()),
             means=means,
             chunks=self._chunks(states),
         )
