@@ -21,7 +21,8 @@ except ImportError as error:
 
 
 _SMALLEST_AREA = 6
-_RECOGNISED = 0.6
+_RECOGNISED = {"circle": 0.7, "square": 0.7, "triangle": 0.55}
+"""Least quality of a recognised shape: blobs are below it, 99% of what the VAE makes of true shapes above."""
 _NAMES = tuple(COLOURS)
 
 
@@ -121,7 +122,8 @@ def _score(caption: Caption, found: list[Detection]) -> Score:
     superfluous = max(len(found) - len(caption.things), 0)  # costs as much as what is missing
     graded = max(fit[rows, columns].sum() - superfluous, 0) / len(caption.things)
     exact = len(found) == len(caption.things)
-    exact &= bool((same_colour & same_shape & (quality >= _RECOGNISED))[rows, columns].all())
+    recognised = quality >= np.array([_RECOGNISED[one.shape] for one in found])
+    exact &= bool((same_colour & same_shape & recognised)[rows, columns].all())
     if caption.relation is not None:
         along, across = 0.0, 0.0
         if len(rows) == 2:  # in ascending order
