@@ -71,7 +71,7 @@ RATE = 2e-4
 SEEDS, BUDGET, MARKS = range(6), 300_000, 50_000
 MARGIN = 0.1  # of the reference's gain: a difference that is certainly smaller counts as none
 FORWARD_AND_BACKWARD = 3  # a transition that is trained on counts as so many evaluations
-IMAGES = {"tuning": 8, "mark": 4, "end": 28}  # of each caption, of which 90 are held out and 90 for tuning
+IMAGES = {"tuning": 8, "mark": 4, "end": 28}  # of each caption
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Run:
 
 
 def captions(split: str) -> Dataset:
-    """The distinct captions of a split, which weigh the same."""
-    return distinct(prompt_dataset(split))
+    """Ninety distinct captions of a split, which weigh the same."""
+    return distinct(prompt_dataset(split)).take(90)
 
 
 class Scores(TrainerCallback):
@@ -137,9 +137,9 @@ def score_the_end(trainer: TPGRPOTrainer, split: str) -> dict[str, dict[str, flo
     known = captions("train")
     return {
         split: score(pipeline, rows, IMAGES["end"]),
-        f"{split}, SDE": score_sde(trainer, rows, IMAGES["mark"]),
-        "train": score(pipeline, known, IMAGES["mark"] // 2),
-        "train, SDE": score_sde(trainer, known, IMAGES["mark"] // 2),
+        f"{split}, SDE": score_sde(trainer, rows),
+        "train": score(pipeline, known, COMMON["num_generations"]),
+        "train, SDE": score_sde(trainer, known),
     }
 
 
@@ -155,11 +155,10 @@ def score(pipeline: Any, rows: Dataset, number: int) -> dict[str, float]:
     return means(images, prompts)
 
 
-def score_sde(trainer: TPGRPOTrainer, rows: Dataset, number: int) -> dict[str, float]:
-    """The same of images that are sampled as in training, in the window of the first rollout."""
-    repeated = [row for row in rows for _ in range(number)]
-    group, images, window = COMMON["num_generations"], [], trainer.rollouts.windows.draw(0)
-    repeated += repeated[-1:] * (-len(repeated) % group)  # whole groups, which may share their first noise
+def score_sde(trainer: TPGRPOTrainer, rows: Dataset) -> dict[str, float]:
+    """The same of images that are sampled as in training: a group of each caption, in the first rollout's window."""
+    repeated = [row for row in rows for _ in range(COMMON["num_generations"])]
+    images, window = [], trainer.rollouts.windows.draw(0)
     trainer.model.eval()
     for start in range(0, len(repeated), 64):
         chunk = repeated[start : start + 64]
@@ -167,8 +166,7 @@ def score_sde(trainer: TPGRPOTrainer, rows: Dataset, number: int) -> dict[str, f
         sampled = trainer.sample_and_score(chunk, generators, window, None)
         images += [sampled.images[index] for index in sampled.rollout.image_of[:, -1].tolist()]
     trainer.model.train()
-    total = len(rows) * number
-    return means(images[:total], [row["prompt"] for row in repeated[:total]])
+    return means(images, [row["prompt"] for row in repeated])
 
 
 def means(images: list, prompts: list[str]) -> dict[str, float]:

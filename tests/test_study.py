@@ -43,7 +43,7 @@ def test_the_study_tunes_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: p
         272 * (update + 1) for update in range(3)
     ]  # 16 trajectories of 8 steps, 3 of them trained on
     assert [mark["updates"] for mark in one["marks"]] == [2]
-    assert one["end"]["heldout"]["num_images"] == one["end"]["train, SDE"]["num_images"] * 2 == 8
+    assert [end["num_images"] for end in one["end"].values()] == [8, 32, 32, 32]  # of 4 captions
     drawn = kept["fitted_credit_transitions_drawn_0.0001_0.json"]["curve"]
     assert drawn[0]["images"] == 16 * 7  # the own image and those of x_1 to x_6
     text = study.report(tmp_path, tmp_path / "figure.png")
