@@ -1,11 +1,13 @@
-"""What credit by step is worth on the testbed: the held-out reward of seven methods by evaluations of the model.
+"""What credit by step is worth on the testbed: the held-out reward of six methods by evaluations of the model.
 
-The design is in the constants below, and was committed before the first reported run. `--tune` trains the reference at
-several learning rates, with seeds and prompts of its own; without it every method runs once a seed. Each run takes one
-thread and leaves a file, so that a second call goes on where one was stopped.
+The design is in the constants below, and was committed before the first reported run. The stages "rate" and "noise"
+choose the learning rate and the noise for the reference, with seeds and captions of their own; in the stage "heldout"
+every method runs once a seed. Each run takes one thread and leaves a file, so that a second call goes on where one was
+stopped.
 
-    python benchmarks/study.py --tune --num_processes 2
-    python benchmarks/study.py --num_processes 2
+    python benchmarks/study.py --stage rate
+    python benchmarks/study.py --stage noise
+    python benchmarks/study.py
     python benchmarks/study.py --report
 """
 
@@ -15,6 +17,7 @@ import multiprocessing
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -38,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS, FIGURE = ROOT / "benchmarks/results/study", ROOT / "docs/images/study.png"
 
 # The instrument
-COMMON = {**SETTINGS, "sde_type": "cps", "gradient_accumulation_steps": 8}
+COMMON = {**SETTINGS, "sde_type": "cps", "noise_level": 0.5, "gradient_accumulation_steps": 8}
 """An update takes 512 trajectories, 64 prompts of 8, in micro-batches of 64. All weights are trained, without KL."""
 
 FITTED = {
@@ -46,12 +49,9 @@ FITTED = {
     "credit_lambda": 0.5, "advantage_baseline": "fitted", "transition_share": 0.4,
 }  # fmt: skip
 
+FLOW = {"credit": "outcome", "scale_rewards": "batch"}
 METHODS: dict[str, dict[str, Any]] = {
-    "Flow-GRPO, first three steps": {"credit": "outcome", "scale_rewards": "batch", "sde_window_size": 3},
-    "Flow-GRPO, one of the first three steps": {
-        "credit": "outcome", "scale_rewards": "batch", "sde_window_size": 1, "sde_window_range": [0, 3],
-        "share_initial_noise": True,
-    },
+    "Flow-GRPO, first three steps": {**FLOW, "sde_window_size": 3},
     "Flow-GRPO, all steps but the last": {"credit": "outcome"},
     "TP-GRPO as published": {},
     "TP-GRPO, joint scale, cheap completions": {
@@ -63,15 +63,29 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """The rows of the design. Those with credit by step are in the paper's window, all steps but the last, unless said."""
 
+INSTRUMENT: dict[str, dict[str, Any]] = {
+    **{f"noise level {one}": {**FLOW, "sde_window_size": 3, "noise_level": one} for one in (0.25, 0.4, 0.55, 0.7)},
+    "one of the first three steps, shared noise, level 0.7": {
+        **FLOW, "sde_window_size": 1, "sde_window_range": [0, 3], "share_initial_noise": True, "noise_level": 0.7,
+    },
+}  # fmt: skip
+"""What was tried, with the reference, so that images of the ODE gain as much as those of the SDE."""
+
 REFERENCE = "Flow-GRPO, first three steps"
-RATES, TUNING_SEEDS, TUNING_BUDGET = (1e-4, 2e-4, 3e-4), (1000, 1001, 1002), 150_000
 RATE = 2e-4
-"""Of all methods: the best for the reference on the tuning captions, on the mean of three seeds."""
+"""Of all methods: the best for the reference on the tuning captions, the mean of three seeds at noise level 0.7."""
 
 SEEDS, BUDGET, MARKS = range(6), 300_000, 50_000
+STAGES: dict[str, tuple[list[str], tuple[float, ...], Sequence[int], int]] = {
+    "rate": ([REFERENCE], (1e-4, 2e-4, 3e-4), (1000, 1001, 1002), BUDGET // 2),
+    "noise": (list(INSTRUMENT), (RATE,), (1000, 1001), BUDGET // 2),
+    "heldout": (list(METHODS), (RATE,), SEEDS, BUDGET),
+}
+"""Methods, learning rates, seeds and evaluations of the three stages; the last is reported, on captions of its own."""
+
 MARGIN = 0.1  # of the reference's gain: a difference that is certainly smaller counts as none
 FORWARD_AND_BACKWARD = 3  # a transition that is trained on counts as so many evaluations
-IMAGES = {"tuning": 8, "mark": 4, "end": 28}  # of each caption
+IMAGES = {"tuning": 8, "mark": 4, "heldout": 28}  # of each caption
 
 
 @dataclass(frozen=True)
@@ -81,13 +95,17 @@ class Run:
     method: str
     learning_rate: float
     seed: int
-    split: str  # of the prompts that are scored
+    stage: str
     budget: float
 
     @property
     def path(self) -> Path:
         name = self.method.replace(",", "").replace(" ", "_")
-        return Path(self.split) / f"{name}_{self.learning_rate:g}_{self.seed}.json"
+        return Path(self.stage) / f"{name}_{self.learning_rate:g}_{self.seed}.json"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"sde_window_size": None, **COMMON, **(METHODS | INSTRUMENT)[self.method]}
 
 
 def captions(split: str) -> Dataset:
@@ -120,24 +138,25 @@ class Scores(TrainerCallback):
         self.curve.append({**self.spent, "reward": logs["reward"]})
         control.should_training_stop |= self.spent["evaluations"] >= self.run.budget
         if control.should_training_stop:
-            self.end = score_the_end(self.trainer, self.run.split)
-        elif self.spent["evaluations"] >= MARKS * (len(self.marks) + 1) and self.run.split == "heldout":
-            rows = captions(self.run.split)
+            self.end = score_the_end(self.trainer, self.run.stage)
+        elif self.spent["evaluations"] >= MARKS * (len(self.marks) + 1) and self.run.stage == "heldout":
+            rows = captions("heldout")
             self.marks.append({**self.spent, **score(self.trainer.policy.pipeline, rows, IMAGES["mark"])})
 
 
-def score_the_end(trainer: TPGRPOTrainer, split: str) -> dict[str, dict[str, float]]:
+def score_the_end(trainer: TPGRPOTrainer, stage: str) -> dict[str, dict[str, float]]:
     """What the weights are worth: images of the ODE and of the SDE that was trained on, of new and of known captions.
 
-    Those of tuning are scored by the ODE alone.
+    Those of learning rates are scored by the ODE alone.
     """
-    pipeline, rows = trainer.policy.pipeline, captions(split)
-    if split == "tuning":
-        return {split: score(pipeline, rows, IMAGES["tuning"])}
+    pipeline, split = trainer.policy.pipeline, "heldout" if stage == "heldout" else "tuning"
+    own = score(pipeline, captions(split), IMAGES[split])
+    if stage == "rate":
+        return {"new": own}
     known = captions("train")
     return {
-        split: score(pipeline, rows, IMAGES["end"]),
-        f"{split}, SDE": score_sde(trainer, rows),
+        "new": own,
+        "new, SDE": score_sde(trainer, captions(split)),
         "train": score(pipeline, known, COMMON["num_generations"]),
         "train, SDE": score_sde(trainer, known),
     }
@@ -185,17 +204,15 @@ def train(run: Run, results: Path) -> None:
         scores.trainer.train()
     if not scores.end:
         raise InterruptedError(f"{run} has been stopped before its end.")
-    settings, version = METHODS[run.method], torch.__version__
     write(
         results / run.path,
-        {"run": asdict(run), "settings": settings, "curve": scores.curve, "marks": scores.marks, "end": scores.end,
-         "torch": version},
+        {"run": asdict(run), "settings": run.settings, "curve": scores.curve, "marks": scores.marks, "end": scores.end,
+         "torch": torch.__version__},
     )  # fmt: skip
 
 
 def build_trainer(run: Run, folder: str, callback: Scores) -> TPGRPOTrainer:
     """The method's settings at a constant learning rate, so that a run may be looked at anywhere."""
-    settings = {"sde_window_size": None, **COMMON, **METHODS[run.method]}
     args = TPGRPOConfig(
         folder,
         max_steps=100_000,
@@ -206,7 +223,7 @@ def build_trainer(run: Run, folder: str, callback: Scores) -> TPGRPOTrainer:
         disable_tqdm=True,
         logging_steps=1,
         seed=run.seed,
-        **settings,
+        **run.settings,
     )
     trainer = TPGRPOTrainer(TESTBED, shapes_reward, args, prompt_dataset("train"), callbacks=[callback])
     trainer.remove_callback(PrinterCallback)
@@ -224,7 +241,7 @@ def write(path: Path, kept: dict) -> None:
 def score_base(results: Path) -> None:
     """Score the model that all runs begin with."""
     torch.set_num_threads(1)
-    pipeline, numbers = load_pipeline(TESTBED), {"heldout": "end", "tuning": "tuning", "train": "tuning"}
+    pipeline, numbers = load_pipeline(TESTBED), {"heldout": "heldout", "tuning": "tuning", "train": "tuning"}
     write(
         results / "base.json",
         {split: score(pipeline, captions(split), IMAGES[number]) for split, number in numbers.items()},
@@ -235,44 +252,36 @@ Kept = dict[tuple[str, float], list[dict]]
 """Finished runs by method and learning rate."""
 
 
-def load(results: Path, split: str) -> Kept:
-    """Read the runs that were scored on a split, in the order of METHODS."""
+def load(results: Path, stage: str) -> Kept:
+    """Read the runs of a stage, in the order of the constants above."""
     kept: Kept = defaultdict(list)
-    for path in sorted((results / split).glob("*.json")):
+    for path in sorted((results / stage).glob("*.json")):
         run = json.loads(path.read_text())
         kept[run["run"]["method"], run["run"]["learning_rate"]].append(run)
-    return dict(sorted(kept.items(), key=lambda item: (list(METHODS).index(item[0][0]), item[0][1])))
+    return dict(sorted(kept.items(), key=lambda item: ([*METHODS, *INSTRUMENT].index(item[0][0]), item[0][1])))
 
 
 def report(results: Path, figure: Path) -> str:
     """The tables in Markdown; draws the figure."""
-    base = json.loads((results / "base.json").read_text())
-    kept = load(results, "heldout")
-    parts = [tuning_table(load(results, "tuning"), base["tuning"]["reward"])]
+    base, kept = json.loads((results / "base.json").read_text()), load(results, "heldout")
+    parts = [rate_table(load(results, "rate")), both_currencies(load(results, "noise"), base, "tuning")]
     if kept:
         parts += [
             end_table(kept, base["heldout"]),
-            *both_currencies(kept, base),
+            both_currencies(kept, base, "heldout"),
             reaching_table(kept, base["heldout"]),
         ]
         draw(kept, base["heldout"]["reward"], figure)
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 
-def tuning_table(kept: Kept, base: float) -> list[str]:
-    """Reward on the tuning captions, by candidate."""
-    lines = ["| method | learning rate | seeds | updates | reward gained, mean and deviation of seeds |",
-             "|---|---|---|---|---|"]  # fmt: skip
+def rate_table(kept: Kept) -> list[str]:
+    """Reward on the tuning captions, by learning rate."""
+    lines = ["| method | learning rate | seeds | updates | reward, mean | by seed |", "|---|---|---|---|---|---|"]
     for (method, rate), runs in kept.items():
-        gained = np.array([run["end"]["tuning"]["reward"] - base for run in runs])
-        spread = f"{gained.std(ddof=1):.3f}" if len(gained) > 1 else "-"
-        columns = (
-            method,
-            f"{rate:g}",
-            len(runs),
-            f"{mean_of(runs, 'updates'):.0f}",
-            f"{gained.mean():+.3f}, {spread}",
-        )
+        rewards = [run["end"]["new"]["reward"] for run in runs]
+        each = ", ".join(f"{reward:.3f}" for reward in rewards)
+        columns = (method, f"{rate:g}", len(runs), f"{mean_of(runs, 'updates'):.0f}", f"{np.mean(rewards):.3f}", each)
         lines.append(f"| {' | '.join(map(str, columns))} |")
     return lines
 
@@ -285,13 +294,13 @@ def end_table(kept: Kept, base: dict[str, float]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     gains = {
-        key: np.array([run["end"]["heldout"]["reward"] - base["reward"] for run in runs]) for key, runs in kept.items()
+        key: np.array([run["end"]["new"]["reward"] - base["reward"] for run in runs]) for key, runs in kept.items()
     }
     reference = next((gain for (method, _), gain in gains.items() if method == REFERENCE), np.array([]))
     tests = {key: compare(gain, reference) for key, gain in gains.items() if gain is not reference}
     corrected = holm({key: test["p"] for key, test in tests.items()})
     for key, runs in kept.items():
-        strict = [run["end"]["heldout"]["strict"] - base["strict"] for run in runs]
+        strict = [run["end"]["new"]["strict"] - base["strict"] for run in runs]
         spent = [f"{mean_of(runs, name):,.0f}" for name in ("updates", "images", "cpu_seconds")]
         columns = [key[0], f"{key[1]:g}", len(runs), *spent, interval(gains[key]), interval(strict)]
         if key in tests:
@@ -302,19 +311,20 @@ def end_table(kept: Kept, base: dict[str, float]) -> list[str]:
     return lines
 
 
-def both_currencies(kept: Kept, base: dict) -> list[list[str]]:
-    """What images of the ODE, which are scored, and of the SDE, which are trained on, have gained."""
+def both_currencies(kept: Kept, base: dict, split: str) -> list[str]:
+    """Rewards of images of the ODE, which count, and of the SDE, which are trained on; of new and known captions."""
     lines = [
-        "| method | held out, ODE | held out, SDE | known captions, ODE | known captions, SDE |",
-        "|---|---|---|---|---|",
+        "| method | seeds | new captions, ODE | new, SDE | known, ODE | known, SDE |",
+        "|---|---|---|---|---|---|",
     ]
     for (method, _), runs in kept.items():
-        ends = [run["end"] for run in runs]
-        cells = [f"{np.mean([end[place]['reward'] for end in ends]):.3f}" for place in
-                 ("heldout", "heldout, SDE", "train", "train, SDE")]  # fmt: skip
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    lines.append(f"| before training | {base['heldout']['reward']:.3f} |  | {base['train']['reward']:.3f} |  |")
-    return [lines]
+        cells = [
+            f"{np.mean([run['end'][place]['reward'] for run in runs]):.3f}"
+            for place in ("new", "new, SDE", "train", "train, SDE")
+        ]
+        lines.append(f"| {method} | {len(runs)} | {' | '.join(cells)} |")
+    lines.append(f"| before training |  | {base[split]['reward']:.3f} |  | {base['train']['reward']:.3f} |  |")
+    return lines
 
 
 def reaching_table(kept: Kept, base: dict[str, float]) -> list[str]:
@@ -357,7 +367,7 @@ def mean_curve(runs: list[dict], base: float) -> tuple[np.ndarray, np.ndarray]:
     spent, curves = np.append(np.arange(0, total - MARKS / 2, MARKS), total), []
     for run in runs:
         marks = [(mark["evaluations"], mark["reward"]) for mark in run["marks"]]
-        points = [(0.0, base), *marks, (run["curve"][-1]["evaluations"], run["end"]["heldout"]["reward"])]
+        points = [(0.0, base), *marks, (run["curve"][-1]["evaluations"], run["end"]["new"]["reward"])]
         curves.append(np.interp(spent, *zip(*points, strict=True)))
     return spent, np.mean(curves, 0)
 
@@ -400,7 +410,7 @@ def draw(kept: Kept, base: float, path: Path) -> None:
     for place, ((method, _), runs) in enumerate(kept.items()):
         spent, rewards = mean_curve(runs, base)
         axis.plot(spent / 1000, rewards, color=f"C{place}", marker="o", markersize=3, label=f"{method} ({len(runs)})")
-        ends = [(run["curve"][-1]["evaluations"] / 1000, run["end"]["heldout"]["reward"]) for run in runs]
+        ends = [(run["curve"][-1]["evaluations"] / 1000, run["end"]["new"]["reward"]) for run in runs]
         axis.scatter(*zip(*ends, strict=True), color=f"C{place}", s=8, alpha=0.4)
     axis.set(xlabel="model evaluations, thousands", ylabel="reward of held-out captions, ODE")
     axis.grid(alpha=0.3)
@@ -416,12 +426,9 @@ def main() -> None:
         return
     if not (args.results / "base.json").exists():
         score_base(args.results)
-    if args.tune:
-        split, budget, seeds, methods, rates = "tuning", TUNING_BUDGET, TUNING_SEEDS, [REFERENCE], RATES
-    else:
-        split, budget, seeds, methods, rates = "heldout", BUDGET, SEEDS, list(METHODS), (RATE,)
+    methods, rates, seeds, budget = STAGES[args.stage]
     chosen = product(args.seeds or seeds, args.learning_rates or rates, args.methods or methods)
-    runs = [Run(method, rate, seed, split, args.evaluations or budget) for seed, rate, method in chosen]
+    runs = [Run(method, rate, seed, args.stage, args.evaluations or budget) for seed, rate, method in chosen]
     missing = [(run, args.results) for run in runs if not (args.results / run.path).exists()]
     with multiprocessing.get_context("spawn").Pool(args.num_processes, maxtasksperchild=1) as pool:
         pool.starmap(train, missing, chunksize=1)
@@ -431,11 +438,11 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--tune", action="store_true", help="runs of the reference, scored on the tuning captions")
-    add("--methods", nargs="+", choices=list(METHODS), help="(default: those of the design)")
-    add("--learning_rates", type=float, nargs="+", help=f"(default: {RATE}, with --tune {RATES})")
-    add("--seeds", type=int, nargs="+", help=f"(default: {list(SEEDS)}, with --tune {TUNING_SEEDS})")
-    add("--evaluations", type=float, help=f"of a run (default: {BUDGET:,}, with --tune {TUNING_BUDGET:,})")
+    add("--stage", default="heldout", choices=list(STAGES), help="(default: %(default)s)")
+    add("--methods", nargs="+", choices=[*METHODS, *INSTRUMENT], help="(default: those of the stage)")
+    add("--learning_rates", type=float, nargs="+", help="(default: those of the stage)")
+    add("--seeds", type=int, nargs="+", help="(default: those of the stage)")
+    add("--evaluations", type=float, help="of a run (default: those of the stage)")
     add("--num_processes", type=int, default=2, help="runs at once (default: %(default)s)")
     add("--results", type=Path, default=RESULTS, help="(default: benchmarks/results/study)")
     add("--report", action="store_true", help="print the tables and draw the figure of what is there")

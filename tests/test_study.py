@@ -27,12 +27,14 @@ def test_the_study_tunes_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: p
 
     small = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
     monkeypatch.setattr(study, "COMMON", {**study.COMMON, **small})
-    monkeypatch.setattr(study, "IMAGES", {"tuning": 2, "mark": 2, "end": 2})
+    monkeypatch.setattr(study, "IMAGES", {"tuning": 2, "mark": 2, "heldout": 2})
     monkeypatch.setattr(study, "MARKS", 300)
     monkeypatch.setattr(study, "captions", lambda split: prompt_dataset(split, 4))
     study.score_base(tmp_path)
-    study.train(study.Run(study.REFERENCE, 1e-4, 1000, "tuning", 100), tmp_path)
-    methods = [study.REFERENCE, "Flow-GRPO, one of the first three steps", "fitted credit, transitions drawn"]
+    study.train(study.Run(study.REFERENCE, 1e-4, 1000, "rate", 100), tmp_path)
+    one_step = "one of the first three steps, shared noise, level 0.7"
+    study.train(study.Run(one_step, 1e-4, 1000, "noise", 100), tmp_path)
+    methods = [study.REFERENCE, "TP-GRPO as published", "fitted credit, transitions drawn"]
     for method, seed in product(methods, (0, 1)):
         study.train(study.Run(method, 1e-4, seed, "heldout", 800), tmp_path)
     kept = {path.name: json.loads(path.read_text()) for path in (tmp_path / "heldout").glob("*.json")}
@@ -49,6 +51,7 @@ def test_the_study_tunes_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: p
     text = study.report(tmp_path, tmp_path / "figure.png")
     assert f"| {study.REFERENCE} | 0.0001 | 1 |" in text
     assert text.count("| fitted credit, transitions drawn | ") == 3
+    assert f"| {one_step} | 1 |" in text
     assert (tmp_path / "figure.png").stat().st_size > 5_000
 
 
