@@ -1,13 +1,18 @@
 """Remote rewards against real servers on the loopback interface: under load, through faults, each with a message."""
 
 import asyncio
+import contextlib
+import gzip
 import math
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -210,6 +215,14 @@ def good(rewards: object, **more: object) -> Reply:
         (good([1.0, "2"]), "'2' is no reward"),
         (good([1.0, True]), "True is no reward"),
         ((200, {}, b'{"rewards": [1.0, NaN]}'), "nan is no reward"),
+        ((200, {}, b'{"rewards": [1.0, 1' + b"0" * 400 + b"]}"), "no answer of protocol 1: OverflowError"),
+        ((200, {}, b"[" * 100_000), "no answer of protocol 1: RecursionError"),
+        (good([1.0, 2.0], metrics={"a": ["3"]}), "ValueError: '3' is no a"),
+        ((200, {}, b'{"rewards": [1, 2], "metrics": {"a": [Infinity]}}'), "ValueError: inf is no a"),
+        (good([1.0, 2.0], extra={"text": "ab"}), "2 values of 'text' for 2 images, or no list of them"),
+        ((200, {}, b" " * (16 * 2**20 + 1)), "with more than 16777216 bytes: take a smaller `batch_size`"),
+        ((200, {"Content-Encoding": "br"}, b""), "with Content-Encoding 'br', which it was not asked for"),
+        ((418, {"Content-Type": "text/plain; charset=zlib_codec"}, b"tea"), "with status 418: it said 'tea'"),
         (good(None), "no answer of protocol 1: TypeError"),
         (good([1.0, 2.0], extra={"text": ["a"]}), "1 values of 'text' for 2 images"),
         (good([1.0, 2.0], metrics=[1]), "no answer of protocol 1: AttributeError"),
@@ -228,6 +241,53 @@ def test_wrong_answers_are_errors_at_once(reply: Reply, message: str) -> None:
         with pytest.raises(RemoteRewardError, match=f"^The reward server {server.url}/judge answered .*{message}"):
             score(RemoteReward(server.url, "judge"), [1, 2])
         assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("coding", ["gzip", "gzip, gzip"])
+def test_a_bomb_is_not_unpacked(coding: str) -> None:
+    bomb = zlib.compressobj(9, wbits=31)
+    packed = b"".join([*(bomb.compress(bytes(2**20)) for _ in range(100)), bomb.flush()])
+    if coding != "gzip":
+        packed = gzip.compress(packed)
+    with scripted(lambda request, number: (200, {"Content-Encoding": coding}, packed)) as server:
+        tracemalloc.start()
+        try:
+            with pytest.raises(RemoteRewardError, match=f"with Content-Encoding {coding!r}"):
+                score(RemoteReward(server.url, "judge"), [1, 2])
+            assert tracemalloc.get_traced_memory()[1] < 5 * 2**20
+        finally:
+            tracemalloc.stop()
+        assert server.requests[0]["headers"]["Accept-Encoding"] == "identity"
+
+
+def test_an_answer_that_drips_forever_ends_with_the_timeout_in_the_check_too() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip() -> None:
+            for _ in range(2):
+                opened, _ = listening.accept()
+                with opened, contextlib.suppress(OSError):
+                    opened.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n")
+                    while True:
+                        opened.sendall(b" ")
+                        time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        reward = RemoteReward(f"http://127.0.0.1:{listening.getsockname()[1]}", "judge", timeout=0.3, num_retries=0)
+        start = time.monotonic()
+        with pytest.raises(RemoteRewardError, match=r"does not answer: no answer within 0\.3 seconds"):
+            reward.check_available()
+        with pytest.raises(RemoteRewardError, match=r"no answer within 0\.3 seconds"):
+            score(reward, [1])
+        assert time.monotonic() - start < 5
+
+
+def test_the_server_is_checked_where_an_event_loop_runs_already() -> None:
+    async def check() -> None:
+        RemoteReward(f"http://127.0.0.1:{server.port}", "root").check_available()
+
+    with serving(root) as server:
+        asyncio.run(check())
 
 
 @pytest.mark.parametrize("fault", [None, (502, {}, b""), (503, {"Retry-After": "0"}, b""), (504, {}, b"x"), "cut"])
