@@ -484,6 +484,7 @@ def test_an_old_environment_suffices() -> None:
         *(package / "rewards/serving").glob("*.py"),
     ]:
         ast.parse(path.read_text(), feature_version=(3, 8))
+        assert not re.search(r"\.(removeprefix|removesuffix|to_thread)\(|asyncio\.timeout\(|strict=", path.read_text())
     code = (
         "import sys; before = set(sys.modules); import trl_tpgrpo.rewards.serving.program; "
         "print(*set(sys.modules) - before)"

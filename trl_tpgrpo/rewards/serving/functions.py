@@ -148,7 +148,7 @@ def _text(error: BaseException) -> str:
 
 def dotted(path: str) -> str:
     """Return the dotted form of an import path that may be written `a.b`, `a:b` or `./a.py:b`."""
-    return re.sub(r"\.py:|[:/]", ".", path.removeprefix("./"))
+    return re.sub(r"\.py:|[:/]", ".", re.sub(r"^\./", "", path))  # Python 3.8 has no `removeprefix`
 
 
 def import_path(name: str, given: Any, known: Sequence[str] = ()) -> str:
