@@ -1,12 +1,10 @@
 """Remote rewards against real servers on the loopback interface: under load, through faults, each with a message."""
 
 import asyncio
-import contextlib
 import gzip
 import math
 import os
 import random
-import socket
 import subprocess
 import sys
 import threading
@@ -20,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loopback import Reply, as_json, before_answers, request, scripted, serving
+from loopback import Reply, as_json, before_answers, dripping, request, scripted, serving
 from PIL import Image
 
 from trl_tpgrpo.rewards import remote
+from trl_tpgrpo.rewards.contract import RewardError
 from trl_tpgrpo.rewards.remote import TOKEN_VARIABLE, RemoteReward, RemoteRewardError, remote_reward_from_url
+from trl_tpgrpo.rewards.scorer import ImageBatch, Scorer
 
 
 ROOT = Path(__file__).parents[1]
@@ -261,19 +261,8 @@ def test_a_bomb_is_not_unpacked(coding: str) -> None:
 
 
 def test_an_answer_that_drips_forever_ends_with_the_timeout_in_the_check_too() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def drip() -> None:
-            for _ in range(2):
-                opened, _ = listening.accept()
-                with opened, contextlib.suppress(OSError):
-                    opened.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n")
-                    while True:
-                        opened.sendall(b" ")
-                        time.sleep(0.05)
-
-        threading.Thread(target=drip, daemon=True).start()
-        reward = RemoteReward(f"http://127.0.0.1:{listening.getsockname()[1]}", "judge", timeout=0.3, num_retries=0)
+    with dripping() as url:
+        reward = RemoteReward(url, "judge", timeout=0.3, num_retries=0)
         start = time.monotonic()
         with pytest.raises(RemoteRewardError, match=r"does not answer: no answer within 0\.3 seconds"):
             reward.check_available()
@@ -320,6 +309,24 @@ def test_errors_of_the_function_name_row_and_prompt() -> None:
         f"The reward server {url} answered with status 422 (row 5, prompt 'number 13'): "
         "The reward function 'picky' raised ValueError: thirteen brings bad luck. "
     )
+
+
+def test_a_served_function_that_hangs_is_no_image_s_fault_and_asked_once() -> None:
+    may_end, calls = threading.Event(), []
+
+    def hanging(images, **columns):
+        calls.append(len(images))
+        may_end.wait(20)
+
+    hanging.timeout = 0.3
+    with serving(hanging) as server:
+        reward = RemoteReward(f"http://127.0.0.1:{server.port}", "hanging")
+        batch = ImageBatch([numbered(number) for number in range(3)], None, ["one", "two", "three"], {})
+        scoring = Scorer().start([reward], batch, {"trainer_state": None, "log_metric": None, "log_extra": None})
+        with pytest.raises(RewardError, match=r"'hanging' has not returned within 0\.3 seconds"):
+            scoring.result()
+        may_end.set()
+    assert calls == [3]
 
 
 def test_the_token_opens_and_is_not_shown(monkeypatch) -> None:

@@ -204,22 +204,10 @@ class RemoteReward:
         return self._parsed(answer, len(images))
 
     async def _fetch(self, client: httpx2.AsyncClient, method: str, url: str, content: bytes | None = None) -> Answer:
-        """Read an answer as it comes, with a limit, and unpack nothing."""
-        body = bytearray()
-        async with (
-            asyncio.timeout(self.seconds_per_attempt),
-            client.stream(method, url, content=content) as response,
-        ):
-            coding = response.headers.get("Content-Encoding", "identity")
-            if coding != "identity" and response.status_code == 200:
-                what = f"answered with Content-Encoding {coding[:40]!r}, which it was not asked for"
-                raise RemoteRewardError(f"The reward server {url} {what}: let no proxy compress its answers.")
-            async for chunk in response.aiter_raw():
-                body += chunk
-                if len(body) > MAX_ANSWER:
-                    what = f"answered with more than {MAX_ANSWER} bytes"
-                    raise RemoteRewardError(f"The reward server {url} {what}: take a smaller `batch_size`.")
-        return Answer(response.status_code, response.headers.get("Retry-After", ""), bytes(body))
+        async with asyncio.timeout(self.seconds_per_attempt):
+            async with client.stream(method, url, content=content) as response:
+                body = await body_of(response)
+        return Answer(response.status_code, response.headers.get("Retry-After", ""), body)
 
     def _pause(self, state: tenacity.RetryCallState) -> float:
         """Return the seconds until the next attempt, which the server may have asked for."""
@@ -242,13 +230,14 @@ class RemoteReward:
 
     def _refused(self, answer: Answer, first_row: int, prompts: list[str]) -> RemoteRewardError:
         """Return the server's error, with the row of the call and its prompt."""
-        row, message = _error(answer)
+        row, message, kind = _error(answer)
         known = isinstance(row, int) and 0 <= row < len(prompts)
         where = f" (row {first_row + row}, prompt {prompts[row]!r})" if known else ""
         remedy = REMEDIES.get(answer.status, "See docs/remote_rewards.md for what the server's answers mean")
         remedy = remedy.format(server=self.server, batch_size=self.num_images_per_request)
         answered = f"The reward server {self.url} answered with status {answer.status}{where}"
-        return RemoteRewardError(f"{answered}: {message} {remedy}.")
+        # What hangs does so whatever the images, of which none is then tried alone.
+        return (ServerUnavailable if kind == "reward_hung" else RemoteRewardError)(f"{answered}: {message} {remedy}.")
 
     def _parsed(self, answer: Answer, number: int) -> dict[str, Any]:
         """Return the rewards, metrics and extra columns of an answer, or refuse what is not of the protocol's form."""
@@ -269,6 +258,19 @@ class RemoteReward:
                 f"{error}. It began with {_beginning(answer, 100)!r}. See docs/remote_rewards.md."
             ) from error
         return {"rewards": rewards, "metrics": logged, "extra": extra}
+
+
+async def body_of(response: httpx2.Response) -> bytes:
+    """Read an answer as it comes, up to `MAX_ANSWER`, and unpack nothing; raise a `RemoteRewardError` if need be."""
+    body, title = bytearray(), f"The reward server {response.url} answered with"
+    coding = response.headers.get("Content-Encoding", "identity")
+    if coding != "identity" and response.status_code == 200:
+        raise RemoteRewardError(f"{title} Content-Encoding {coding[:40]!r}, which it was not asked for.")
+    async for chunk in response.aiter_raw():
+        body += chunk
+        if len(body) > MAX_ANSWER:
+            raise RemoteRewardError(f"{title} more than {MAX_ANSWER} bytes: take a smaller `batch_size`.")
+    return bytes(body)
 
 
 def remote_reward_from_url(url: str) -> RemoteReward:
@@ -315,13 +317,13 @@ def _encoded(first_row: int, images: list[Image.Image], prompts: list[str], colu
     return json.dumps(body, allow_nan=False).encode()
 
 
-def _error(answer: Answer) -> tuple[Any, str]:
-    """Return the row and the message of an error, or the beginning of an answer that is a proxy's, for example."""
+def _error(answer: Answer) -> tuple[Any, str, Any]:
+    """Return row, message and type of an error, or else the beginning of an answer, which may be a proxy's."""
     try:
         error = json.loads(answer.body)["error"]
-        return error.get("row"), str(error["message"])[:500]
+        return error.get("row"), str(error["message"])[:500], error.get("type")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None, f"it said {_beginning(answer, 200)!r}."
+        return None, f"it said {_beginning(answer, 200)!r}.", None
 
 
 def _beginning(answer: Answer, number: int) -> str:
