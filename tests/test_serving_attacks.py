@@ -21,6 +21,7 @@ from PIL import Image, PngImagePlugin
 
 from trl_tpgrpo.rewards.remote import base64_png
 from trl_tpgrpo.rewards.serving import server as server_module
+from trl_tpgrpo.rewards.serving import worker
 from trl_tpgrpo.rewards.serving.functions import ServedReward
 from trl_tpgrpo.rewards.serving.server import RewardServer
 
@@ -203,7 +204,7 @@ def test_rewards_of_the_wrong_kind_and_columns_of_reserved_names_are_refused() -
         assert status == 400 and "trainer_state" in answer["error"]["message"]
 
 
-def test_a_function_that_hangs_is_named_and_the_next_call_is_made() -> None:
+def test_a_function_that_hangs_is_named_and_the_next_call_is_made(monkeypatch) -> None:
     may_end = threading.Event()
 
     def hanging(images: list, prompts: list[str], **columns: object) -> list[float]:
@@ -220,9 +221,13 @@ def test_a_function_that_hangs_is_named_and_the_next_call_is_made() -> None:
         assert health["status"] == "hanging" and health["rewards"]["hanging"]["num_hanging"] == 1
         assert health["rewards"]["plain"]["num_hanging"] == 0
         assert request(server, "POST", "/hanging", body(name="two"))[0] == 200
+        monkeypatch.setattr(worker, "MAX_HANGING", 1)
+        status, answer, _ = request(server, "POST", "/hanging", body(name="three"))
+        assert status == 500 and "1 calls of the reward function 'hanging' hang" in answer["error"]["message"]
         may_end.set()
         while request(server, "GET", "/health")[1]["status"] != "ok":
             time.sleep(0.01)
+        assert request(server, "POST", "/hanging", body(name="four"))[0] == 200
 
 
 @pytest.mark.parametrize(("name", "value"), [("timeout", 0), ("timeout", -1), ("batch_size", -3), ("timeout", 1e30)])

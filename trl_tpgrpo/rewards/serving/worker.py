@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER = 60
 MAX_WAITING = 8  # requests of the largest size
+MAX_HANGING = 8  # calls, each of which keeps a thread
 
 
 class Job:
@@ -83,8 +84,12 @@ class Worker:
             "num_waiting": self.num_waiting,
             "num_scored": self.num_scored,
             "seconds_in_call": seconds,
-            "num_hanging": sum(not call.done() for call in self._hung),
+            "num_hanging": self._num_hanging,
         }
+
+    @property
+    def _num_hanging(self) -> int:
+        return sum(not call.done() for call in self._hung)
 
     def take(self, request: ScoreRequest) -> Job:
         """Keep room for a request whose images are to be decoded, or raise a `Refusal` (503) if there is none now."""
@@ -147,6 +152,11 @@ class Worker:
     async def _call(self, items: list[Item]) -> Outcome | Refusal:
         images, prompts = [item.image for item in items], [item.prompt for item in items]
         columns = {name: [item.columns[name] for item in items] for name in items[0].columns}
+        if self._num_hanging >= MAX_HANGING:
+            what = (
+                f"{MAX_HANGING} calls of the reward function {self.reward.name!r} hang: no more are made beside them."
+            )
+            return Refusal(500, "reward_hung", what)
         call = self._thread.submit(self.reward.call, images, prompts, columns)
         self._called_at = time.monotonic()
         try:
