@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from trl_tpgrpo.rewards.remote import RemoteReward, base64_png
-from trl_tpgrpo.rewards.serving.protocol import parse_request
+from trl_tpgrpo.rewards.serving.protocol import Limits, parse_request
 
 
 def instant(images: list[Image.Image], **columns: object) -> list[float]:
@@ -68,7 +68,7 @@ def costs(images: list[Image.Image]) -> None:
     bodies = [json.dumps({"id": "x", "images": [text], "prompts": [""]}).encode() for text in encoded]
     start = time.process_time()
     for body in bodies:
-        parse_request(body, 2**24)
+        parse_request(body, Limits()).decode()
     decoding = time.process_time() - start
     size = sum(map(len, encoded)) / len(images) / 1000
     encoding, decoding = encoding / len(images) * 1000, decoding / len(images) * 1000

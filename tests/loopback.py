@@ -1,9 +1,11 @@
 """Servers on the loopback interface that tests start and that end with them."""
 
 import json
+import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -83,6 +85,27 @@ def scripted(reply: Callable[[dict[str, Any], int], Reply]) -> Iterator[Scripted
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def dripping() -> Iterator[str]:
+    """Start a server whose answers never end, though a byte of them comes now and then; yield its URL."""
+
+    def drip(opened: socket.socket) -> None:
+        with opened, suppress(OSError):
+            opened.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99999\r\n\r\n")
+            while True:
+                opened.sendall(b" ")
+                time.sleep(0.05)
+
+    def listen() -> None:
+        with suppress(OSError):
+            while True:
+                drip(listening.accept()[0])
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=listen, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
 def as_json(value: object, status: int = 200, **headers: str) -> Reply:

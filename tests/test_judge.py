@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import importlib
 import io
 import json
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from loopback import Reply, as_json, scripted
+from loopback import Reply, as_json, dripping, scripted
 from PIL import Image
 
 from trl_tpgrpo.rewards import judge as judge_module
@@ -204,6 +205,35 @@ def test_a_judge_that_is_slow_or_not_there() -> None:
         url = server.url
     with pytest.raises(VLMJudgeError, match="no connection: ConnectError"):
         ask(VLMJudge(f"{url}/v1", "a-model", num_retries=1), [shade(0)])
+
+
+def test_an_answer_that_drips_forever_ends_with_the_timeout_in_the_check_too() -> None:
+    with dripping() as url:
+        judge = VLMJudge(f"{url}/v1", "a-model", timeout=0.3, num_retries=0)
+        for call in (judge.check_available, lambda: ask(judge, [shade(0)])):
+            start = time.monotonic()
+            with pytest.raises(VLMJudgeError, match=r"no answer within 0\.3 seconds"):
+                call()
+            assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (
+            (200, {"Content-Encoding": "gzip"}, gzip.compress(bytes(2**20))),
+            "Content-Encoding 'gzip', which it was not",
+        ),
+        ((200, {}, b" " * (16 * 2**20 + 1)), "with more than 16777216 bytes"),
+        ((418, {"Content-Encoding": "gzip"}, gzip.compress(b"tea")), "with status 418"),
+        ((307, {"Location": "http://127.0.0.1:1/elsewhere"}, b""), "with status 307"),
+    ],
+)
+def test_answers_are_not_unpacked_nor_followed_and_have_a_size(reply: Reply, message: str) -> None:
+    with scripted(lambda request, number: reply) as server:
+        with pytest.raises(RuntimeError, match=f"{server.url}/v1.* answered .*{message}"):
+            ask(VLMJudge(f"{server.url}/v1", "a-model", num_retries=0), [shade(0)])
+        assert server.requests[0]["headers"]["accept-encoding"] == "identity"
 
 
 def test_requests_under_way_are_bounded_over_all_calls() -> None:

@@ -1,6 +1,7 @@
 """Remote rewards against real servers on the loopback interface: under load, through faults, each with a message."""
 
 import asyncio
+import gzip
 import math
 import os
 import random
@@ -8,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loopback import Reply, as_json, before_answers, request, scripted, serving
+from loopback import Reply, as_json, before_answers, dripping, request, scripted, serving
 from PIL import Image
 
 from trl_tpgrpo.rewards import remote
+from trl_tpgrpo.rewards.contract import RewardError
 from trl_tpgrpo.rewards.remote import TOKEN_VARIABLE, RemoteReward, RemoteRewardError, remote_reward_from_url
+from trl_tpgrpo.rewards.scorer import ImageBatch, Scorer
 
 
 ROOT = Path(__file__).parents[1]
@@ -210,6 +215,14 @@ def good(rewards: object, **more: object) -> Reply:
         (good([1.0, "2"]), "'2' is no reward"),
         (good([1.0, True]), "True is no reward"),
         ((200, {}, b'{"rewards": [1.0, NaN]}'), "nan is no reward"),
+        ((200, {}, b'{"rewards": [1.0, 1' + b"0" * 400 + b"]}"), "no answer of protocol 1: OverflowError"),
+        ((200, {}, b"[" * 100_000), "no answer of protocol 1: RecursionError"),
+        (good([1.0, 2.0], metrics={"a": ["3"]}), "ValueError: '3' is no a"),
+        ((200, {}, b'{"rewards": [1, 2], "metrics": {"a": [Infinity]}}'), "ValueError: inf is no a"),
+        (good([1.0, 2.0], extra={"text": "ab"}), "2 values of 'text' for 2 images, or no list of them"),
+        ((200, {}, b" " * (16 * 2**20 + 1)), "with more than 16777216 bytes: take a smaller `batch_size`"),
+        ((200, {"Content-Encoding": "br"}, b""), "with Content-Encoding 'br', which it was not asked for"),
+        ((418, {"Content-Type": "text/plain; charset=zlib_codec"}, b"tea"), "with status 418: it said 'tea'"),
         (good(None), "no answer of protocol 1: TypeError"),
         (good([1.0, 2.0], extra={"text": ["a"]}), "1 values of 'text' for 2 images"),
         (good([1.0, 2.0], metrics=[1]), "no answer of protocol 1: AttributeError"),
@@ -228,6 +241,42 @@ def test_wrong_answers_are_errors_at_once(reply: Reply, message: str) -> None:
         with pytest.raises(RemoteRewardError, match=f"^The reward server {server.url}/judge answered .*{message}"):
             score(RemoteReward(server.url, "judge"), [1, 2])
         assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("coding", ["gzip", "gzip, gzip"])
+def test_a_bomb_is_not_unpacked(coding: str) -> None:
+    bomb = zlib.compressobj(9, wbits=31)
+    packed = b"".join([*(bomb.compress(bytes(2**20)) for _ in range(100)), bomb.flush()])
+    if coding != "gzip":
+        packed = gzip.compress(packed)
+    with scripted(lambda request, number: (200, {"Content-Encoding": coding}, packed)) as server:
+        tracemalloc.start()
+        try:
+            with pytest.raises(RemoteRewardError, match=f"with Content-Encoding {coding!r}"):
+                score(RemoteReward(server.url, "judge"), [1, 2])
+            assert tracemalloc.get_traced_memory()[1] < 5 * 2**20
+        finally:
+            tracemalloc.stop()
+        assert server.requests[0]["headers"]["Accept-Encoding"] == "identity"
+
+
+def test_an_answer_that_drips_forever_ends_with_the_timeout_in_the_check_too() -> None:
+    with dripping() as url:
+        reward = RemoteReward(url, "judge", timeout=0.3, num_retries=0)
+        start = time.monotonic()
+        with pytest.raises(RemoteRewardError, match=r"does not answer: no answer within 0\.3 seconds"):
+            reward.check_available()
+        with pytest.raises(RemoteRewardError, match=r"no answer within 0\.3 seconds"):
+            score(reward, [1])
+        assert time.monotonic() - start < 5
+
+
+def test_the_server_is_checked_where_an_event_loop_runs_already() -> None:
+    async def check() -> None:
+        RemoteReward(f"http://127.0.0.1:{server.port}", "root").check_available()
+
+    with serving(root) as server:
+        asyncio.run(check())
 
 
 @pytest.mark.parametrize("fault", [None, (502, {}, b""), (503, {"Retry-After": "0"}, b""), (504, {}, b"x"), "cut"])
@@ -260,6 +309,24 @@ def test_errors_of_the_function_name_row_and_prompt() -> None:
         f"The reward server {url} answered with status 422 (row 5, prompt 'number 13'): "
         "The reward function 'picky' raised ValueError: thirteen brings bad luck. "
     )
+
+
+def test_a_served_function_that_hangs_is_no_image_s_fault_and_asked_once() -> None:
+    may_end, calls = threading.Event(), []
+
+    def hanging(images, **columns):
+        calls.append(len(images))
+        may_end.wait(20)
+
+    hanging.timeout = 0.3
+    with serving(hanging) as server:
+        reward = RemoteReward(f"http://127.0.0.1:{server.port}", "hanging")
+        batch = ImageBatch([numbered(number) for number in range(3)], None, ["one", "two", "three"], {})
+        scoring = Scorer().start([reward], batch, {"trainer_state": None, "log_metric": None, "log_extra": None})
+        with pytest.raises(RewardError, match=r"'hanging' has not returned within 0\.3 seconds"):
+            scoring.result()
+        may_end.set()
+    assert calls == [3]
 
 
 def test_the_token_opens_and_is_not_shown(monkeypatch) -> None:

@@ -109,7 +109,10 @@ def test_health_tells_what_is_served() -> None:
         recorder.may_go_on.set()
         assert all(future.result()[0] == 200 for future in first + others)
     assert status == 200 and health["status"] == "ok" and health["protocol"] == 1
-    assert health["rewards"]["recorder"] == {"batch_size": 2, "num_waiting": 3, "num_scored": 0}
+    assert health["rewards"]["recorder"]["seconds_in_call"] >= 0
+    numbers = {"batch_size": 2, "timeout": 3600, "num_waiting": 3, "num_scored": 0, "num_hanging": 0}
+    assert health["rewards"]["recorder"].items() >= numbers.items()
+    assert health["rewards"]["redness"]["seconds_in_call"] is None
     assert health["rewards"].keys() == {"recorder", "redness"} and health["limits"]["max_queue"] == 7
 
 
@@ -306,8 +309,8 @@ def test_limits_and_addresses() -> None:
 )
 def test_without_the_token_nothing_is_told(header: str) -> None:
     with serving(redness, token="secret") as server:
-        for method, path in (("POST", "/redness"), ("GET", "/health"), ("POST", "/other")):
-            status, answer, headers = request(server, method, path, body(1), Authorization=header)
+        for method, path, sent in (("POST", "/redness", body(1)), ("GET", "/health", None), ("POST", "/other", {})):
+            status, answer, headers = request(server, method, path, sent, Authorization=header)
             assert status == 401 and headers["WWW-Authenticate"] == "Bearer"
             assert "redness" not in answer["error"]["message"]
         assert request(server, "POST", "/redness", body(1), Authorization="Bearer secret")[0] == 200
@@ -363,7 +366,7 @@ def test_the_end_answers_what_has_been_taken(monkeypatch) -> None:
 
 
 def test_a_request_that_stalls_is_told_so_and_does_not_keep_the_server_from_ending(monkeypatch) -> None:
-    monkeypatch.setattr(server_module, "MAX_SILENCE", 0.1)
+    monkeypatch.setattr(server_module, "MAX_SECONDS", 0.1)
     with serving(redness) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
         head = "POST /redness HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
         client.sendall(head.encode() + b"{")
@@ -481,6 +484,7 @@ def test_an_old_environment_suffices() -> None:
         *(package / "rewards/serving").glob("*.py"),
     ]:
         ast.parse(path.read_text(), feature_version=(3, 8))
+        assert not re.search(r"\.(removeprefix|removesuffix|to_thread)\(|asyncio\.timeout\(|strict=", path.read_text())
     code = (
         "import sys; before = set(sys.modules); import trl_tpgrpo.rewards.serving.program; "
         "print(*set(sys.modules) - before)"

@@ -14,10 +14,12 @@ from weakref import WeakKeyDictionary
 from PIL import Image
 
 from .contract import RESERVED_COLUMNS, RewardUnavailable
-from .remote import base64_png, check_numbers, gathered
+from .remote import base64_png, body_of, check_numbers, gathered
+from .threads import Worker
 
 
 try:
+    import httpx2
     import openai
 except ImportError as error:
     raise ImportError("Judges need the client of OpenAI's API: pip install 'trl-tpgrpo[judge]'.") from error
@@ -93,6 +95,23 @@ class Question:
     text: str
     name: str
     expected: str | None = None
+
+
+class _BoundedClient(openai.DefaultAsyncHttpxClient):
+    """HTTP client that takes an answer as `body_of` does, and no longer than its timeout for the whole of it."""
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        try:
+            async with asyncio.timeout(self.timeout.read):
+                response = await super().send(request, **{**options, "stream": True})
+                try:
+                    body = await body_of(response)
+                finally:
+                    await response.aclose()
+        except TimeoutError as error:
+            raise httpx2.ReadTimeout("", request=request) from error
+        response.headers.pop("Content-Encoding", None)  # of an error, of which nothing is unpacked
+        return httpx2.Response(response.status_code, headers=response.headers, content=body, request=request)
 
 
 class VLMJudge:
@@ -197,15 +216,13 @@ class VLMJudge:
 
     def check_available(self) -> None:
         """Ask the server for anything; raise a `JudgeUnavailable` if there is no answer, of whatever kind."""
-        client = openai.OpenAI(
-            base_url=self.base_url,
-            api_key=self._key or "none",
-            timeout=self.seconds_per_attempt,
-            max_retries=self.num_retries,
-            http_client=openai.DefaultHttpxClient(mounts=PAST_PROXIES),
-        )
-        try:
-            client.models.list(extra_headers=self._omitted)
+
+        async def ask() -> None:
+            async with self._client(Usage()) as client:
+                await client.models.list(extra_headers=self._omitted)
+
+        try:  # in a thread, as the caller's may have an event loop that runs
+            Worker().submit(lambda: asyncio.run(ask()), None).result()
         except openai.APIConnectionError as error:
             raise self._failure(error, "the first request") from None
         except (openai.APIStatusError, json.JSONDecodeError):
@@ -252,7 +269,13 @@ class VLMJudge:
             api_key=self._key or "none",  # which is not sent; without one, the client would look for a key itself
             timeout=self.seconds_per_attempt,
             max_retries=self.num_retries,
-            http_client=openai.DefaultAsyncHttpxClient(mounts=PAST_PROXIES, event_hooks={"request": [count]}),
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=_BoundedClient(
+                timeout=self.seconds_per_attempt,
+                follow_redirects=False,
+                mounts=PAST_PROXIES,
+                event_hooks={"request": [count]},
+            ),
         )
 
     async def _ask(self, client: openai.AsyncOpenAI, usage: Usage, question: Question) -> float:

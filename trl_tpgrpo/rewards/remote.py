@@ -8,16 +8,18 @@ import logging
 import math
 import os
 import random
+import reprlib
 import uuid
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from PIL import Image
 
 from .contract import RewardUnavailable
 from .serving.protocol import is_loopback
+from .threads import Worker
 
 
 try:
@@ -33,10 +35,11 @@ TOKEN_VARIABLE = "TRL_TPGRPO_REWARD_TOKEN"
 RETRIED_STATUSES = (502, 503, 504)
 RETRIED_ERRORS = (TimeoutError, httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
 RETRIED = tenacity.retry_if_exception_type(RETRIED_ERRORS) | tenacity.retry_if_result(
-    lambda response: response.status_code in RETRIED_STATUSES
+    lambda answer: answer.status in RETRIED_STATUSES
 )
 FIRST_PAUSE = 0.5
 MAX_PAUSE = 30.0
+MAX_ANSWER = 16 * 2**20  # bytes, which may take 25 times as many once they are read
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 REMEDIES = {
@@ -54,6 +57,14 @@ class RemoteRewardError(RuntimeError):
 
 class ServerUnavailable(RemoteRewardError, RewardUnavailable):
     """A reward server has not answered, whatever the images."""
+
+
+class Answer(NamedTuple):
+    """What a server has answered."""
+
+    status: int
+    retry_after: str
+    body: bytes
 
 
 class RemoteReward:
@@ -131,18 +142,22 @@ class RemoteReward:
     def check_available(self) -> None:
         """Ask the server whether it has the reward; raise a `RemoteRewardError` if not, or if it does not answer."""
         stop = tenacity.stop_after_attempt(self.num_retries + 1)
-        retrying = tenacity.Retrying(retry=RETRIED, wait=self._pause, stop=stop, before_sleep=self._warn)
-        try:
-            with httpx2.Client(**{**self._client_options, "timeout": self.seconds_per_attempt}) as client:
-                response: httpx2.Response = retrying(client.get, f"{self.server}/health")
+        retrying = tenacity.AsyncRetrying(retry=RETRIED, wait=self._pause, stop=stop, before_sleep=self._warn)
+
+        async def asked() -> Answer:
+            async with httpx2.AsyncClient(**self._client_options) as client:
+                return await retrying(self._fetch, client, "GET", f"{self.server}/health")
+
+        try:  # in a thread, as the caller's may have an event loop that runs
+            answer: Answer = Worker().submit(lambda: asyncio.run(asked()), None).result()
         except tenacity.RetryError as error:
             what = f"does not answer: {self._last_failure(error)}. Is it running?"
             raise ServerUnavailable(f"The reward server {self.server} {what}") from error
-        if response.status_code == 401:
-            raise self._refused(response, 0, [])
+        if answer.status == 401:
+            raise self._refused(answer, 0, [])
         try:
-            served = list(response.json()["rewards"])
-        except (ValueError, KeyError, TypeError):
+            served = list(json.loads(answer.body)["rewards"])
+        except (ValueError, KeyError, TypeError, RecursionError):
             return  # another kind of server, which answers
         if self.__name__ not in served:
             raise RemoteRewardError(f"The reward server {self.server} has no {self.__name__!r}, only {served}.")
@@ -177,26 +192,28 @@ class RemoteReward:
         async with self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.concurrency)):
             body = await asyncio.to_thread(_encoded, first_row, images, prompts, columns)
             try:
-                response: httpx2.Response = await retrying(self._post, client, body)
+                answer: Answer = await retrying(self._fetch, client, "POST", self.url, body)
             except tenacity.RetryError as error:
                 raise ServerUnavailable(
                     f"The reward server {self.url} has not scored rows {first_row} to {first_row + len(images) - 1}: "
                     f"{self._last_failure(error)}. Is it running, and is its queue long enough for all its clients? "
                     "Longer `timeout` and more `num_retries` wait longer."
                 ) from error
-        if response.status_code != 200:
-            raise self._refused(response, first_row, prompts)
-        return self._parsed(response, len(images))
+        if answer.status != 200:
+            raise self._refused(answer, first_row, prompts)
+        return self._parsed(answer, len(images))
 
-    async def _post(self, client: httpx2.AsyncClient, body: bytes) -> httpx2.Response:
+    async def _fetch(self, client: httpx2.AsyncClient, method: str, url: str, content: bytes | None = None) -> Answer:
         async with asyncio.timeout(self.seconds_per_attempt):
-            return await client.post(self.url, content=body)
+            async with client.stream(method, url, content=content) as response:
+                body = await body_of(response)
+        return Answer(response.status_code, response.headers.get("Retry-After", ""), body)
 
     def _pause(self, state: tenacity.RetryCallState) -> float:
         """Return the seconds until the next attempt, which the server may have asked for."""
         pause, outcome = tenacity.wait_exponential(FIRST_PAUSE, MAX_PAUSE)(state), state.outcome
         if outcome is not None and not outcome.failed:
-            asked = outcome.result().headers.get("Retry-After", "")
+            asked = outcome.result().retry_after
             pause = min(MAX_PAUSE, float(asked)) if asked.isascii() and asked.isdigit() else pause
         return pause * self._random.uniform(1, 1.25)
 
@@ -204,42 +221,56 @@ class RemoteReward:
         attempt = retry.last_attempt
         match attempt.exception():
             case None:
-                what = f"status {attempt.result().status_code}: {_error(attempt.result())[1]}"
+                what = f"status {attempt.result().status}: {_error(attempt.result())[1]}"
             case TimeoutError():
                 what = f"no answer within {self.seconds_per_attempt:g} seconds"
             case error:
                 what = f"no connection: {type(error).__name__} {error}".rstrip()
         return f"{what} ({attempt.attempt_number} attempts)" if attempt.attempt_number > 1 else what
 
-    def _refused(self, response: httpx2.Response, first_row: int, prompts: list[str]) -> RemoteRewardError:
+    def _refused(self, answer: Answer, first_row: int, prompts: list[str]) -> RemoteRewardError:
         """Return the server's error, with the row of the call and its prompt."""
-        row, message = _error(response)
+        row, message, kind = _error(answer)
         known = isinstance(row, int) and 0 <= row < len(prompts)
         where = f" (row {first_row + row}, prompt {prompts[row]!r})" if known else ""
-        remedy = REMEDIES.get(response.status_code, "See docs/remote_rewards.md for what the server's answers mean")
+        remedy = REMEDIES.get(answer.status, "See docs/remote_rewards.md for what the server's answers mean")
         remedy = remedy.format(server=self.server, batch_size=self.num_images_per_request)
-        answered = f"The reward server {self.url} answered with status {response.status_code}{where}"
-        return RemoteRewardError(f"{answered}: {message} {remedy}.")
+        answered = f"The reward server {self.url} answered with status {answer.status}{where}"
+        # What hangs does so whatever the images, of which none is then tried alone.
+        return (ServerUnavailable if kind == "reward_hung" else RemoteRewardError)(f"{answered}: {message} {remedy}.")
 
-    def _parsed(self, response: httpx2.Response, number: int) -> dict[str, Any]:
+    def _parsed(self, answer: Answer, number: int) -> dict[str, Any]:
         """Return the rewards, metrics and extra columns of an answer, or refuse what is not of the protocol's form."""
         try:
-            answer = response.json()
-            rewards, metrics, extra = answer["rewards"], answer.get("metrics", {}), answer.get("extra", {})
+            fields = json.loads(answer.body)
+            rewards, metrics, extra = fields["rewards"], fields.get("metrics", {}), fields.get("extra", {})
             for what, values in [("rewards", rewards), *((f"values of {name!r}", extra[name]) for name in extra)]:
-                if len(values) != number:
-                    raise ValueError(f"{len(values)} {what} for {number} images")
-            for reward in rewards:
-                if reward is not None and (type(reward) not in (int, float) or not math.isfinite(reward)):
-                    raise ValueError(f"{reward!r} is no reward")
+                if type(values) is not list or len(values) != number:
+                    raise ValueError(f"{len(values)} {what} for {number} images, or no list of them")
             logged = [(name, value) for name, values in metrics.items() for value in values]
+            for what, value in [*(("reward", reward) for reward in rewards), *logged]:
+                if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+                    raise ValueError(f"{reprlib.repr(value)} is no {what}")
             logged = [(name, math.nan if value is None else float(value)) for name, value in logged]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise RemoteRewardError(
                 f"The reward server {self.url} answered with what is no answer of protocol 1: {type(error).__name__}: "
-                f"{error}. It began with {response.text[:100]!r}. See docs/remote_rewards.md."
+                f"{error}. It began with {_beginning(answer, 100)!r}. See docs/remote_rewards.md."
             ) from error
         return {"rewards": rewards, "metrics": logged, "extra": extra}
+
+
+async def body_of(response: httpx2.Response) -> bytes:
+    """Read an answer as it comes, up to `MAX_ANSWER`, and unpack nothing; raise a `RemoteRewardError` if need be."""
+    body, title = bytearray(), f"The reward server {response.url} answered with"
+    coding = response.headers.get("Content-Encoding", "identity")
+    if coding != "identity" and response.status_code == 200:
+        raise RemoteRewardError(f"{title} Content-Encoding {coding[:40]!r}, which it was not asked for.")
+    async for chunk in response.aiter_raw():
+        body += chunk
+        if len(body) > MAX_ANSWER:
+            raise RemoteRewardError(f"{title} more than {MAX_ANSWER} bytes: take a smaller `batch_size`.")
+    return bytes(body)
 
 
 def remote_reward_from_url(url: str) -> RemoteReward:
@@ -286,21 +317,27 @@ def _encoded(first_row: int, images: list[Image.Image], prompts: list[str], colu
     return json.dumps(body, allow_nan=False).encode()
 
 
-def _error(response: httpx2.Response) -> tuple[Any, str]:
-    """Return the row and the message of an error, or the beginning of an answer that is a proxy's, for example."""
+def _error(answer: Answer) -> tuple[Any, str, Any]:
+    """Return row, message and type of an error, or else the beginning of an answer, which may be a proxy's."""
     try:
-        error = response.json()["error"]
-        return error.get("row"), str(error["message"])[:500]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None, f"it said {response.text[:200]!r}."
+        error = json.loads(answer.body)["error"]
+        return error.get("row"), str(error["message"])[:500], error.get("type")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None, f"it said {_beginning(answer, 200)!r}.", None
+
+
+def _beginning(answer: Answer, number: int) -> str:
+    """Return the first bytes as text; the codec that the server names is not taken, as it may be any of Python's."""
+    return answer.body[:number].decode(errors="replace")
 
 
 def _headers(token: str | None) -> httpx2.Headers:  # a dictionary would show the token where it is printed
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     if token is None:
-        return httpx2.Headers({"Content-Type": "application/json"})
+        return httpx2.Headers(headers)
     if not token or not token.isascii() or not token.isprintable() or token != token.strip():
         raise ValueError("The token must be printable ASCII characters without spaces around; it is not shown here.")
-    return httpx2.Headers({"Content-Type": "application/json", "Authorization": f"Bearer {token}"})
+    return httpx2.Headers({**headers, "Authorization": f"Bearer {token}"})
 
 
 def _checked_url(name: str, url: str) -> str:

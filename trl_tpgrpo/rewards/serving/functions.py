@@ -12,7 +12,9 @@ import logging
 import math
 import os
 import re
+import reprlib
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +27,8 @@ from .protocol import Refusal
 logger = logging.getLogger(__name__)
 
 RESERVED_NAMES = ("health",)
-DECLARED = {"__name__", "batch_size", "image_type", "scores_states", "scores_groups", "to"}
+DECLARED = {"__name__", "batch_size", "image_type", "scores_states", "scores_groups", "timeout", "to"}
+MAX_MESSAGE = 2000  # characters of what a function raised
 
 
 class Outcome(NamedTuple):
@@ -48,12 +51,17 @@ class ServedReward:
         found = {name: getattr(layer, name) for layer in reversed(layers) for name in DECLARED & set(dir(layer))}
         self.name: str = found.get("__name__", type(layers[-1]).__name__)
         self.batch_size: int | None = found.get("batch_size")
+        self.timeout: float | None = found.get("timeout")
         self.image_type: str = found.get("image_type", "pil")
         if not (self.name.isidentifier() and self.name.isascii()) or self.name in RESERVED_NAMES:
             raise ValueError(f"The reward function's name {self.name!r} cannot be part of an URL: set its __name__.")
         if self.image_type not in ("pil", "pt"):
             wrong = f"image_type={self.image_type!r}, not 'pil' or 'pt'"
             raise ValueError(f"The reward function {self.name!r} has {wrong}.")
+        for name in ("batch_size", "timeout"):
+            if not (found.get(name) is None or 0 < found[name] <= threading.TIMEOUT_MAX):
+                wrong = f"{name}={found[name]!r}; it must be above 0, or None"
+                raise ValueError(f"The reward function {self.name!r} has {wrong}.")
         for name in ("scores_states", "scores_groups"):
             if found.get(name):
                 what = "latents" if name == "scores_states" else "whole groups"
@@ -64,20 +72,33 @@ class ServedReward:
         if device is not None and move is not None:
             move(device)
 
-    def call(self, images: list[Image.Image], prompts: list[str], columns: dict[str, list]) -> Outcome:
-        """Score N images; raise what the function raises, or a `Refusal` if it returns no list of N values."""
+    def call(self, images: list[Image.Image], prompts: list[str], columns: dict[str, list]) -> Outcome | Refusal:
+        """Score N images; return a `Refusal` if the function raises anything, or returns no list of N values."""
+        try:
+            return self._call(images, prompts, columns)
+        except Refusal as refusal:
+            return refusal
+        except BaseException as error:  # even KeyboardInterrupt, which is no one's at a keyboard in this thread
+            logger.error("The reward function %r raised.", self.name, exc_info=error)
+            kind = type(error).__name__
+            message = f"The reward function {self.name!r} raised {kind}: {_text(error)}."
+            return Refusal(422, "reward_raised", message, exception=kind)
+
+    def _call(self, images: list[Image.Image], prompts: list[str], columns: dict[str, list]) -> Outcome:
         metrics: dict[str, list[float | None]] = {}
         extra: dict[str, list] = {}
 
         def log_metric(name: str, value: Any, *_: Any) -> None:
-            number = float(value)
+            number = math.inf if isinstance(value, (str, bytes)) else float(value)
+            if not isinstance(name, str) or math.isinf(number):
+                given = f"{name!r}, {reprlib.repr(value)}"
+                raise ValueError(f"log_metric({given}) takes a name and a finite number, or NaN")
             metrics.setdefault(name, []).append(None if math.isnan(number) else number)
 
         def log_extra(name: str, values: Sequence) -> None:
-            listed = list(values)
-            if len(listed) != len(images):
+            listed = json.loads(json.dumps(list(values), allow_nan=False))  # which later changes leave alone
+            if not isinstance(name, str) or len(listed) != len(images):
                 raise ValueError(f"log_extra({name!r}) got {len(listed)} values for {len(images)} images")
-            json.dumps(listed, allow_nan=False)
             extra[name] = listed
 
         given: Any = self._tensor(images) if self.image_type == "pt" else images
@@ -97,6 +118,7 @@ class ServedReward:
 
     def _checked(self, values: Any, number: int) -> list[float | None | Refusal]:
         try:
+            len(values)  # what has none may have no end
             rewards = [None if value is None else self._reward(value) for value in values]
         except TypeError:
             raise self._wrong(f"must return a list of numbers, got {type(values).__name__}") from None
@@ -107,8 +129,8 @@ class ServedReward:
     def _reward(self, value: Any) -> float | Refusal:
         try:
             reward = float(None if isinstance(value, str) else value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            return self._wrong(f"returned {value!r}, no number")
+        except (TypeError, ValueError, OverflowError):
+            return self._wrong(f"returned {reprlib.repr(value)}, no number")
         if not math.isfinite(reward):
             return self._wrong(f"returned {reward} (None is for where a reward does not apply)")
         return reward
@@ -116,17 +138,17 @@ class ServedReward:
     def _wrong(self, what: str) -> Refusal:
         return Refusal(500, "no_reward", f"The reward function {self.name!r} {what}.")
 
-    def raised(self, error: BaseException, where: str = "") -> Refusal:
-        """Return the answer to requests on which the function has raised; the log has the traceback."""
-        logger.error("The reward function %r raised%s.", self.name, where, exc_info=error)
-        kind = type(error).__name__
-        message = f"The reward function {self.name!r} raised {kind}: {error}{where}."
-        return Refusal(500 if where else 422, "reward_raised", message, exception=kind)
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)[:MAX_MESSAGE]
+    except BaseException:  # whatever a user's `__str__` raises
+        return "it cannot say what"
 
 
 def dotted(path: str) -> str:
     """Return the dotted form of an import path that may be written `a.b`, `a:b` or `./a.py:b`."""
-    return re.sub(r"\.py:|[:/]", ".", path.removeprefix("./"))
+    return re.sub(r"\.py:|[:/]", ".", re.sub(r"^\./", "", path))  # Python 3.8 has no `removeprefix`
 
 
 def import_path(name: str, given: Any, known: Sequence[str] = ()) -> str:

@@ -7,35 +7,28 @@ import hmac
 import json
 import socket
 import threading
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ... import __version__
 from .functions import ServedReward
-from .protocol import PROTOCOL, Refusal, parse_request
+from .protocol import PROTOCOL, Limits, Refusal, parse_request
 from .worker import Job, Worker
 
 
-MAX_READING = 16
-MAX_SILENCE = 60
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a server takes."""
-
-    max_queue: int = 512  # images that may wait, for each function
-    max_payload: int = 128 * 2**20  # bytes of a request's body
-    max_image_pixels: int = 2**24  # width times height
-    num_kept_answers: int = 1024  # for clients that ask again
+NUM_READERS = 4  # threads in which bodies are read, and images decoded
+MAX_BODIES = 16  # of the largest size, that may be in memory before they are read
+MAX_SECONDS = 120  # for a request to come in, and of silence between two
+GRACE_SECONDS = 5  # in which one that has not is told so
 
 
 class RewardServer:
@@ -49,8 +42,10 @@ class RewardServer:
             raise ValueError(f"Reward functions need different names, which are their URLs, got {names}.")
         self.limits = limits
         self._credentials = None if token is None else f"Bearer {token}".encode()
-        self.workers = {reward.name: Worker(reward, limits.max_queue) for reward in rewards}
+        self.workers = {reward.name: Worker(reward, limits) for reward in rewards}
         self._jobs: dict[tuple[str, str], Job] = {}
+        self._bytes_held = 0
+        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="reward-server")
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._socket = socket.create_server(address, family=family, backlog=128)
         self.port: int = self._socket.getsockname()[1]
@@ -58,10 +53,11 @@ class RewardServer:
         score = Route("/{name:path}", self._score, methods=["POST"])
         app = Starlette(routes=[health, score], exception_handlers={Refusal: _refused, HTTPException: _refused})
         # With "auto", uvloop, httptools or websockets would change the server where they happen to be installed.
-        fixed: dict[str, Any] = {"loop": "asyncio", "http": "h11", "ws": "none", "lifespan": "off", "log_config": None}
-        self._uvicorn = uvicorn.Server(uvicorn.Config(app, timeout_keep_alive=MAX_SILENCE, **fixed))
+        fixed: dict[str, Any] = {"loop": "asyncio", "ws": "none", "lifespan": "off", "log_config": None}
+        fixed.update(http=_Connection, timeout_keep_alive=MAX_SECONDS)
+        self._uvicorn = uvicorn.Server(uvicorn.Config(app, **fixed))
         # Not in the main thread: there uvicorn takes the signals, differently in each of its versions.
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="reward-server", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="reward-server", daemon=True)
 
     def __enter__(self) -> RewardServer:
         self._thread.start()
@@ -73,33 +69,31 @@ class RewardServer:
         self._thread.join()
         self._socket.close()
 
-    async def _serve(self) -> None:
-        self._reading = asyncio.Semaphore(MAX_READING)  # in Python 3.8 it belongs to the loop it is made in
-        await self._uvicorn.serve(sockets=[self._socket])
+    def _serve(self) -> None:
+        asyncio.run(self._uvicorn.serve(sockets=[self._socket]))
 
     async def _health(self, request: Request) -> Response:
+        _check_length(request)
         self._check_token(request)
-        rewards = {
-            name: {"batch_size": one.reward.batch_size, "num_waiting": len(one.waiting), "num_scored": one.num_scored}
-            for name, one in self.workers.items()
-        }
-        about = {"status": "ok", "protocol": PROTOCOL, "version": __version__}
+        rewards = {name: worker.health() for name, worker in self.workers.items()}
+        status = "hanging" if any(reward["num_hanging"] for reward in rewards.values()) else "ok"
+        about = {"status": status, "protocol": PROTOCOL, "version": __version__}
         return _answer({**about, "rewards": rewards, "limits": vars(self.limits)})
 
     async def _score(self, request: Request) -> Response:
+        _check_length(request)
         self._check_token(request)
         name, headers, limit = request.path_params["name"].strip("/"), request.headers, self.limits.max_payload
         if name not in self.workers:
             raise Refusal(404, "not_found", f"There is no {request.url.path!r} here, only {sorted(self.workers)}.")
         if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise Refusal(415, "no_json", "The request's Content-Type must be application/json.")
-        if "content-length" not in headers or "transfer-encoding" in headers:
+        if "content-length" not in headers:
             raise Refusal(411, "no_length", "The request needs a Content-Length.")
         if int(headers["content-length"]) > limit:
             message = f"The request has {headers['content-length']} bytes; at most {limit} are taken (--max_payload)."
             raise Refusal(413, "payload_too_large", message)
-        async with self._reading:
-            job = await self._read(name, request)
+        job = await self._read(name, request)
         return _answer(await job.answer)
 
     def _check_token(self, request: Request) -> None:
@@ -110,26 +104,76 @@ class RewardServer:
 
     async def _read(self, name: str, request: Request) -> Job:
         """Queue a request, or find it where it is if it has come before."""
-
-        async def receive() -> Any:
-            return await asyncio.wait_for(request.receive(), MAX_SILENCE)
-
+        body, read = bytearray(), asyncio.get_running_loop().run_in_executor
         try:
-            body = await Request(request.scope, receive).body()
+            await asyncio.wait_for(self._receive(request, body), MAX_SECONDS)
+            parsed = await read(self._readers, parse_request, bytes(body), self.limits)
         except (ClientDisconnect, asyncio.TimeoutError):  # noqa: UP041 - not the builtin before Python 3.11
-            message = f"The rest of the request has not come, or nothing of it for {MAX_SILENCE} seconds."
+            message = f"The rest of the request has not come within {MAX_SECONDS} seconds."
             raise Refusal(503, "cut_off", message, headers={"Retry-After": "1", "Connection": "close"}) from None
-        parsed = await run_in_threadpool(parse_request, body, self.limits.max_image_pixels)
-        key = (name, parsed.id)
+        finally:
+            self._bytes_held -= len(body)
+        key, worker = (name, parsed.id), self.workers[name]
         if key not in self._jobs:
             if self._uvicorn.should_exit:
                 raise Refusal(503, "stopping", "The server is being stopped.", headers={"Retry-After": "1"})
-            self._jobs[key] = self.workers[name].submit(parsed)
-            while len(self._jobs) > self.limits.num_kept_answers and next(iter(self._jobs.values())).answer.done():
-                del self._jobs[next(iter(self._jobs))]  # the oldest
-        elif self._jobs[key].digest != parsed.digest:
+            job = self._jobs[key] = worker.take(parsed)
+            self._forget_answers()
+            try:
+                await read(self._readers, parsed.decode)
+            except Refusal as refusal:
+                job.refuse(refusal)
+                del self._jobs[key]
+            worker.submit(job, parsed)
+            return job
+        if self._jobs[key].digest != parsed.digest:
             raise Refusal(409, "id_in_use", f"Another request had the id {parsed.id!r}.")
         return self._jobs[key]
+
+    async def _receive(self, request: Request, body: bytearray) -> None:
+        async for chunk in request.stream():
+            body += chunk
+            self._bytes_held += len(chunk)
+            if self._bytes_held > MAX_BODIES * self.limits.max_payload:
+                message = f"Requests of {self._bytes_held} bytes are coming in already."
+                raise Refusal(503, "busy", message, headers={"Retry-After": "1", "Connection": "close"})
+
+    def _forget_answers(self) -> None:
+        """Forget the oldest answers beyond those that are kept."""
+        number = len(self._jobs) - self.limits.num_kept_answers
+        if number > 0:
+            for key in [key for key, job in self._jobs.items() if job.answer.done()][:number]:
+                del self._jobs[key]
+
+
+class _Connection(H11Protocol):
+    """Connection that ends when a request, refused or not, has not come in whole in time."""
+
+    _deadline: Any = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._begin()
+
+    def data_received(self, data: bytes) -> None:
+        if self._deadline is None:
+            self._begin()
+        super().data_received(data)
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _begin(self) -> None:
+        self._deadline = self.loop.call_later(MAX_SECONDS + GRACE_SECONDS, self.transport.abort)
+
+
+def _check_length(request: Request) -> None:
+    """Refuse what two programs may read as requests of different length, and go on with no such connection."""
+    named = {"content-length", "transfer-encoding"} & set(request.headers.keys())
+    has_body = bool(named) and request.headers.get("content-length") != "0"
+    if len(named) > 1 or (has_body and request.method != "POST"):
+        message = f"{request.method} with {' and '.join(sorted(named))}: it is not clear where the request ends."
+        raise Refusal(400, "ambiguous_length", message, headers={"Connection": "close"})
 
 
 def _answer(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -138,5 +182,6 @@ def _answer(body: dict[str, Any], status: int = 200, headers: dict[str, str] | N
 
 async def _refused(request: Request, error: Any) -> Response:
     if isinstance(error, HTTPException):  # Starlette's, for another method
-        error = Refusal(error.status_code, "bad_request", f"{request.method} {request.url.path}: {error.detail}.")
+        message, close = f"{request.method} {request.url.path}: {error.detail}.", {"Connection": "close"}
+        error = Refusal(error.status_code, "bad_request", message, headers=close)  # a body may follow, or none
     return _answer(error.body(), error.status, error.headers)

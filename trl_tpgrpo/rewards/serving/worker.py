@@ -6,17 +6,23 @@ All but the calls themselves runs in the server's event loop, so that nothing he
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from .functions import Outcome, ServedReward
-from .protocol import Refusal, ScoreRequest
+from .protocol import Limits, Refusal, ScoreRequest
 
+
+logger = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER = 60
+MAX_WAITING = 8  # requests of the largest size
+MAX_HANGING = 8  # calls, each of which keeps a thread
 
 
 class Job:
@@ -46,44 +52,70 @@ class Item:
 
     def __init__(self, job: Job, request: ScoreRequest, row: int, image_type: str):
         self.job, self.row, self.image, self.prompt = job, row, request.images[row], request.prompts[row]
+        self.num_bytes = request.bytes_per_image
         self.columns = {name: values[row] for name, values in request.columns.items()}
         self.key = (sorted(self.columns), self.image.size if image_type == "pt" else None)
 
 
 class Worker:
-    """Scores what is submitted in the order of submission, one call of the function after the other, in one thread."""
+    """Scores what is submitted in the order of submission, one call of the function after the other, in one thread.
 
-    def __init__(self, reward: ServedReward, max_queue: int):
-        self.reward, self.max_queue = reward, max_queue
-        self.num_scored = 0
-        self.waiting: deque[Item] = deque()
+    A call that takes too long is given up, and another thread makes the next ones.
+    """
+
+    def __init__(self, reward: ServedReward, limits: Limits):
+        self.reward, self.limits = reward, limits
+        self.timeout = limits.call_timeout if reward.timeout is None else reward.timeout
+        self.num_waiting = self.num_scored = 0
+        self._waiting: deque[Item] = deque()
+        self._bytes_waiting = 0
         self._seconds_per_image = 0.0
+        self._called_at: float | None = None
+        self._hung: list[Future] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=reward.name)
         self._task: asyncio.Future | None = None
 
-    def submit(self, request: ScoreRequest) -> Job:
-        """Queue a request, or raise a `Refusal`: 503 if the queue has no room now, 413 if it never has."""
-        number, num_waiting = len(request.images), len(self.waiting)
-        if number > self.max_queue:
-            message = f"The request has {number} images; the queue holds {self.max_queue} (--max_queue)."
-            raise Refusal(413, "too_many_images", message)
-        if num_waiting + number > self.max_queue:
-            message = f"The queue of {self.reward.name!r} is full: {num_waiting} images wait for their turn."
-            seconds = math.ceil(num_waiting / 2 * self._seconds_per_image)  # until half of them are scored
+    def health(self) -> dict[str, Any]:
+        """Return what `GET /health` says of the function."""
+        seconds = None if self._called_at is None else round(time.monotonic() - self._called_at, 1)
+        return {
+            "batch_size": self.reward.batch_size,
+            "timeout": self.timeout,
+            "num_waiting": self.num_waiting,
+            "num_scored": self.num_scored,
+            "seconds_in_call": seconds,
+            "num_hanging": self._num_hanging,
+        }
+
+    @property
+    def _num_hanging(self) -> int:
+        return sum(not call.done() for call in self._hung)
+
+    def take(self, request: ScoreRequest) -> Job:
+        """Keep room for a request whose images are to be decoded, or raise a `Refusal` (503) if there is none now."""
+        number, num_bytes = len(request.images), len(request.images) * request.bytes_per_image
+        most = MAX_WAITING * self.limits.max_unpacked
+        if self.num_waiting + number > self.limits.max_queue or self._bytes_waiting + num_bytes > most:
+            message = f"The queue of {self.reward.name!r} is full: {self.num_waiting} images wait for their turn."
+            seconds = math.ceil(self.num_waiting / 2 * self._seconds_per_image)  # until half of them are scored
             retry_after = str(max(1, min(MAX_RETRY_AFTER, seconds)))
             raise Refusal(503, "queue_full", message, headers={"Retry-After": retry_after})
-        job = Job(request)
-        self.waiting.extend(Item(job, request, row, self.reward.image_type) for row in range(number))
+        self.num_waiting += number
+        self._bytes_waiting += num_bytes
+        return Job(request)
+
+    def submit(self, job: Job, request: ScoreRequest) -> None:
+        """Queue a request that has been taken and decoded, or refused since: its room is free when its turn comes."""
+        self._waiting.extend(Item(job, request, row, self.reward.image_type) for row in range(len(request.images)))
         if self._task is None or self._task.done():
             self._task = asyncio.ensure_future(self._work())
-        return job
 
     async def _work(self) -> None:
-        while self.waiting:
+        while self._waiting:
             items = self._next_batch()
             if items:
                 start = time.monotonic()
-                for part in await asyncio.get_running_loop().run_in_executor(self._thread, self._score, items):
+                for part in await self._score(items):
                     _deliver(*part)
                 self._seconds_per_image = (time.monotonic() - start) / len(items)
                 self.num_scored += len(items)
@@ -91,28 +123,52 @@ class Worker:
     def _next_batch(self) -> list[Item]:
         """Take the images that have waited longest, without those of requests that have failed already."""
         items: list[Item] = []
-        limit = self.reward.batch_size or self.max_queue
-        while self.waiting and len(items) < limit and (not items or self.waiting[0].key == items[0].key):
-            item = self.waiting.popleft()
+        limit, num_bytes = self.reward.batch_size or self.limits.max_queue, self.limits.max_unpacked
+        while self._waiting and len(items) < limit and (not items or self._waiting[0].key == items[0].key):
+            if items and self._waiting[0].num_bytes > num_bytes:
+                break
+            item = self._waiting.popleft()
+            self.num_waiting -= 1
+            self._bytes_waiting -= item.num_bytes
             if not item.job.answer.done():
                 items.append(item)
+                num_bytes -= item.num_bytes
         return items
 
-    def _score(self, items: list[Item]) -> list[tuple[list[Item], Outcome | Refusal]]:
+    async def _score(self, items: list[Item]) -> list[tuple[list[Item], Outcome | Refusal]]:
         """Score a batch, or one by one if the function raises on it, to serve the requests that are not the cause."""
-        columns = {name: [item.columns[name] for item in items] for name in items[0].columns}
-        try:
-            return [(items, self.reward.call([i.image for i in items], [i.prompt for i in items], columns))]
-        except Refusal as refusal:
-            return [(items, refusal.at(items[0].row) if len(items) == 1 else refusal)]
-        except (Exception, SystemExit) as error:  # whatever a function raises is reported to those who asked
-            if len(items) == 1:
-                return [(items, self.reward.raised(error).at(items[0].row))]
-            one_by_one = [part for item in items for part in self._score([item])]
-            if any(isinstance(outcome, Refusal) for _, outcome in one_by_one):
+        outcome = await self._call(items)
+        if isinstance(outcome, Refusal) and len(items) == 1:
+            outcome = outcome.at(items[0].row)
+        elif isinstance(outcome, Refusal) and outcome.kind == "reward_raised":
+            one_by_one = [part for item in items for part in await self._score([item])]
+            if any(isinstance(alone, Refusal) for _, alone in one_by_one):
                 return one_by_one
             # Batches of this size are what fails, and nobody should have to guess that from a slow server.
-            return [(items, self.reward.raised(error, f" (on a batch of {len(items)} images, on none alone)"))]
+            where = f" (on a batch of {len(items)} images, on none alone)."
+            outcome = replace(outcome, status=500, message=outcome.message[:-1] + where)
+        return [(items, outcome)]
+
+    async def _call(self, items: list[Item]) -> Outcome | Refusal:
+        images, prompts = [item.image for item in items], [item.prompt for item in items]
+        columns = {name: [item.columns[name] for item in items] for name in items[0].columns}
+        if self._num_hanging >= MAX_HANGING:
+            what = (
+                f"{MAX_HANGING} calls of the reward function {self.reward.name!r} hang: no more are made beside them."
+            )
+            return Refusal(500, "reward_hung", what)
+        call = self._thread.submit(self.reward.call, images, prompts, columns)
+        self._called_at = time.monotonic()
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(call), self.timeout)
+        except asyncio.TimeoutError:  # noqa: UP041 - not the builtin before Python 3.11
+            self._hung = [*(one for one in self._hung if not one.done()), call]
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix=self.reward.name)
+            what = f"The reward function {self.reward.name!r} has not returned within {self.timeout:g} seconds."
+            logger.error(what)
+            return Refusal(500, "reward_hung", what)
+        finally:
+            self._called_at = None
 
 
 def _deliver(items: list[Item], outcome: Outcome | Refusal) -> None:
