@@ -35,10 +35,11 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 """For a model this small; the study of benchmarks/study.py trains with them too."""
 LARGER_BATCHES: dict[str, Any] = {
-    "gradient_accumulation_steps": 8, "sde_type": "cps", "sde_window_size": 3, "completion": "at_1_2_3_5",
-    "advantage_baseline": "completion", "scale_rewards": "batch", "advantage_scope": "joint",
+    "gradient_accumulation_steps": 8, "sde_type": "cps", "noise_level": 0.5, "sde_window_size": 3,
+    "completion": "at_1_2_3_5", "advantage_baseline": "completion", "scale_rewards": "batch",
+    "advantage_scope": "joint",
 }  # fmt: skip
-"""512 trajectories an update, the first three steps of the SDE, cheap completions and one scale for all steps."""
+"""512 trajectories an update, three SDE steps of less noise, cheap completions, and one scale for all steps."""
 
 
 def main(argv: list[str]) -> int:
