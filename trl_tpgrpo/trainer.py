@@ -37,7 +37,7 @@ from .callbacks.sample_table import SamplePrinter
 from .callbacks.samples import Samples
 from .config import TPGRPOConfig
 from .data import EpochSampler, SetEpoch, check_datasets, needed_rows, prompt_columns
-from .hub import HubRepository, RunCard, sample_rows, without_tokens
+from .hub import HubRepository, RunCard, sample_rows
 from .metrics import Metrics, record_surrogate, rollout_metrics
 from .policies import loading, sharding, weights
 from .policies.embeddings import PromptEmbeddings
@@ -424,8 +424,6 @@ class TPGRPOTrainer(_BaseTrainer):
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         with self.averaged.in_use():
             self._save_weights(output_dir)
-        if self.args.should_save:
-            torch.save(without_tokens(self.args), Path(output_dir) / "training_args.bin")
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

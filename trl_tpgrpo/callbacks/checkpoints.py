@@ -65,7 +65,8 @@ def to_resume(trainer: Any, resume_from_checkpoint: str | bool | None) -> Path |
     checkpoint = last_complete(folder) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
     if not is_complete(checkpoint):
         raise FileNotFoundError(f"{checkpoint} is no checkpoint, or was not written to its end.")
-    for name, value in check_settings(checkpoint, trainer.describe_run(), accepted).items():
+    now, hide = trainer.describe_run(), trainer.args.without_secrets
+    for name, value in check_settings(checkpoint, now, accepted, hide).items():
         setattr(trainer.args, name, value)
     if trainer.is_world_process_zero():
         show(f"Resuming from {checkpoint}, after update {saved_state(checkpoint).global_step}.")

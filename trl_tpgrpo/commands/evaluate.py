@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..algorithm.comparison import compare
 from ..callbacks.pictures import grid
 from ..callbacks.resuming import image_digest
-from ..config import described
+from ..config import described, without_secrets
 from ..policies.weights import load_weights
 from . import sample, train
 from .prompts import split_of
@@ -130,7 +130,7 @@ def settings_of(
     rows = json.dumps(prompts.remove_columns(images).with_format("arrow")[:].to_pylist(), default=str)
     rows += "".join(image_digest(prompts, name) for name in images)
     found |= {"num_prompts": len(trainer.eval_dataset), "num_processes": args.world_size}
-    return as_json({**found, "prompts": hashlib.sha256(rows.encode()).hexdigest()})
+    return as_json({**without_secrets(found), "prompts": hashlib.sha256(rows.encode()).hexdigest()})
 
 
 def activate(trainer: Any, source: str, name: str) -> None:
