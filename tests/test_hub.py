@@ -31,8 +31,8 @@ IMAGES = {f"images/sample_{number}.png" for number in range(4)}
 ADAPTER = {"pytorch_lora_weights.safetensors"}
 TRANSFORMER = {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"}
 RESUMABLE = {
-    "pytorch_lora_weights.safetensors", "last/pytorch_lora_weights.safetensors", "optimizer.pt", "rng_state.pth",
-    "rollout_0.pt", "scheduler.pt", "settings.json", "trainer_state.json", *CARD,
+    "checksums.json", "pytorch_lora_weights.safetensors", "last/pytorch_lora_weights.safetensors", "optimizer.pt",
+    "rng_state.pth", "rollout_0.pt", "scheduler.pt", "settings.json", "trainer_state.json", *CARD,
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..algorithm.comparison import compare
 from ..callbacks.pictures import grid
 from ..callbacks.resuming import image_digest
+from ..callbacks.storage import locked
 from ..config import described, without_secrets
 from ..policies.weights import load_weights
 from . import sample, train
@@ -74,15 +75,16 @@ def main(argv: list[str]) -> int:
     adapters = list(dict.fromkeys(map(sample.find_weights, own.adapter or [])))
     trainer = build_trainer(own, adapters, *training)
     settings, output_dir = settings_of(trainer, own, *training), Path(trainer.args.output_dir)
-    results = Results(output_dir, settings, adapters, len(trainer.eval_reward_func_names))
-    window = trainer.rollouts.windows.draw(0) if own.sampler == "sde" else None
-    for number, name in enumerate(results.rewards):
-        if len(results.rewards[name]) < results.num_images:
-            if name != BASE:
-                activate(trainer, name, f"adapter_{number}")
-            evaluate(trainer, results, name, window)
-    if trainer.accelerator.is_main_process:
-        report(trainer, results, own.by)
+    with locked(trainer.accelerator, output_dir / "evaluation"):
+        results = Results(output_dir, settings, adapters, len(trainer.eval_reward_func_names))
+        window = trainer.rollouts.windows.draw(0) if own.sampler == "sde" else None
+        for number, name in enumerate(results.rewards):
+            if len(results.rewards[name]) < results.num_images:
+                if name != BASE:
+                    activate(trainer, name, f"adapter_{number}")
+                evaluate(trainer, results, name, window)
+        if trainer.accelerator.is_main_process:
+            report(trainer, results, own.by)
     trainer.accelerator.end_training()
     return 0
 

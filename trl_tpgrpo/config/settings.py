@@ -1,5 +1,6 @@
 """Every setting of a run, in the order in which the data travels. The defaults are the paper's."""
 
+import os
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -305,6 +306,9 @@ class TPGRPOConfig(_BaseConfig):
         given = non_defaults(self)
         self._set_derived_defaults()
         super().__post_init__()
+        for name in ("output_dir", "prompt_embeds_dir"):  # the same, whatever folder a reward function changes to
+            if getattr(self, name) is not None:
+                setattr(self, name, os.path.abspath(getattr(self, name)))
         self._check_values()
         sizes = self._settle_batch_sizes("gradient_accumulation_steps" in given)
         for message in chain(sizes, sampling_errors(self), credit_errors(self), loss_errors(self)):
