@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from processes import CPU, LAUNCH, Python, run_python
 from test_trainer import assert_same, brightness, build, prompts, trained
+from tiny import tiny_sd3
 
 from trl_tpgrpo import TPGRPOTrainer
 from trl_tpgrpo.callbacks.checkpoints import last_complete
 from trl_tpgrpo.callbacks.storage import CHECKSUMS, LOCK
+from trl_tpgrpo.commands.sample import load_adapter
+from trl_tpgrpo.policies.loading import load_pipeline
 
 
 SAVES = {"save_strategy": "steps", "save_steps": 1, "ema_update_every": 1}
@@ -86,6 +89,26 @@ def test_a_checkpoint_without_checksums_is_resumed_with_a_warning(written: Path,
     trainer = build(tmp_path / "run", max_steps=2, num_iterations=2, **SAVES)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step == 2 and "has no checksums.json (of an earlier version?)" in caplog.text
+
+
+@pytest.mark.parametrize("harm", ["truncated", "emptied"])
+def test_damaged_weights_and_prompts_are_named_elsewhere_too(harm: str, written: Path, tmp_path: Path) -> None:
+    """Of an adapter, a pipeline's folder, and the encoded prompts of earlier runs."""
+    adapter = shutil.copytree(written, tmp_path / "adapter")
+    HARM[harm](adapter / "pytorch_lora_weights.safetensors")
+    with pytest.raises(OSError, match="adapter/pytorch_lora_weights.safetensors"):  # of diffusers
+        load_adapter(tiny_sd3(), str(adapter))
+    tiny_sd3().save_pretrained(tmp_path / "model")
+    for part in ("vae", "transformer", "text_encoder"):
+        shutil.copytree(tmp_path / "model", tmp_path / part)
+        HARM[harm](next((tmp_path / part / part).glob("*.safetensors")))
+        with pytest.raises((ValueError, OSError), match=f"{tmp_path / part}"):
+            load_pipeline(tmp_path / part)
+    build(tmp_path / "run", prompt_embeds_dir=str(tmp_path / "texts"), max_steps=1).train()
+    for path in (tmp_path / "texts").rglob("*.safetensors"):
+        HARM[harm](path)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/texts/.+\.safetensors is damaged"):
+        build(tmp_path / "run", prompt_embeds_dir=str(tmp_path / "texts"), max_steps=1).train()
 
 
 def names(folder: Path) -> list[str]:

@@ -34,6 +34,7 @@ from .krea2 import Krea2Policy
 from .qwen_image import QwenImagePolicy
 from .qwen_image_edit import QwenImageEditPolicy
 from .sd3 import SD3Policy
+from .weights import whole_file
 from .z_image import ZImagePolicy
 
 
@@ -83,7 +84,8 @@ def load_pipeline(
     else:
         check_classes(parts, model)
     absent = {name: None for name, part in parts.items() if part == [None, None]}
-    return DiffusionPipeline.from_pretrained(str(model), **{DTYPE: torch_dtype, **absent, **model_init_kwargs})
+    with whole_file(model):
+        return DiffusionPipeline.from_pretrained(str(model), **{DTYPE: torch_dtype, **absent, **model_init_kwargs})
 
 
 def check_classes(index: dict[str, Any], model: str | Path) -> None:
