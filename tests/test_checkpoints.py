@@ -283,6 +283,18 @@ def test_nothing_in_a_checkpoint_is_executed(name: str, inside_a_rollout: Path, 
     assert (tmp_path / "executed").exists()
 
 
+def test_a_file_that_others_unpickle_is_named(inside_a_rollout: Path, tmp_path: Path, caplog) -> None:
+    """As DeepSpeed and sharded checkpoints have them; not those of the run's own folder."""
+    for place in ("own", "other"):
+        caplog.clear()
+        checkpoint = shutil.copytree(inside_a_rollout, tmp_path / place / "checkpoint-1")
+        (checkpoint / "optimizer_0").mkdir()
+        (checkpoint / "optimizer_0/.metadata").touch()
+        build(tmp_path / "own", **INSIDE_A_ROLLOUT).train(resume_from_checkpoint=str(checkpoint))
+        told = f"{checkpoint}/optimizer_0/.metadata: reading it runs what code is in it, whoever wrote it"
+        assert (told in caplog.text) == (place == "other")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

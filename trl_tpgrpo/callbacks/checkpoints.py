@@ -74,6 +74,9 @@ def to_resume(trainer: Any, resume_from_checkpoint: str | bool | None) -> Path |
     if not is_complete(checkpoint):
         raise FileNotFoundError(f"{checkpoint} is no checkpoint, or was not written to its end.")
     in_main_process(trainer.accelerator, lambda: check_files(checkpoint))
+    unpickled = [*checkpoint.rglob(".metadata"), *checkpoint.rglob("*_states.pt")]  # of sharded FSDP2, and DeepSpeed
+    if unpickled and Path(folder) not in checkpoint.parents:
+        logger.warning("%s: reading it runs what code is in it, whoever wrote it. See SECURITY.md.", unpickled[0])
     now, hide = trainer.describe_run(), trainer.args.without_secrets
     for name, value in check_settings(checkpoint, now, accepted, hide).items():
         setattr(trainer.args, name, value)
