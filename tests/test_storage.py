@@ -143,6 +143,24 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_what_it_writes(tmp_
     assert_same(trained(whole), trained(again))
 
 
+def test_a_checkpoint_that_is_written_twice_is_the_same_one(tmp_path: Path) -> None:
+    """By a signal after the update that ends an epoch, at whose end another is due."""
+
+    def signalling(images: list, **columns: Any) -> list[float]:
+        if columns["trainer_state"].global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return brightness(images)
+
+    settings: dict[str, Any] = {"max_steps": 6, "save_strategy": "epoch", "reward_funcs": signalling}
+    trainer = build(tmp_path, **settings)
+    saves = []
+    save = trainer._save_checkpoint
+    trainer._save_checkpoint = lambda *inputs: (saves.append(trainer.state.global_step), save(*inputs))
+    trainer.train()
+    assert saves == [3, 3] and names(tmp_path) == ["checkpoint-3"] and not (tmp_path / "abandoned-1").exists()
+    build(tmp_path, **settings).train(resume_from_checkpoint=True)
+
+
 def test_the_best_checkpoint_is_kept_though_its_path_was_relative(tmp_path: Path, monkeypatch) -> None:
     """As versions wrote it that did not make `output_dir` absolute."""
     monkeypatch.chdir(tmp_path)

@@ -129,6 +129,7 @@ class TPGRPOTrainer(_BaseTrainer):
             embeddings.precompute(rows + self._shown_rows, evaluated, transformer, ProgressDisplay(shows_bar))
         self._step = self._num_evaluated = 0
         self._buffered_inputs: list[Trajectories] | None = None
+        self._saved: Path | None = None  # the checkpoint that this call of `train` has written last
         self._is_new_rollout, self._eval_prefix = False, "eval"
         self._loss_terms: list[tuple[int, dict[str, Tensor], Tensor]] = []
         self._grad_norm: float | None = None
@@ -260,7 +261,7 @@ class TPGRPOTrainer(_BaseTrainer):
                 run writes to the folder.
             OSError: If the disk is full; it says which checkpoints are whole.
         """
-        self._step, self._buffered_inputs, self.averaged.average = 0, None, None
+        self._step, self._buffered_inputs, self._saved, self.averaged.average = 0, None, None, None
         self._metrics["train"].clear()  # an aborted call may have left some
         if self.guard_rails is not None:
             self.guard_rails.forget()

@@ -118,7 +118,8 @@ def being_written(trainer: Any, checkpoint: Path) -> Iterator[None]:
     args.save_total_limit = None
     try:
         if accelerator.is_main_process:
-            set_aside(checkpoint.parent, trainer.state.global_step)
+            if checkpoint != trainer._saved:  # at the end of an update that ends an epoch too
+                set_aside(checkpoint.parent, trainer.state.global_step)
             checkpoint.mkdir(parents=True, exist_ok=True)
             (checkpoint / INCOMPLETE).write_text("This checkpoint has not been written to its end.\n")
         accelerator.wait_for_everyone()
@@ -127,6 +128,7 @@ def being_written(trainer: Any, checkpoint: Path) -> Iterator[None]:
         if accelerator.is_main_process:
             write_checksums(checkpoint, besides=INCOMPLETE)
             (checkpoint / INCOMPLETE).unlink()
+        trainer._saved = checkpoint
     except Exception as error:
         if accelerator.is_main_process and is_full(checkpoint, error):
             shutil.rmtree(checkpoint, ignore_errors=True)
