@@ -14,7 +14,7 @@ from mkdocs.structure.pages import Page
 
 
 ROOT = Path(__file__).parents[1]
-ROOT_PAGES = {"CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "README.md": "overview.md"}
+ROOT_PAGES = {"README.md": "overview.md"} | {name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")}
 """Name at the root -> name in the site, where a README.md would be taken for the front page."""
 
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)(?=[)#])")

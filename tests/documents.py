@@ -13,7 +13,7 @@ from trl_tpgrpo.commands.train import make_parser, split_options
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
-    [*(path for name in ("README", "CHANGELOG", "CONTRIBUTING") for path in ROOT.glob(f"{name}.md"))]
+    [*(path for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY") for path in ROOT.glob(f"{name}.md"))]
     + [*ROOT.glob("docs/*.md")]
 )
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from test_trainer import assert_same, build, lora, trained
 from trl_tpgrpo.batches import SAVED_CLASSES
 from trl_tpgrpo.callbacks import checkpoints
 from trl_tpgrpo.callbacks.checkpoints import INCOMPLETE, is_complete, last_complete
+from trl_tpgrpo.callbacks.storage import CHECKSUMS, write_checksums
 from trl_tpgrpo.policies import weights
 
 
@@ -232,6 +234,7 @@ def as_version_0_1_0_saved(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setitem(sys.modules, name, module)
             patch.setattr(known, "__module__", name)
         torch.save(saved, path)
+    (path.parent / CHECKSUMS).unlink()
 
 
 def test_a_checkpoint_of_version_0_1_0_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,12 +259,40 @@ class Planted:
         return Path.touch, (self.path,)
 
 
-def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
-    build(tmp_path, **INSIDE_A_ROLLOUT).train()
-    torch.save({"step": Planted(tmp_path / "executed")}, tmp_path / "checkpoint-1/rollout_0.pt")
+PICKLED = ["rollout_0.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+
+
+@pytest.fixture(scope="module")
+def inside_a_rollout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inside")
+    build(folder, **INSIDE_A_ROLLOUT).train()
+    assert sorted(PICKLED) == sorted(path.name for path in (folder / "checkpoint-1").rglob("*.pt*"))
+    return folder / "checkpoint-1"
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_nothing_in_a_checkpoint_is_executed(name: str, inside_a_rollout: Path, tmp_path: Path) -> None:
+    """The checksums are the attacker's too."""
+    checkpoint = shutil.copytree(inside_a_rollout, tmp_path / "checkpoint-1")
+    torch.save({"step": Planted(tmp_path / "executed")}, checkpoint / name)
+    write_checksums(checkpoint, INCOMPLETE)
     with pytest.raises(pickle.UnpicklingError):
-        build(tmp_path / "other", **INSIDE_A_ROLLOUT).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        build(tmp_path / "other", **INSIDE_A_ROLLOUT).train(resume_from_checkpoint=str(checkpoint))
     assert not (tmp_path / "executed").exists()
+    torch.load(checkpoint / name, weights_only=False)  # which would have
+    assert (tmp_path / "executed").exists()
+
+
+def test_a_file_that_others_unpickle_is_named(inside_a_rollout: Path, tmp_path: Path, caplog) -> None:
+    """As DeepSpeed and sharded checkpoints have them; not those of the run's own folder."""
+    for place in ("own", "other"):
+        caplog.clear()
+        checkpoint = shutil.copytree(inside_a_rollout, tmp_path / place / "checkpoint-1")
+        (checkpoint / "optimizer_0").mkdir()
+        (checkpoint / "optimizer_0/.metadata").touch()
+        build(tmp_path / "own", **INSIDE_A_ROLLOUT).train(resume_from_checkpoint=str(checkpoint))
+        told = f"{checkpoint}/optimizer_0/.metadata: reading it runs what code is in it, whoever wrote it"
+        assert (told in caplog.text) == (place == "other")
 
 
 @pytest.mark.parametrize(

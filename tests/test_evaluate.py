@@ -105,7 +105,6 @@ def test_report_has_means_errors_and_paired_differences_by_kind(adapter: str, tm
     rewards = {"reward_funcs": ["graded_reward", "strict_reward"], "reward_weights": [1.0, 0.5]}
     arguments = options(tmp_path, **rewards, eval_reward_funcs=["brightness"])
     copied = shutil.copytree(adapter, tmp_path / "copied")
-    (copied / "training_args.bin").unlink()
     evaluate.main([*arguments, "--by", "kind", "--adapter", adapter, str(copied), adapter])
     found, text = saved(tmp_path / "out"), capsys.readouterr().out
     names, models = ["reward", "graded_reward", "strict_reward", "brightness"], ["base", adapter, str(copied)]

@@ -17,6 +17,7 @@ from trl_tpgrpo.algorithm.rollout import EXACT, roll_out
 from trl_tpgrpo.algorithm.sde import SDE_TYPES
 from trl_tpgrpo.callbacks.costs import count_sampling
 from trl_tpgrpo.callbacks.progress import ProgressDisplay
+from trl_tpgrpo.callbacks.storage import CHECKSUMS
 from trl_tpgrpo.commands import plan
 from trl_tpgrpo.commands.plan import changed
 from trl_tpgrpo.commands.train import make_parser
@@ -236,6 +237,7 @@ def test_a_run_goes_on_from_before_with_other_noise_if_that_is_accepted(tmp_path
         saved = torch.load(path, weights_only=True)
     del saved["calibrated_noise"]
     torch.save(saved, path)
+    (path.parent / CHECKSUMS).unlink()
     with pytest.raises(ValueError, match=r"noise_calibration_iterations \(0 before, 2 now\)"):
         build(tmp_path / "b", **saves, **CALIBRATES).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     listed = build(tmp_path / "d", **saves, noise_level=LEVELS, resume_with_changes=["noise_level"])

@@ -28,7 +28,7 @@ from trl.trainer.utils import RepeatSampler
 from .algorithm.losses import first_wrong_term, relative_difference
 from .algorithm.sde import kl_divergence
 from .batches import Sampled, Trajectories, Transitions
-from .callbacks import checkpoints, guard_rails, resuming
+from .callbacks import checkpoints, guard_rails, resuming, storage
 from .callbacks.averaging import AveragedWeights
 from .callbacks.costs import FirstLines
 from .callbacks.pictures import PictureCallback
@@ -37,7 +37,7 @@ from .callbacks.sample_table import SamplePrinter
 from .callbacks.samples import Samples
 from .config import TPGRPOConfig
 from .data import EpochSampler, SetEpoch, check_datasets, needed_rows, prompt_columns
-from .hub import HubRepository, RunCard, sample_rows, without_tokens
+from .hub import HubRepository, RunCard, sample_rows
 from .metrics import Metrics, record_surrogate, rollout_metrics
 from .policies import loading, sharding, weights
 from .policies.embeddings import PromptEmbeddings
@@ -129,6 +129,7 @@ class TPGRPOTrainer(_BaseTrainer):
             embeddings.precompute(rows + self._shown_rows, evaluated, transformer, ProgressDisplay(shows_bar))
         self._step = self._num_evaluated = 0
         self._buffered_inputs: list[Trajectories] | None = None
+        self._saved: Path | None = None  # the checkpoint that this call of `train` has written last
         self._is_new_rollout, self._eval_prefix = False, "eval"
         self._loss_terms: list[tuple[int, dict[str, Tensor], Tensor]] = []
         self._grad_norm: float | None = None
@@ -256,19 +257,23 @@ class TPGRPOTrainer(_BaseTrainer):
         Raises:
             FileNotFoundError: If there is no complete checkpoint to resume from.
             ValueError: If the checkpoint is of another run (settings but those of `args.resume_with_changes`, adapter,
-                number of processes), or if the run begins anew in a folder with checkpoints.
+                number of processes) or damaged, if the run begins anew in a folder with checkpoints, or if another
+                run writes to the folder.
+            OSError: If the disk is full; it says which checkpoints are whole.
         """
-        self._step, self._buffered_inputs, self.averaged.average = 0, None, None
+        self._step, self._buffered_inputs, self._saved, self.averaged.average = 0, None, None, None
         self._metrics["train"].clear()  # an aborted call may have left some
         if self.guard_rails is not None:
             self.guard_rails.forget()
-        checkpoint = checkpoints.to_resume(self, resume_from_checkpoint)
-        if checkpoint is not None and checkpoints.is_finished(checkpoint, self.args):
-            return checkpoints.restore_finished(self, checkpoint)
-        check_available([*self.reward_funcs, *self.eval_reward_funcs])
-        sharding.prepare_to_train(self)
-        with self.stop_on_signal.listening():
-            return super().train(checkpoint and str(checkpoint), *args, **kwargs)
+        folder = self.args.output_dir
+        with storage.locked(self.accelerator, folder), checkpoints.room(folder, folder):
+            checkpoint = checkpoints.to_resume(self, resume_from_checkpoint)
+            if checkpoint is not None and checkpoints.is_finished(checkpoint, self.args):
+                return checkpoints.restore_finished(self, checkpoint)
+            check_available([*self.reward_funcs, *self.eval_reward_funcs])
+            sharding.prepare_to_train(self)
+            with self.stop_on_signal.listening():
+                return super().train(checkpoint and str(checkpoint), *args, **kwargs)
 
     def describe_run(self) -> dict[str, Any]:
         """Return what makes this run what it is, for a checkpoint and for a comparison with one."""
@@ -422,10 +427,8 @@ class TPGRPOTrainer(_BaseTrainer):
         """Write the trained weights, or their average, in diffusers' format: the adapter, or `transformer`."""
         output_dir = output_dir or self.args.output_dir
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        with self.averaged.in_use():
+        with checkpoints.room(output_dir, self.args.output_dir), self.averaged.in_use():
             self._save_weights(output_dir)
-        if self.args.should_save:
-            torch.save(without_tokens(self.args), Path(output_dir) / "training_args.bin")
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

@@ -3,11 +3,13 @@
 import json
 import logging
 import re
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 
 from ..batches import SAVED_CLASSES
 from .resuming import LAYOUT, SETTINGS, check_settings
+from .storage import NoRoom, check_files, in_main_process, is_full, write_checksums
 from .terminal import show
 
 
@@ -44,10 +47,15 @@ def refuse_used_folder(output_dir: str | Path) -> None:
         raise ValueError(f"{what}: go on with it by resume_from_checkpoint=True, or choose another folder.")
 
 
+def numbered(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """Return the checkpoints in a folder with their updates, in order."""
+    found = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*")}
+    return sorted((int(match[1]), path) for path, match in found.items() if match)
+
+
 def last_complete(output_dir: str | Path) -> Path:
     """Return the latest checkpoint that is whole; raise FileNotFoundError if there is none."""
-    found = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*")}
-    for _, path in sorted(((int(match[1]), path) for path, match in found.items() if match), reverse=True):
+    for _, path in reversed(numbered(output_dir)):
         if is_complete(path):
             return path
         logger.warning("%s was not written to its end and is passed over.", path)
@@ -62,10 +70,15 @@ def to_resume(trainer: Any, resume_from_checkpoint: str | bool | None) -> Path |
         if accepted:
             raise ValueError("resume_with_changes is for a run that is resumed: set resume_from_checkpoint too.")
         return None
-    checkpoint = last_complete(folder) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+    checkpoint = last_complete(folder) if resume_from_checkpoint is True else Path(resume_from_checkpoint).absolute()
     if not is_complete(checkpoint):
         raise FileNotFoundError(f"{checkpoint} is no checkpoint, or was not written to its end.")
-    for name, value in check_settings(checkpoint, trainer.describe_run(), accepted).items():
+    in_main_process(trainer.accelerator, lambda: check_files(checkpoint))
+    unpickled = [*checkpoint.rglob(".metadata"), *checkpoint.rglob("*_states.pt")]  # of sharded FSDP2, and DeepSpeed
+    if unpickled and Path(folder) not in checkpoint.parents:
+        logger.warning("%s: reading it runs what code is in it, whoever wrote it. See SECURITY.md.", unpickled[0])
+    now, hide = trainer.describe_run(), trainer.args.without_secrets
+    for name, value in check_settings(checkpoint, now, accepted, hide).items():
         setattr(trainer.args, name, value)
     if trainer.is_world_process_zero():
         show(f"Resuming from {checkpoint}, after update {saved_state(checkpoint).global_step}.")
@@ -102,25 +115,67 @@ def restore_finished(trainer: Any, checkpoint: Path) -> TrainOutput:
 def being_written(trainer: Any, checkpoint: Path) -> Iterator[None]:
     """Mark a checkpoint as incomplete until all processes have written their part; delete none before it is whole."""
     accelerator, args, limit = trainer.accelerator, trainer.args, trainer.args.save_total_limit
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        (checkpoint / INCOMPLETE).write_text("This checkpoint has not been written to its end.\n")
-    accelerator.wait_for_everyone()
     args.save_total_limit = None
     try:
+        if accelerator.is_main_process:
+            if checkpoint != trainer._saved:  # at the end of an update that ends an epoch too
+                set_aside(checkpoint.parent, trainer.state.global_step)
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            (checkpoint / INCOMPLETE).write_text("This checkpoint has not been written to its end.\n")
+        accelerator.wait_for_everyone()
         yield
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_checksums(checkpoint, besides=INCOMPLETE)
+            (checkpoint / INCOMPLETE).unlink()
+        trainer._saved = checkpoint
+    except Exception as error:
+        if accelerator.is_main_process and is_full(checkpoint, error):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        raise
     finally:
         args.save_total_limit = limit
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (checkpoint / INCOMPLETE).unlink()
+
+
+def set_aside(run: Path, step: int) -> None:
+    """Move checkpoints of update `step` and later, made before the run went on from an earlier one, out of the way.
+
+    Rotation, and a run that is resumed, go by the updates: they would take these for the newest. What was not written
+    to its end is deleted.
+    """
+    later = [path for number, path in numbered(run) if number >= step]
+    for path in [path for path in later if (path / INCOMPLETE).exists()]:
+        later.remove(path)
+        shutil.rmtree(path)
+    if later:
+        target = next(path for number in count(1) if not (path := run / f"abandoned-{number}").exists())
+        target.mkdir()
+        names = ", ".join(path.rename(target / path.name).name for path in later)
+        logger.warning("%s is now in %s: the run has gone on from an earlier checkpoint.", names, target)
+
+
+@contextmanager
+def room(folder: str | Path, output_dir: str | Path) -> Iterator[None]:
+    """Raise an OSError that says so where something fails since the disk of `folder` is full, and what is kept."""
+    try:
+        yield
+    except NoRoom:
+        raise
+    except Exception as error:
+        if not is_full(folder, error):
+            raise
+        whole = [path.name for _, path in numbered(output_dir) if is_complete(path)]
+        kept = f"Complete checkpoints in {output_dir}: {', '.join(whole) or 'none'}"
+        remedy = "Make room (save_total_limit keeps fewer), and go on by resume_from_checkpoint=True"
+        raise NoRoom(f"The disk of {folder} is full ({error}). {kept}. {remedy if whole else 'Make room'}.") from error
 
 
 def rotate(trainer: Any) -> None:
     """Delete the oldest checkpoints over `save_total_limit`, unless one may still be being pushed."""
     if trainer.args.should_save and not trainer.hub.is_busy:
-        run, limit = trainer._get_output_dir(trial=None), trainer.args.save_total_limit
-        rotate_checkpoints(run, limit, trainer.state.best_model_checkpoint, use_mtime=True)
+        run, best = trainer._get_output_dir(trial=None), trainer.state.best_model_checkpoint
+        best = best and str(Path(run) / Path(best).name)  # whose path may be of a folder that was moved since
+        rotate_checkpoints(run, trainer.args.save_total_limit, best)
 
 
 def save_progress(trainer: Any, checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable
 from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
@@ -106,10 +107,13 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else value
 
 
-def check_settings(checkpoint: Path, now: dict[str, Any], accepted: list[str] | None) -> dict[str, Any]:
+def check_settings(
+    checkpoint: Path, now: dict[str, Any], accepted: list[str] | None, without_secrets: Callable[[Any], Any]
+) -> dict[str, Any]:
     """Compare a checkpoint's run with this one, as `describe_*` return them, and warn of what differs.
 
-    Return the former values of settings that are not applied.
+    Return the former values of settings that are not applied. An earlier version may have saved `model_init_kwargs`
+    with a token.
 
     Raises:
         ValueError: If something differs that changes the meaning of the run and is not `accepted` by its name.
@@ -118,7 +122,7 @@ def check_settings(checkpoint: Path, now: dict[str, Any], accepted: list[str] | 
     if not path.exists():
         logger.warning("%s has no %s (of an earlier version?): settings are not compared.", checkpoint, SETTINGS)
         return {}
-    before, now = json.loads(path.read_text()), json.loads(json.dumps(now, default=str))
+    before, now = without_secrets(json.loads(path.read_text())), json.loads(json.dumps(now, default=str))
     differing = _differences(before, now)
     if "peft_config" in differing:
         raise ValueError(f"{checkpoint} has another adapter ({differing['peft_config']}): resume with the former.")

@@ -1,16 +1,22 @@
 """Mistakes in a call that arguments and files alone show: they are found before PyTorch is imported."""
 
+import logging
 import os
 import re
 import socket
+import sys
 from collections import defaultdict
+from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from .options import REFUSED, near, read_options, read_recipes
-from .rewards import BUILT_IN_REWARDS, find_reward
+from .rewards import BUILT_IN_REWARDS, dotted, find_reward
 
+
+logger = logging.getLogger(__name__)
 
 NO = ("no", "off", "false")
 
@@ -25,6 +31,8 @@ def check_training(command: str, argv: list[str]) -> None:
             sign, what = ("--", "option") if name in call else ("", "key of a recipe")
             hint = near(sign + name, [sign + other for other in known])
             raise ValueError(f"Unknown {what} {sign}{name}{hint} See trl-tpgrpo {command} --help.")
+    if "LOCAL_RANK" not in os.environ:
+        tell_code(recipe, call.get("config", []))
     listed = {name: value if isinstance(value, list) else [value] for name, value in recipe.items()}
     values = {name: [str(value) for value in items if value is not None] for name, items in (listed | call).items()}
     first = defaultdict(str, {name: items[0] for name, items in values.items() if items})
@@ -37,6 +45,27 @@ def check_training(command: str, argv: list[str]) -> None:
         _check_what_is_needed(command, values, first)
     elif "dataset_name" in first:
         _check_prompts(command, first)
+
+
+def tell_code(recipe: dict[str, Any], files: list[str]) -> None:
+    """Log what a recipe, which may be another person's, runs besides this package, before it is imported."""
+    found = []
+    for name in ("reward_funcs", "eval_reward_funcs", "credit", "policy_class"):
+        values = recipe.get(name) or []
+        for value in map(str, values if isinstance(values, list) else [values]):
+            if "." in (path := dotted(value)) and "://" not in value and not path.startswith("trl_tpgrpo."):
+                found.append(f"{name} {path} ({_origin(path)})")
+    if "trust_remote_code" in str(recipe.get("model_init_kwargs")):
+        found.append("trust_remote_code (of the model's repository)")
+    if found:
+        logger.warning("Code that %s runs: %s. Read it first, if it is not yours.", ", ".join(files), "; ".join(found))
+
+
+def _origin(path: str) -> str:
+    """Return the file or folder of a module, which is not imported."""
+    name = path.split(".")[0]
+    spec = PathFinder.find_spec(name, [os.getcwd(), *sys.path])
+    return str(spec.origin or next(iter(spec.submodule_search_locations or []), name)) if spec else "not found"
 
 
 def given(argv: list[str]) -> dict[str, list[str]]:

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from ..algorithm.comparison import compare
 from ..callbacks.pictures import grid
 from ..callbacks.resuming import image_digest
-from ..config import described
+from ..callbacks.storage import locked
+from ..config import described, without_secrets
 from ..policies.weights import load_weights
 from . import sample, train
 from .prompts import split_of
@@ -74,15 +75,16 @@ def main(argv: list[str]) -> int:
     adapters = list(dict.fromkeys(map(sample.find_weights, own.adapter or [])))
     trainer = build_trainer(own, adapters, *training)
     settings, output_dir = settings_of(trainer, own, *training), Path(trainer.args.output_dir)
-    results = Results(output_dir, settings, adapters, len(trainer.eval_reward_func_names))
-    window = trainer.rollouts.windows.draw(0) if own.sampler == "sde" else None
-    for number, name in enumerate(results.rewards):
-        if len(results.rewards[name]) < results.num_images:
-            if name != BASE:
-                activate(trainer, name, f"adapter_{number}")
-            evaluate(trainer, results, name, window)
-    if trainer.accelerator.is_main_process:
-        report(trainer, results, own.by)
+    with locked(trainer.accelerator, output_dir / "evaluation"):
+        results = Results(output_dir, settings, adapters, len(trainer.eval_reward_func_names))
+        window = trainer.rollouts.windows.draw(0) if own.sampler == "sde" else None
+        for number, name in enumerate(results.rewards):
+            if len(results.rewards[name]) < results.num_images:
+                if name != BASE:
+                    activate(trainer, name, f"adapter_{number}")
+                evaluate(trainer, results, name, window)
+        if trainer.accelerator.is_main_process:
+            report(trainer, results, own.by)
     trainer.accelerator.end_training()
     return 0
 
@@ -130,7 +132,7 @@ def settings_of(
     rows = json.dumps(prompts.remove_columns(images).with_format("arrow")[:].to_pylist(), default=str)
     rows += "".join(image_digest(prompts, name) for name in images)
     found |= {"num_prompts": len(trainer.eval_dataset), "num_processes": args.world_size}
-    return as_json({**found, "prompts": hashlib.sha256(rows.encode()).hexdigest()})
+    return as_json({**without_secrets(found), "prompts": hashlib.sha256(rows.encode()).hexdigest()})
 
 
 def activate(trainer: Any, source: str, name: str) -> None:

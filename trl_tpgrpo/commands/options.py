@@ -31,6 +31,8 @@ REFUSED = {
     "load_in_4bit": "is for language models: use --quantization nf4",
     "load_in_8bit": "is LLM.int8, whose layers compute otherwise in training than in evaluation: use --quantization "
     "int8 (torchao, weights only) or nf4",
+    "trust_remote_code": "is for language models: a pipeline that brings Python along runs it with "
+    "--model_init_kwargs '{\"trust_remote_code\": true}' alone",
     "attn_implementation": "is for language models: use --attention_backend",
     "dataset_streaming": "is not supported: a rollout draws its prompts by number",
     "streaming": "is not supported: a rollout draws its prompts by number",

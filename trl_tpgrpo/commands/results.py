@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import without_secrets
+
 
 BASE = "base"
 
@@ -35,7 +37,7 @@ class Results:
             self._read(line)
 
     def _read(self, line: dict[str, Any]) -> None:
-        before = line.get("settings") or {line["model"]: line["digest"]}
+        before = without_secrets(line["settings"]) if "settings" in line else {line["model"]: line["digest"]}
         now = self.settings if "settings" in line else self.digests
         for name in filter(now.__contains__, before):
             if before[name] != now[name]:

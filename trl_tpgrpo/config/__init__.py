@@ -1,7 +1,7 @@
 """Every setting of a run."""
 
-from .fields import described, non_defaults
+from .fields import described, non_defaults, without_secrets
 from .settings import TPGRPOConfig
 
 
-__all__ = ["TPGRPOConfig", "described", "non_defaults"]
+__all__ = ["TPGRPOConfig", "described", "non_defaults", "without_secrets"]

@@ -12,6 +12,8 @@ COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operato
 
 # A parameter in a docstring: its name, type and default, and its description
 PARAMETER = re.compile(r"^ {4}(\w+) \(.+?\): (.+(?:\n {8}.+)*)", re.MULTILINE)
+SECRET = re.compile(r"(?:^|_)(?:token|key|secret|password|auth|authorization|credentials?)$", re.IGNORECASE)
+LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user and password in an URL
 Config = TypeVar("Config", bound=type)
 
 
@@ -41,6 +43,17 @@ def is_within(value: Any, limit: Any) -> bool:
     if value is None or isinstance(value, str):
         return str(value) == exception.strip("'")
     return all(COMPARISONS[bound[:-2]](value, int(bound[-1])) for bound in bounds.split(" and "))
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """Return a value with `<NAME>` for strings that are tokens, keys or passwords by name, and no login in URLs."""
+    if isinstance(value, dict):
+        return {key: without_secrets(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(without_secrets(item, name) for item in value)
+    if not isinstance(value, str):
+        return value
+    return f"<{name.upper()}>" if value and SECRET.search(name) else LOGIN.sub("<LOGIN>", value)
 
 
 def field_defaults(config: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Every setting of a run, in the order in which the data travels. The defaults are the paper's."""
 
+import os
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from ..algorithm.rollout import Window
 from ..algorithm.sde import LOG_PROB_TYPES, SDE_TYPES
 from ..rewards.serving.functions import import_path
 from .checks import credit_errors, loss_errors, sampling_errors
-from .fields import described, field_defaults, field_limits, is_within, non_defaults
+from .fields import described, field_defaults, field_limits, is_within, non_defaults, without_secrets
 
 
 UNSUPPORTED = {
@@ -317,6 +318,9 @@ class TPGRPOConfig(_BaseConfig):
         given = non_defaults(self)
         self._set_derived_defaults()
         super().__post_init__()
+        for name in ("output_dir", "prompt_embeds_dir"):  # the same, whatever folder a reward function changes to
+            if getattr(self, name) is not None:
+                setattr(self, name, os.path.abspath(getattr(self, name)))
         self._check_values()
         sizes = self._settle_batch_sizes("gradient_accumulation_steps" in given)
         for message in chain(sizes, sampling_errors(self), credit_errors(self), loss_errors(self)):
@@ -330,7 +334,21 @@ class TPGRPOConfig(_BaseConfig):
         derived, values, initial = self.derived or {}, self.to_dict(), field_defaults(self)
         self.__dict__ |= {name: initial[name] for name in derived if values[name] == derived[name]}
         self.__dict__ |= {name: None for name, value in vars(self).items() if value == f"<{name.upper()}>"}  # tokens
+        if isinstance(self.model_init_kwargs, dict):
+            kept = {name: one for name, one in self.model_init_kwargs.items() if one != f"<{str(name).upper()}>"}
+            self.model_init_kwargs = kept
         self.derived = None
+
+    without_secrets = staticmethod(without_secrets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values, as trackers get them, with `<NAME>` for tokens, keys and passwords."""
+        return without_secrets(super().to_dict())
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    __repr__ = __str__
 
     def settle_changes(self) -> None:
         """Derive and check anew if a setting was changed since the config was made."""
@@ -380,6 +398,10 @@ class TPGRPOConfig(_BaseConfig):
                 wrong, is_choice = getattr(self, name), isinstance(limit, tuple)
                 allowed, wrong = (f"one of {limit}", repr(wrong)) if is_choice else (limit, wrong)
                 raise ValueError(f"{name} must be {allowed}, got {wrong}.")
+        for name, value in (self.model_init_kwargs or {}).items():
+            if name not in ("token", "proxies") and without_secrets({name: value}) != {name: value}:
+                reason = "diffusers takes no such secret, and would print it. The Hub's token is 'token'"
+                raise ValueError(f"model_init_kwargs has {name!r}: {reason}, or in the environment HF_TOKEN.")
         for name, reason in UNSUPPORTED.items():
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported by TP-GRPO: {reason}.")

@@ -193,7 +193,8 @@ def _portable_items(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _portable(name: str, value: Any) -> Any:
     if isinstance(value, str):
-        return LOCAL if is_local(value) or name in ("deepspeed", "fsdp_config") else value
+        is_secret = value == f"<{name.upper()}>"
+        return LOCAL if is_secret or is_local(value) or name in ("deepspeed", "fsdp_config") else value
     if isinstance(value, Path):
         return LOCAL
     if is_dataclass(value) and not isinstance(value, type):

@@ -1,11 +1,9 @@
 """The repository of a run on the Hub: what is pushed there, when, and which command repeats a push that failed.
 
-transformers' own push is not used. It takes all of `output_dir`, with `training_args.bin` (unpickling it runs code,
-and it names folders of this machine), but of a checkpoint only files with a language model's names. It reads what is
-still being written, and what fails in the background goes unnoticed.
+transformers' own push is not used. It takes all of `output_dir`, but of a checkpoint only files with a language
+model's names. It reads what is still being written, and what fails in the background goes unnoticed.
 """
 
-import copy
 import logging
 import shlex
 import shutil
@@ -14,7 +12,6 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -131,7 +128,7 @@ class HubRepository:
         self._push_in_background(self._usable(checkpoint), message)
         if self.args.hub_strategy in ("checkpoint", "all_checkpoints"):
             name = "last-checkpoint" if self.args.hub_strategy == "checkpoint" else checkpoint.name
-            whole = Upload(checkpoint, name, self.args.hub_revision, None, ["training_args.bin"], ["*"])
+            whole = Upload(checkpoint, name, self.args.hub_revision, delete_patterns=["*"])
             self._push_in_background(whole, f"{message}, checkpoint")
 
     def finish(self) -> None:
@@ -186,10 +183,3 @@ class HubRepository:
 def _warn(push: Future) -> None:
     if push.exception() is not None:
         logger.warning("%s", push.exception())
-
-
-def without_tokens(args: Any) -> Any:
-    """Return a copy of settings that may be written to disk."""
-    kept = copy.copy(args)
-    vars(kept).update({name: None for name in vars(args) if name.endswith("_token")})
-    return kept

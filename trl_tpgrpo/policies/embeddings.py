@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .base import FlowPolicy, on_device
 from .conditioning import Conditioning
+from .weights import whole_file
 
 
 logger = logging.getLogger(__name__)
@@ -151,7 +152,8 @@ class PromptEmbeddings:
 
     def _read(self, prompt: Prompt) -> dict[str, Tensor]:
         if self.folder is not None:
-            return load_file(self._file(prompt))
+            with whole_file(self._file(prompt)):
+                return load_file(self._file(prompt))
         self._kept.move_to_end(prompt)
         return self._kept[prompt]
 

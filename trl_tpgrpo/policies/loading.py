@@ -34,6 +34,7 @@ from .krea2 import Krea2Policy
 from .qwen_image import QwenImagePolicy
 from .qwen_image_edit import QwenImageEditPolicy
 from .sd3 import SD3Policy
+from .weights import whole_file
 from .z_image import ZImagePolicy
 
 
@@ -78,8 +79,24 @@ def load_pipeline(
         mapping = {"transformer": _quantization_config(quantization, torch_dtype)}
         model_init_kwargs["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
     parts = DiffusionPipeline.load_config(str(model), **model_init_kwargs)
+    if model_init_kwargs.get("trust_remote_code"):
+        logger.warning("trust_remote_code: what %s brings along as Python is run.", model)
+    else:
+        check_classes(parts, model)
     absent = {name: None for name, part in parts.items() if part == [None, None]}
-    return DiffusionPipeline.from_pretrained(str(model), **{DTYPE: torch_dtype, **absent, **model_init_kwargs})
+    with whole_file(model):
+        return DiffusionPipeline.from_pretrained(str(model), **{DTYPE: torch_dtype, **absent, **model_init_kwargs})
+
+
+def check_classes(index: dict[str, Any], model: str | Path) -> None:
+    """Raise a `ValueError` if a `model_index.json` names code of others than diffusers and transformers."""
+    named = {name: part[0] for name, part in index.items() if isinstance(part, list) and len(part) == 2}
+    for name, library in named.items():
+        is_known = library in ("diffusers", "transformers") or hasattr(diffusers.pipelines, str(library))
+        if isinstance(library, str) and not is_known:
+            what = f"The model_index.json of {model} names the module {library!r} for its {name}"
+            remedy = "build the pipeline in Python and pass it, or set trust_remote_code in model_init_kwargs"
+            raise ValueError(f"{what}: only diffusers and transformers are imported. If you trust it, {remedy}.")
 
 
 def _load_transformer(file: Path, dtype: torch.dtype, base: str | None) -> tuple[str, ModelMixin]:

@@ -1,13 +1,15 @@
 """Trained weights on disk in diffusers' format, whole, also where each process holds a part of them (FSDP2)."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -50,6 +52,15 @@ def save_weights(
     whole.save_pretrained(Path(output_dir) / TRANSFORMER_FOLDER)
 
 
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[None]:
+    """Raise a `ValueError` that names a safetensors file, or the folder that it is in, if it is not whole."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: it is empty, or not whole ({error}).") from error
+
+
 def load_weights(model: Model, input_dir: str | Path) -> None:
     """Read what `save_weights` wrote into the model, in all processes; raise if it is absent or does not fit."""
     is_lora = isinstance(model, PeftModel)
@@ -60,7 +71,7 @@ def load_weights(model: Model, input_dir: str | Path) -> None:
         _write(model.state_dict(keep_vars=True), type(model).from_pretrained(source).state_dict())
         return
     parameters = get_peft_model_state_dict(model, state_dict=dict(model.named_parameters()))
-    with safe_open(source, framework="pt") as file:
+    with whole_file(source), safe_open(source, framework="pt") as file:
         saved = {PEFT_PREFIX + name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}
         header = json.loads(file.metadata()["lora_adapter_metadata"])
     if {name: value.shape for name, value in saved.items()} != {name: one.shape for name, one in parameters.items()}:

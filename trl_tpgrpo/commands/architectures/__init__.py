@@ -10,6 +10,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
 
+from ...policies.loading import check_classes
+
 
 FOLDERS = {
     "stabilityai/stable-diffusion-3.5-medium": Path(__file__).parent / "sd3.5-medium",
@@ -61,6 +63,7 @@ def load_architecture(name: str | Path, dtype: torch.dtype = torch.float32, **pa
     """
     folder = architecture_folder(name)
     index = json.loads((folder / "model_index.json").read_text())
+    check_classes(index, name)
     given = {key: value for key, value in index.items() if not key.startswith("_") and key not in parts}
     names = [key for key, value in given.items() if is_part(value)]
     options = {key: value for key, value in given.items() if key not in names}
@@ -81,7 +84,9 @@ def is_part(value: Any) -> bool:
 
 def load_part(folder: Path, name: str) -> Any:
     """Build a component with new weights; `None` for one that the pipeline lacks, for tokenizers and processors."""
-    library, class_name = json.loads((folder / "model_index.json").read_text())[name]
+    index = json.loads((folder / "model_index.json").read_text())
+    check_classes(index, folder)
+    library, class_name = index[name]
     if library is None or "Tokenizer" in class_name or "Processor" in class_name:
         return None
     part_class = getattr(importlib.import_module(library), class_name)
