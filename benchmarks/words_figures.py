@@ -1,6 +1,7 @@
 """What the recogniser reads of the words world: renders, reconstructions, and what a pretrained pipeline draws.
 
-    python benchmarks/words_figures.py outputs/words
+    python benchmarks/words_figures.py  # renders alone
+    python benchmarks/words_figures.py --pipeline outputs/words
 
 The go or no-go of the second testbed: strict at least 0.97 for renders, 0.93 for reconstructions, 0.25 to 0.5 for the
 pipeline.
@@ -25,7 +26,7 @@ COLUMNS = 16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pipeline", type=Path, help="folder that pretrain.py has written")
+    parser.add_argument("--pipeline", type=Path, help="folder that pretrain.py has written")
     parser.add_argument("--num_images", type=int, default=1024, help="for each figure (default: %(default)s)")
     parser.add_argument("--sheets", type=Path, help="folder for pictures of what was judged")
     args = parser.parse_args()
@@ -34,6 +35,8 @@ def main() -> None:
     prompts = [prompts[index] for index in rng.integers(len(prompts), size=args.num_images)]
     pictures = np.stack([draw(prompt, rng) for prompt in prompts])
     show("renders", [Image.fromarray(one) for one in pictures], prompts, args.sheets)
+    if args.pipeline is None:
+        return
     pipeline = load_pipeline(args.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     latents = encode_pictures(pipeline.vae, torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1)

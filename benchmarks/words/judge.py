@@ -9,24 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
-import rapidocr
 from PIL import Image
-from rapidfuzz.distance import Levenshtein
 
 
-MODEL = Path(rapidocr.__file__).parent / "models/PP-OCRv6_rec_small.onnx"
+MODEL = "models/PP-OCRv6_rec_small.onnx"  # in RapidOCR's wheel
 HEIGHT = 48
 BATCH_SIZE = 16
 
 
 class Recogniser:
-    """The recogniser with its characters; the first stands for none."""
+    """The recogniser with its characters; the first stands for none. Needs `pip install 'trl-tpgrpo[ocr]'`."""
 
     def __init__(self) -> None:
+        import onnxruntime  # here, so that the shapes world does without
+        import rapidocr
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(str(MODEL), options, providers=["CPUExecutionProvider"])
+        path = Path(rapidocr.__file__).parent / MODEL
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         (self.input,) = (one.name for one in self.session.get_inputs())
         self.characters = ["", *self.session.get_modelmeta().custom_metadata_map["character"].splitlines(), " "]
 
@@ -55,6 +56,8 @@ def recogniser() -> Recogniser:
 
 def words_reward(images: list[Image.Image], prompts: list[str], **columns: Any) -> list[float]:
     """Return rewards in [0, 1]: 1 minus Levenshtein's distance to the word over its length."""
+    from rapidfuzz.distance import Levenshtein
+
     return [1 - min(Levenshtein.distance(text, word), len(word)) / len(word) for text, word in _pairs(images, prompts)]
 
 
