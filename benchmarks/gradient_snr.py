@@ -17,11 +17,15 @@ For one step alone the batch is 64 trajectories. Intervals are those of a jackkn
 benchmarks/results/gradient_snr/, one file a setting; settings that have one are not run again.
 
     python benchmarks/gradient_snr.py
+
+`--words FOLDER` does the same for a pipeline that `pretrain.py --world words` has made. Every report ends with the
+profile: which share of the signal each step has.
 """
 
 import argparse
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,12 +40,15 @@ from study import FORWARD_AND_BACKWARD
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from words import judge as words_judge
+from words import world as words
 
 from trl_tpgrpo.algorithm.completion import CompletionRule
 from trl_tpgrpo.algorithm.credit import CREDITS, CreditRule, RewardTable
 from trl_tpgrpo.algorithm.rollout import Window, roll_out
 from trl_tpgrpo.algorithm.sde import log_prob, transition
-from trl_tpgrpo.policies.base import FlowPolicy, to_images
+from trl_tpgrpo.policies.base import FlowPolicy, Guidance, to_images
+from trl_tpgrpo.policies.loading import build_policy, load_pipeline
 from trl_tpgrpo.testbed import prompt_dataset
 from trl_tpgrpo.testbed.checker import shapes_reward
 
@@ -107,17 +114,41 @@ REWARD_NOISE = (0.0, 0.05, 0.1, 0.2)
 DEADZONES = (0.0, 0.1, 0.2, 0.4)
 
 
+@dataclass(frozen=True)
+class Testbed:
+    """Policy, prompts to sample for, and the judge."""
+
+    policy: FlowPolicy
+    prompts: list[str]
+    reward: Callable[[list, list[str]], list[float]]
+
+
+def shapes_testbed() -> Testbed:
+    """Load the shapes world."""
+    prompts = list(prompt_dataset("train").shuffle(seed=0)["prompt"])
+    return Testbed(load_policy("sd3"), prompts, shapes_reward)
+
+
+def words_testbed(folder: Path) -> Testbed:
+    """Load the words world, with the pipeline in a folder."""
+    guidance = Guidance(words.HEIGHT, words.WIDTH, guidance_scale=1.0, max_sequence_length=0)
+    return Testbed(
+        build_policy(load_pipeline(folder), guidance), words.split_prompts()["train"], words_judge.words_reward
+    )
+
+
 def main() -> None:
     args = make_parser().parse_args()
     torch.set_num_threads(1)
-    policy = load_policy("sd3")
+    testbed = words_testbed(args.words) if args.words else shapes_testbed()
     args.results.mkdir(parents=True, exist_ok=True)
     for name in args.settings:
         path = file_of(name, args.results)
         if not path.exists():
             setting = {**BASE, **SETTINGS[name]}
-            found = compare(sample_batches(policy, setting, args.num_batches), setting)
-            path.write_text(json.dumps({"setting": name, "num_batches": args.num_batches, "rows": found}) + "\n")
+            batches = sample_batches(testbed, setting, args.num_batches)
+            found = {"rows": compare(batches, setting), "profile": profile(batches, setting)}
+            path.write_text(json.dumps({"setting": name, "num_batches": args.num_batches, **found}) + "\n")
         print(report(json.loads(path.read_text())), flush=True)  # noqa: T201
     found = [json.loads(file_of(name, args.results).read_text()) for name in args.settings]
     print(overview(found))  # noqa: T201
@@ -128,6 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--words", type=Path, help="folder of a pipeline of the words world")
     parser.add_argument("--num_batches", type=int, default=12, help="of 64 trajectories (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/gradient_snr")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs/images/gradient_snr.png")
@@ -158,17 +190,17 @@ def rules() -> dict[str, CreditRule]:
     return found
 
 
-def sample_batches(policy: FlowPolicy, setting: dict, num_batches: int) -> list[tuple[Tensor, Tensor, float]]:
+def sample_batches(testbed: Testbed, setting: dict, num_batches: int) -> list[tuple[Tensor, Tensor, float]]:
     """What `sample` gives, for other prompts each time."""
-    prompts = list(prompt_dataset("train").shuffle(seed=0)["prompt"])
-    sketch = Sketch(policy.pipeline.transformer)
+    prompts = testbed.prompts
+    sketch = Sketch(testbed.policy.pipeline.transformer)
     batches = []
     for number in range(num_batches):
         per_batch = BATCH // setting["group"]
         chosen = [prompts[(number * per_batch + place) % len(prompts)] for place in range(per_batch)]
         repeated = [prompt for prompt in chosen for _ in range(setting["group"])]
         with sdpa_kernel(SDPBackend.MATH):  # the one that vmap can batch
-            batches.append(sample(policy, setting, repeated, number, sketch))
+            batches.append(sample(testbed, setting, repeated, number, sketch))
         print(f"{number + 1}/{num_batches} batches", flush=True)  # noqa: T201
     return batches
 
@@ -209,6 +241,29 @@ def compare(batches: list[tuple[Tensor, Tensor, float]], setting: dict) -> list[
         own, _ = gradients(of_step, POLICY_GRADIENT, group)
         add(f"policy gradient, step {position} alone", 0.0, evaluations, own, BATCH)
     return rows
+
+
+def profile(batches: list[tuple[Tensor, Tensor, float]], setting: dict) -> dict[str, list[float]]:
+    """Squared norm of the mean policy gradient of each step alone, from products of different batches.
+
+    Beside it, each step's share of their sum, and the share of each step with those after it; jackknife's errors.
+    """
+    start, number = setting["start"], setting["stop"] - setting["start"]
+    products = []
+    for position in range(number):
+        of_step = [(rewards, sketches * alone(position, number), cost) for rewards, sketches, cost in batches]
+        own = gradients(of_step, POLICY_GRADIENT, setting["group"])[0]
+        products.append((own @ own.T).fill_diagonal_(0))
+    matrix = torch.stack(products)  # (K, M, M)
+    total, of_each = matrix.sum((1, 2)), 2 * matrix.sum(2)
+    size = len(batches)
+    signals = torch.cat([total[None] / (size * (size - 1)), (total - of_each.T) / ((size - 1) * (size - 2))])
+    later = signals.flip(1).cumsum(1).flip(1)
+    found = {"step": [float(start + position) for position in range(number)]}
+    for name, values in (("signal", signals), ("share", signals / later[:, :1]), ("from_here", later / later[:, :1])):
+        found[name] = values[0].tolist()
+        found[f"{name}_error"] = ((size - 1) * values[1:].var(0, correction=0)).sqrt().tolist()
+    return found
 
 
 def over_a_share(batches: list[tuple[Tensor, Tensor, float]], group: int) -> Tensor:
@@ -274,9 +329,10 @@ class Sketch:
 
 
 def sample(
-    policy: FlowPolicy, setting: dict, prompts: list[str], number: int, sketch: Sketch
+    testbed: Testbed, setting: dict, prompts: list[str], number: int, sketch: Sketch
 ) -> tuple[Tensor, Tensor, float]:
     """Rewards (B, K + 1), sketches (B, K, size) and evaluations a trajectory of one batch."""
+    policy = testbed.policy
     conditioning, schedule = policy.encode(prompts), policy.schedule(setting["num_steps"])
     kind = "squared_error" if setting["sde_type"] == "cps" else "gaussian"
     window = Window(setting["start"], setting["stop"], setting["sde_type"], setting["noise_level"], kind)
@@ -301,7 +357,7 @@ def sample(
         run = roll_out(velocity, noise, schedule.sigmas, window, generators, rule, batch_size=128)
     with torch.no_grad():
         images = to_images(policy.decode(run.final_latents, 64))
-    rewards = shapes_reward(images=images, prompts=[prompts[row] for row in run.rows])
+    rewards = testbed.reward(images=images, prompts=[prompts[row] for row in run.rows])
     of_each = vmap(grad(one_log_prob), in_dims=(None, 0, 0, 0, None))
     of_steps = [
         torch.cat([
@@ -387,7 +443,21 @@ def report(found: dict) -> str:
         rule = row["rule"].replace(" | ", ", ")
         columns = (rule, row["reward_noise"], f"{row['evaluations']:.0f}", snr, cosine, progress, ratio)
         lines.append(f"| {' | '.join(map(str, columns))} |")
+    if "profile" in found:  # what was run before has none
+        lines += ["", *report_profile(found["profile"])]
     return "\n".join(lines) + "\n"
+
+
+def report_profile(found: dict[str, list[float]]) -> list[str]:
+    """The share of the signal that each step has, in Markdown."""
+    lines = ["| step alone | squared norm of the policy gradient | share | share from here on |", "|---|---|---|---|"]
+    for place, step in enumerate(found["step"]):
+        cells = [
+            f"{found[name][place]:{form}} \u00b1 {1.96 * found[f'{name}_error'][place]:{form}}"
+            for name, form in (("signal", ".2e"), ("share", ".2f"), ("from_here", ".2f"))
+        ]
+        lines.append(f"| {step:.0f} | {' | '.join(cells)} |")
+    return lines
 
 
 def overview(found: list[dict]) -> str:

@@ -1,6 +1,7 @@
 """Build the testbed's tiny pipeline from nothing: draw pictures, train the VAE, then encoders and transformer.
 
     python benchmarks/pretrain.py --output_dir trl_tpgrpo/testbed/weights
+    python benchmarks/pretrain.py --world words --output_dir outputs/words --state_dir outputs/state --stop_at 0.4
 
 Every class is diffusers' or transformers' own, so the result is an ordinary `StableDiffusion3Pipeline` folder. What
 deviates from a textbook run, each to get there in CPU-minutes: small batches and zero-initialised residual branches
@@ -10,8 +11,11 @@ for the VAE, zero-initialised modulation and Muon for the transformer.
 import argparse
 import copy
 import itertools
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +30,8 @@ from PIL import Image
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from words import judge as words_judge
+from words import world as words
 
 from trl_tpgrpo.testbed.checker import strict_reward
 from trl_tpgrpo.testbed.world import (
@@ -44,7 +50,6 @@ from trl_tpgrpo.testbed.world import (
 SUPERSAMPLING = 4
 MARGIN = 2.0
 WIDTH = 128
-PROMPT_LENGTH = 12
 VAE_BATCH_SIZE = 16
 VAE_LEARNING_RATE = 2e-3
 KL_WEIGHT = 5e-6
@@ -54,22 +59,94 @@ CAPTION_DROPOUT = 0.1
 EMA_DECAY = 0.998
 WARM_UP = 100
 COOL_DOWN = 0.22
+SAVE_EVERY = 240  # seconds
 
 
-def pretrain(output_dir: Path, vae_steps: int, transformer_steps: int, num_pictures: int, seed: int) -> None:
-    """Train everything and save the pipeline in float16 at `output_dir` (also halfway, so that little can be lost)."""
+@dataclass(frozen=True)
+class World:
+    """Pictures of one size with their prompts, and the judge that says which pictures show what they should."""
+
+    height: int
+    width: int
+    prompt_length: int
+    """Longest prompt, in tokens, with the two around it."""
+    words: list[str]
+    """What the tokenizer knows as one token each."""
+    draw: Callable[[int, np.random.Generator], tuple[list[str], torch.Tensor]]
+    """Returns N prompts and pictures in [-1, 1], (N, 3, height, width)."""
+    strict_reward: Callable[[list[Image.Image], list[str]], list[float]]
+
+
+def pretrain(
+    world: World,
+    output_dir: Path,
+    vae_steps: int,
+    transformer_steps: int,
+    num_pictures: int,
+    seed: int,
+    num_evaluations: int = 10,
+    stop_at: float = 1.0,
+    state_dir: Path | None = None,
+) -> None:
+    """Train everything and save the pipeline in float16 at `output_dir`, at every evaluation and at the end.
+
+    Args:
+        world: What to draw.
+        output_dir: Folder of the pipeline.
+        vae_steps: Updates of the VAE.
+        transformer_steps: Updates of transformer and text encoders, at most.
+        num_pictures: Number of pictures to train on.
+        seed: Seed of everything random.
+        num_evaluations: How often the averaged weights are evaluated, 512 images each, and saved.
+        stop_at: Strict score at which training ends early.
+        state_dir: Folder of what is needed to go on after an interruption: the same call continues from there.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    captions, pictures = draw_captioned_pictures(num_pictures, rng)
-    pipeline = build_pipeline()
-    train_vae(pipeline.vae, pictures, vae_steps)
+    captions, pictures = world.draw(num_pictures, rng)
+    pipeline = build_pipeline(world)
+    train_vae(pipeline.vae, pictures, vae_steps, State(state_dir, "vae"))
     latents = encode_pictures(pipeline.vae, pictures)
     reconstructions = decode_latents(pipeline, latents[:2048])
-    tqdm.write(f"Strict score of the VAE's reconstructions: {mean_strict(reconstructions, captions[:2048]):.3f}")
-    for steps_done in train_transformer(pipeline, latents, captions, transformer_steps):
+    strict = np.mean(world.strict_reward(reconstructions, captions[:2048]))
+    tqdm.write(f"Strict score of the VAE's reconstructions: {strict:.3f}")
+    del pictures, reconstructions
+    state = State(state_dir, "transformer")
+    for steps_done in train_transformer(pipeline, latents, captions, transformer_steps, num_evaluations, state):
         save_in_float16(pipeline, output_dir)
-        strict = mean_strict(sample(pipeline, captions[:512]), captions[:512])
+        strict = np.mean(world.strict_reward(sample(pipeline, world, captions[:512]), captions[:512]))
         tqdm.write(f"Saved after {steps_done} steps; strict score without guidance: {strict:.3f}")
+        if strict >= stop_at:
+            break
+
+
+class State:
+    """File with all one part of training needs to go on, written every four minutes (without a folder: none)."""
+
+    def __init__(self, folder: Path | None, name: str) -> None:
+        self.path = None if folder is None else folder / f"{name}.pt"
+        self.written = time.monotonic()
+
+    def load(self, parts: dict[str, Any]) -> int:
+        """Load the state into what has a `state_dict`, and PyTorch's random numbers; return the steps done."""
+        if self.path is None or not self.path.exists():
+            return 0
+        state = torch.load(self.path, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["random"])
+        return state["step"]
+
+    def save(self, step: int, parts: dict[str, Any], last: bool) -> None:
+        """Save the state if it is time to, or if this is the last step."""
+        if self.path is None or not (last or time.monotonic() - self.written > SAVE_EVERY):
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".unfinished")
+        state = {name: part.state_dict() for name, part in parts.items()}
+        torch.save({"step": step, "random": torch.get_rng_state(), **state}, unfinished)
+        unfinished.replace(self.path)
+        self.written = time.monotonic()
 
 
 def draw(caption: Caption, rng: np.random.Generator) -> np.ndarray:
@@ -112,14 +189,34 @@ def draw_captioned_pictures(number: int, rng: np.random.Generator) -> tuple[list
     return [str(caption) for caption in chosen], torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def build_pipeline() -> StableDiffusion3Pipeline:
+WORLDS = {
+    "shapes": World(
+        height=IMAGE_SIZE,
+        width=IMAGE_SIZE,
+        prompt_length=12,
+        words=sorted({word for caption in all_captions() for word in str(caption).split()}),
+        draw=draw_captioned_pictures,
+        strict_reward=strict_reward,
+    ),
+    "words": World(
+        height=words.HEIGHT,
+        width=words.WIDTH,
+        prompt_length=words.LENGTH + 2,
+        words=sorted(words.CHARACTERS.lower()),
+        draw=words.draw_prompted_pictures,
+        strict_reward=words_judge.strict_reward,
+    ),
+}
+
+
+def build_pipeline(world: World) -> StableDiffusion3Pipeline:
     """Build an untrained `StableDiffusion3Pipeline` of the testbed's size, in float32."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(world)
     encoders = [build_text_encoder(tokenizer) for _ in range(2)]
     return StableDiffusion3Pipeline(
-        transformer=build_transformer(),
+        transformer=build_transformer(world),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=build_vae(),
+        vae=build_vae(world),
         text_encoder=encoders[0],
         tokenizer=tokenizer,
         text_encoder_2=encoders[1],
@@ -129,24 +226,23 @@ def build_pipeline() -> StableDiffusion3Pipeline:
     )
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """Build a CLIP tokenizer that knows the 19 words of the shapes world as one token each.
+def build_tokenizer(world: World) -> CLIPTokenizer:
+    """Build a CLIP tokenizer that knows the words of a world, 19 or 18, as one token each.
 
     Byte-pair merges are made word by word: what the merges so far leave of a word is joined from left to right. Merges
     that come later rank lower, so they do not touch the words before.
     """
-    words = sorted({word for caption in all_captions() for word in str(caption).split()})
     merges: list[tuple[str, str]] = []
-    for word in words:
+    for word in world.words:
         pieces = _apply_merges([*word[:-1], word[-1] + "</w>"], merges)
         while len(pieces) > 1:
             merges.append((pieces[0], pieces[1]))
             pieces = _apply_merges(pieces, merges)
-    letters = sorted({letter for word in words for letter in word})
+    letters = sorted({letter for word in world.words for letter in word})
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
     tokens += dict.fromkeys("".join(merge) for merge in merges)
     return CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=PROMPT_LENGTH
+        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=world.prompt_length
     )
 
 
@@ -169,7 +265,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
         projection_dim=WIDTH // 2,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=PROMPT_LENGTH,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -177,14 +273,14 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(config)
 
 
-def build_vae() -> AutoencoderKL:
+def build_vae(world: World) -> AutoencoderKL:
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(8, 16, 32),
         latent_channels=8,
         norm_num_groups=4,
-        sample_size=IMAGE_SIZE,
+        sample_size=max(world.height, world.width),
         use_quant_conv=False,
         use_post_quant_conv=False,
         mid_block_add_attention=False,
@@ -195,9 +291,10 @@ def build_vae() -> AutoencoderKL:
     return vae
 
 
-def build_transformer() -> SD3Transformer2DModel:
+def build_transformer(world: World) -> SD3Transformer2DModel:
+    side = max(world.height, world.width)
     transformer = SD3Transformer2DModel(
-        sample_size=IMAGE_SIZE // 4,
+        sample_size=side // 4,
         patch_size=2,
         in_channels=8,
         out_channels=8,
@@ -207,7 +304,7 @@ def build_transformer() -> SD3Transformer2DModel:
         joint_attention_dim=WIDTH,
         caption_projection_dim=WIDTH,
         pooled_projection_dim=WIDTH,
-        pos_embed_max_size=IMAGE_SIZE // 8,
+        pos_embed_max_size=side // 8,
         qk_norm="rms_norm",
     )
     for name, parameter in transformer.named_parameters():
@@ -216,11 +313,12 @@ def build_transformer() -> SD3Transformer2DModel:
     return transformer
 
 
-def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int) -> None:
+def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, state: State) -> None:
     """Train on reconstruction and a light KL term, then set the latents' shift and scale to unit variance."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, VAE_LEARNING_RATE, total_steps=steps, pct_start=0.05)
-    progress = tqdm(range(steps), desc="Training the VAE")
+    parts = {"vae": vae, "optimizer": optimizer, "schedule": schedule}
+    progress = tqdm(range(state.load(parts), steps), desc="Training the VAE", mininterval=30)
     for step in progress:
         batch = pictures[torch.randint(len(pictures), (VAE_BATCH_SIZE,))]
         posterior = vae.encode(batch).latent_dist
@@ -233,7 +331,8 @@ def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int) -> None:
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
+            progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        state.save(step + 1, parts, last=step + 1 == steps)
     vae.requires_grad_(False).eval()
     latents = encode_pictures(vae, pictures[:2048])
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
@@ -241,7 +340,7 @@ def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int) -> None:
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """Return the means of the pictures' latents, unscaled: (N, 8, 8, 8)."""
+    """Return the means of the pictures' latents, unscaled: (N, 8, H / 4, W / 4)."""
     return torch.cat([vae.encode(batch).latent_dist.mean for batch in pictures.split(256)])
 
 
@@ -250,22 +349,22 @@ def decode_latents(pipeline: StableDiffusion3Pipeline, latents: torch.Tensor) ->
     return pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample)
 
 
-def sample(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> list[Image.Image]:
-    """Sample one image a prompt in 10 steps without guidance, with the modules in evaluation mode."""
+def sample(pipeline: StableDiffusion3Pipeline, world: World, prompts: list[str]) -> list[Image.Image]:
+    """Sample one image a prompt in 8 steps without guidance, with the modules in evaluation mode."""
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        prompts, num_inference_steps=10, guidance_scale=1.0, height=IMAGE_SIZE, width=IMAGE_SIZE, max_sequence_length=0
-    ).images
-
-
-def mean_strict(images: list[Image.Image], prompts: list[str]) -> float:
-    return float(np.mean(strict_reward(images, prompts)))
+    size = {"height": world.height, "width": world.width}
+    return pipeline(prompts, num_inference_steps=8, guidance_scale=1.0, max_sequence_length=0, **size).images
 
 
 def train_transformer(
-    pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, captions: list[str], steps: int
+    pipeline: StableDiffusion3Pipeline,
+    latents: torch.Tensor,
+    captions: list[str],
+    steps: int,
+    num_evaluations: int,
+    state: State,
 ) -> Iterator[int]:
-    """Train transformer and text encoders by flow matching; yield ten times, with the averaged weights loaded."""
+    """Train transformer and text encoders by flow matching; yield at each evaluation, averaged weights loaded."""
     trained = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]
     parameters = [parameter for module in trained for parameter in module.parameters()]
     optimizers = build_optimizers(trained)
@@ -277,7 +376,9 @@ def train_transformer(
     ]
     ema = EMAModel(parameters, decay=EMA_DECAY)
     scale, shift = pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor
-    progress = tqdm(range(1, steps + 1), desc="Training the transformer")
+    parts = {str(number): part for number, part in enumerate((*trained, *optimizers, *schedules, ema))}
+    first = state.load(parts) + 1
+    progress = tqdm(range(first, steps + 1), desc="Training the transformer", mininterval=30)
     running = 0.0
     for step in progress:
         chosen = torch.randint(len(latents), (BATCH_SIZE,))
@@ -291,13 +392,14 @@ def train_transformer(
             optimizer.step()
             schedule.step()
         ema.step(parameters)
-        running += 0.02 * (loss.item() - running) if step > 1 else loss.item()
+        running += 0.02 * (loss.item() - running) if step > first else loss.item()
         progress.set_postfix(loss=f"{running:.4f}", refresh=False)
-        if step % max(steps // 10, 1) == 0:
+        if step % max(steps // num_evaluations, 1) == 0:
             ema.store(parameters)
             ema.copy_to(parameters)
             yield step
             ema.restore(parameters)
+        state.save(step, parts, last=step == steps)
 
 
 def flow_matching_loss(pipeline: StableDiffusion3Pipeline, clean: torch.Tensor, texts: list[str]) -> torch.Tensor:
@@ -338,12 +440,17 @@ def save_in_float16(pipeline: StableDiffusion3Pipeline, output_dir: Path) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--world", choices=list(WORLDS), default="shapes")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--vae_steps", type=int, default=7_000)
     parser.add_argument("--transformer_steps", type=int, default=3_600)
     parser.add_argument("--num_pictures", type=int, default=60_000)
     parser.add_argument("--seed", type=int, default=0)
-    pretrain(**vars(parser.parse_args()))
+    parser.add_argument("--num_evaluations", type=int, default=10)
+    parser.add_argument("--stop_at", type=float, default=1.0, help="strict score at which training ends")
+    parser.add_argument("--state_dir", type=Path, help="to go on from after an interruption, by the same command")
+    args = parser.parse_args()
+    pretrain(**{**vars(args), "world": WORLDS[args.world]})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from trl_tpgrpo.testbed.world import KINDS, Caption, Thing, all_captions, parse_
 
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from pretrain import build_tokenizer, draw, draw_captioned_pictures  # noqa: E402
+from pretrain import WORLDS, build_tokenizer, draw, draw_captioned_pictures  # noqa: E402
 
 
 RED_CIRCLE, BLUE_SQUARE = Thing("red", "circle"), Thing("blue", "square")
@@ -129,7 +129,7 @@ def test_wrong_prompt_datasets_are_refused(arguments: tuple, message: str) -> No
 
 
 def test_tokenizer_knows_each_word_as_one_token() -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(WORLDS["shapes"])
     words = {word for caption in all_captions() for word in str(caption).split()}
     assert len(words) == 19
     assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
