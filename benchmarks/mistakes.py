@@ -81,7 +81,7 @@ MISTAKES = {
     f"{RUN} --credit my_rewards.py:mien": "has no credit 'mien': did you mean mine?",
     f"{RUN} --credit my_rewards.py:mine": "my_rewards.mine must be a function of (rewards, rule), no class",
     f"{RUN} --policy_class my_rewards.mine": "policy_class must be a subclass of trl_tpgrpo.policies.base.FlowPolicy",
-    f"{RUN} --noise_level 0": "noise_level must be above 0, got 0.0.",
+    f"{RUN} --noise_level 0": "noise_level must be at least 0.0001, got 0.0.",
     f"{RUN} --learning_rate nan": "learning_rate must be a finite number (at least 0), got nan.",
     f"{RUN} --adam_beta2 1": "adam_beta2 must be at least 0 and below 1, got 1.0.",
     f"{RUN} --beta 0 1": "--beta takes one value, got 2: 0 1.",

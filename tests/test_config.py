@@ -137,8 +137,10 @@ WRONG = [
     ({"scale_rewards": "std"}, "scale_rewards must be one of"),
     ({"advantage_scope": "all"}, "advantage_scope must be one of"),
     ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation must be one of"),
-    ({"noise_level": 0.0}, "noise_level must be above 0"),
+    ({"noise_level": 0.0}, "noise_level must be at least 0.0001"),
     ({"noise_level": 1.2}, "at most 1 under cps"),
+    ({"noise_level": 1e-9}, "noise_level must be at least 0.0001, got 1e-09"),  # which float32 would round away
+    ({"noise_level": [0.7] * 8 + [1e-5]}, "noise_level must be at least 0.0001"),
     ({"num_inference_steps": 1}, "num_inference_steps must be at least 2"),
     ({"num_inference_steps_eval": 0}, "num_inference_steps_eval must be at least 1"),
     ({"height": 0}, "height must be at least 1"),

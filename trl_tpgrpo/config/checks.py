@@ -1,7 +1,6 @@
 """Settings that contradict each other or have no effect: a message each, with the name and what would be right."""
 
 import inspect
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ def sampling_errors(args: Any) -> Iterator[str]:
     """Say what is wrong with the settings of sampling, the SDE, completions and evaluation."""
     last, size, limits = args.num_inference_steps - 1, args.sde_window_size, args.sde_window_range
     if args.sde_type == "cps" and not is_within(args.noise_level, "at most 1"):
-        yield f"noise_level must be above 0 and at most 1 under cps, got {args.noise_level}."
+        yield f"noise_level must be at least 0.0001 and at most 1 under cps, got {args.noise_level}."
     if not args.noise_calibration_iterations and args.noise_calibration_step != 0.01:
         yield f"noise_calibration_step ({args.noise_calibration_step}) needs noise_calibration_iterations above 0."
     for step in CompletionRule.parse(args.completion).at or ():
@@ -51,8 +50,8 @@ def credit_errors(args: Any) -> Iterator[str]:
     for name in () if needs_completions else completed:
         if (value := getattr(args, name)) != getattr(type(args), name):
             yield f"credit={args.credit!r} computes no completions: leave out {name}, got {value!r}."
-    if not all(map(math.isfinite, args.reward_weights or ())):
-        yield f"reward_weights must be finite numbers, got {args.reward_weights}."
+    if args.reward_weights and not any(args.reward_weights):
+        yield f"reward_weights must not all be 0, got {args.reward_weights}: nothing would be trained."
     if args.num_generations == 1 and "group" in (args.advantage_baseline, args.scale_rewards):
         yield "num_generations=1 needs advantage_baseline='completion' and scale_rewards='batch' or 'none'."
     if args.offload_reference and args.beta == 0:

@@ -85,9 +85,9 @@ class TPGRPOConfig(_BaseConfig):
         > Parameters that control the SDE
         sde_type (`str`, *optional*, defaults to `"cps"`): `"cps"`, `"flow_sde"` (Flow-GRPO) or `"dance_sde"`
             (DanceGRPO), see [`~trl_tpgrpo.algorithm.sde.transition`].
-        noise_level (`float` or `list[float]`, *optional*, defaults to `0.7`): Noise of an SDE step: above 0, as a step
-            without noise has no probability to train, and at most 1 under `"cps"`. A list has the noise of each step
-            of `sde_window_range` (`None`: of all but the last), which a window that moves in it takes along.
+        noise_level (`float` or `list[float]`, *optional*, defaults to `0.7`): Noise of an SDE step: at least 1e-4, as
+            less is lost in the rounding of float32 and trains nothing, and at most 1 under `"cps"`. A list has that of
+            each step of `sde_window_range` (`None`: of all but the last), which a window that moves in it takes along.
         noise_calibration_iterations (`int`, *optional*, defaults to `0`): Iterations that raise or lower the noise of
             each step, before the first rollout and from `noise_level` on, towards as many positive as negative step
             rewards (DenseGRPO, arXiv 2601.20218). Each samples the groups of up to 16 prompts a process.
@@ -239,7 +239,9 @@ class TPGRPOConfig(_BaseConfig):
     share_initial_noise: bool = False
     sde_type: Annotated[str, SDE_TYPES] = "cps"
     # For transformers' parser: it takes a union with `str` only, and no default of a list but from here
-    noise_level: Annotated[float | list[float] | str, "above 0"] = field(default=0.7, metadata={"default": 0.7})
+    noise_level: Annotated[float | list[float] | str, "at least 0.0001"] = field(
+        default=0.7, metadata={"default": 0.7}
+    )
     noise_calibration_iterations: Annotated[int, "at least 0"] = 0
     noise_calibration_step: Annotated[float, "above 0 and below 1"] = 0.01
     sde_window_size: int | None = None
