@@ -41,7 +41,7 @@ LIMITS: dict[str, Any] = {
     "label_smoothing_factor": "at least 0 and at most 1", "max_grad_norm": "at least 0", "max_steps": "at least -1",
     "num_train_epochs": "above 0", "report_to": ("all", "none", *INTEGRATION_TO_CALLBACK), "save_steps": "at least 0",
     "scale_rewards": SCALES, "seed": "at least 0 and below 4294967296", "torch_empty_cache_steps": "at least 1",
-    "warmup_steps": "at least 0",
+    "warmup_ratio": "at least 0 and at most 1", "warmup_steps": "at least 0",
 }  # fmt: skip
 """Limits besides those in annotations: of inherited fields, and where the command line takes other words too."""
 
