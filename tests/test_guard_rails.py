@@ -234,6 +234,57 @@ def test_problems_of_a_rollout(changes: dict[str, float], names: list[str], tmp_
     assert [problem.name for problem in guard.problems_of_rollout({**HEALTHY_ROLLOUT, **changes}, args)] == names
 
 
+@pytest.mark.parametrize(
+    ("changes", "name", "reason"),
+    [
+        (
+            {"reward": 1e8, "reward_group_std": 0.0, "frac_reward_zero_std": 1.0},
+            "nothing_trained",
+            "in steps of 8: if",
+        ),
+        ({"reward_group_std": 0.0, "frac_reward_zero_std": 1.0}, "nothing_trained", "All images of a prompt have the"),
+        ({}, "nothing_trained", "differ by 0.25 (standard deviation), but the credit of each step is the same"),
+        (
+            {"reward": 1e8, "reward_group_std": 40.0, "advantages/frac_zero": 0.1},
+            "reward_offset",
+            "in steps of 8. Subtra",
+        ),
+        ({"reward": 1e8, "reward_group_std": 90.0, "advantages/frac_zero": 0.1}, None, ""),
+        ({"reward": 9e2, "reward_group_std": 1e-4, "advantages/frac_zero": 0.1}, None, ""),  # credit knows no less
+    ],
+)
+def test_why_nothing_is_trained(changes: dict[str, float], name: str | None, reason: str, tmp_path: Path) -> None:
+    args = TPGRPOConfig(str(tmp_path), use_cpu=True)
+    problems = list(
+        GuardRails().problems_of_rollout({**HEALTHY_ROLLOUT, "advantages/frac_zero": 1.0, **changes}, args)
+    )
+    assert [problem.name for problem in problems] == ([name] if name else [])
+    assert not name or reason in problems[0].message
+
+
+def no_credit(rewards: torch.Tensor, rule: object) -> torch.Tensor:
+    return torch.zeros_like(rewards[:, 1:])
+
+
+def test_a_run_that_trains_nothing_says_so(tmp_path: Path, caplog) -> None:
+    """Four rollouts of two groups, whose differences an offset swallows, or a rule gives no credit."""
+
+    def far_away(images, **columns) -> list[float]:
+        return [1e8 + value for value in brightness(images)]
+
+    for folder, reward, changes, reason in (
+        ("offset", far_away, {"beta": 0.0}, "nothing is trained. The rewards are about 1e"),
+        ("credit", brightness, {"credit": no_credit}, "nothing is trained but by the KL divergence. The rewards of a"),
+    ):
+        caplog.clear()
+        trainer = TPGRPOTrainer(tiny_sd3(), reward, config(tmp_path / folder, max_steps=4, **changes), prompts())
+        with caplog.at_level(logging.WARNING, module.__name__):
+            trainer.train()
+        assert reason in caplog.text
+        assert logged(trainer, "guard_rails/nothing_trained") == [1.0]
+        assert trainer.guard_rails.state_dict()["num_idle"] == 8
+
+
 def test_rewards_of_few_prompts_say_nothing_about_the_policy(tmp_path: Path) -> None:
     args, guard = config(tmp_path), GuardRails()
     assert args.prompts_per_generation < module.FEWEST_PROMPTS

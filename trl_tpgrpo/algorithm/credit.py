@@ -290,8 +290,14 @@ class RewardTable:
 
     @cached_property
     def rewards(self) -> Tensor:
-        """Weighted sum over the functions that apply: (B, K + 1); NaN for a trajectory that is left out."""
+        """Weighted sum over the functions that apply: (B, K + 1); NaN for a trajectory that is left out.
+
+        A `ValueError` where its square would overflow float32.
+        """
         summed = (self.rewards_per_func * self.reward_weights[:, None]).nansum(1)
+        if not summed.square().isfinite().all():
+            what = f"the weighted sum of rewards is {summed.abs().max().item():.1e} in size, whose square overflows"
+            raise ValueError(f"reward_weights {self.reward_weights.tolist()}: {what}. Lower them.")
         return torch.where(self.left_out[:, None], torch.nan, summed)
 
     @cached_property

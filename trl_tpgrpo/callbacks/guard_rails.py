@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerState
+
+from ..algorithm.credit import EPSILON
 
 
 logger = logging.getLogger(__name__)
 
 ACTIONS = ("warn", "skip", "stop")
 FEWEST_PROMPTS = 8  # in a rollout whose mean reward and groups without spread say something about the policy
+FEWEST_STEPS = 8  # between float32 numbers, in a spread of rewards that says something
 FEWEST_TRANSITIONS = 32  # in an update in which the share of ratios above 1 says something
 FEWEST_NORMS, MOST_NORMS = 3, 50  # of earlier updates that a gradient is compared with
 FIRST_ROLLOUTS = 5  # whose images' variety later ones are compared with
@@ -43,6 +47,9 @@ MESSAGES = {
     "zero_spread": "{share:.0%} of the groups have the same reward for all their images: they teach little or "
     "nothing. Either the prompts are solved (take harder ones), or the images all fail (lower learning_rate, take "
     "easier prompts), or the reward is too coarse (take a graded one).",
+    "nothing_trained": "the advantages of {number} groups in a row are all 0: nothing is trained{besides}. {why}",
+    "reward_offset": "the rewards of a prompt's images differ by {spread:.2g} (standard deviation), but float32 keeps "
+    "numbers of about {reward:.3g} in steps of {step:.2g}. Subtract a constant from the rewards.",
     "reward_drop": "the reward has fallen to {reward:.3g}, from {usual:.3g} on average before (standard deviation of "
     "an image's {spread:.2g}): the policy has probably collapsed. Lower learning_rate, and go back to an earlier "
     "checkpoint.",
@@ -59,6 +66,16 @@ MESSAGES = {
 }
 """What was seen, its likely cause, and what to do, by check."""
 
+WHY_NOTHING = {
+    "offset": "The rewards are about {reward:.3g}, and float32 keeps such numbers in steps of {step:.2g}: if images "
+    "differ by less, subtract a constant from the rewards.",
+    "same": "All images of a prompt have the same reward: either the prompts are solved (take harder ones), or the "
+    "images all fail (take easier prompts), or the reward is too coarse (take a graded one).",
+    "credit": "The rewards of a prompt's images differ by {spread:.2g} (standard deviation), but the credit of each "
+    "step is the same for all: look at credit={credit!r}, turning_point_deadzone, and whether noise_level is enough "
+    "to change an image.",
+}
+
 REMEMBERED = (
     "grad_norms",
     "varieties",
@@ -66,6 +83,7 @@ REMEMBERED = (
     "spreads",
     "first_evaluations",
     "num_skipped",
+    "num_idle",
     "warned",
 )  # in checkpoints
 
@@ -131,6 +149,7 @@ class GuardRails(TrainerCallback):
         self.spreads: list[tuple[float, float]] = []  # mean and spread within groups of the first rollouts' rewards
         self.first_evaluations: dict[str, dict[str, float]] = {}
         self.num_skipped = 0
+        self.num_idle = 0  # groups in a row without any advantage
         self.warned: dict[str, int] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,8 +223,9 @@ class GuardRails(TrainerCallback):
         """Check rewards and images of an update that is the first on a rollout; see `watch_over` for `metrics`."""
         if "reward" not in metrics:
             return
+        yield from self._nothing_trained(metrics, args)
         if args.prompts_per_generation >= FEWEST_PROMPTS:
-            if (share := metrics["frac_reward_zero_std"]) > self.max_frac_reward_zero_std:
+            if (share := metrics["frac_reward_zero_std"]) > self.max_frac_reward_zero_std and not self.num_idle:
                 yield Problem("zero_spread", share=share)
             yield from self._reward_drop(metrics["reward"], metrics["reward_std"])
             yield from self._reward_spread(metrics["reward"], metrics["reward_group_std"])
@@ -213,6 +233,22 @@ class GuardRails(TrainerCallback):
         self.varieties += [variety] if len(self.varieties) < FIRST_ROLLOUTS and not math.isnan(variety) else []
         if self.varieties and variety < self.min_image_variety * max(self.varieties):
             yield Problem("image_variety", variety=variety, first=max(self.varieties))
+
+    def _nothing_trained(self, metrics: dict[str, float], args: Any) -> Iterator[Problem]:
+        """Check for advantages of 0, and for rewards whose differences float32 swallows where they would count."""
+        reward, spread = metrics["reward"], metrics["reward_group_std"]
+        step, groups = float(np.spacing(np.float32(abs(reward)))), args.prompts_per_generation
+        self.num_idle = self.num_idle + groups if metrics.get("advantages/frac_zero") == 1 else 0
+        swallows = step > EPSILON and spread < FEWEST_STEPS * step
+        seen = {"reward": reward, "spread": spread, "step": step, "credit": args.credit}
+        if self.num_idle >= FEWEST_PROMPTS:
+            why = "offset" if swallows else "credit" if metrics["frac_reward_zero_std"] < 1 else "same"
+            besides = " but by the KL divergence" if args.beta else ""
+            yield Problem(
+                "nothing_trained", number=self.num_idle, besides=besides, why=WHY_NOTHING[why].format(**seen)
+            )
+        elif swallows and groups >= FEWEST_PROMPTS:
+            yield Problem("reward_offset", **seen)
 
     def _reward_drop(self, reward: float, spread: float) -> Iterator[Problem]:
         usual, usual_spread = self.rewards or (reward, spread)

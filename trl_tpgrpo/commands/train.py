@@ -15,6 +15,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..config import TPGRPOConfig, described, non_defaults
 from ..testbed import TESTBED, prompt_dataset
+from .checks import given
 from .options import read_recipes
 from .prompts import chosen, read_prompts
 from .rewards import load_reward
@@ -117,9 +118,13 @@ def split_options(parser: TrlParser, argv: list[str]) -> tuple[list[str], list[s
     No config is built, since it may be valid for the launched number of processes only. An option that is neither the
     trainer's nor accelerate's raises a ValueError.
     """
+    actions = {action.dest: action for action in reversed(parser._actions)}  # `--no_...` comes after its option
+    for name, values in given(argv).items():
+        if len(values) > 1 and name in actions and actions[name].nargs in (None, "?"):
+            raise ValueError(f"--{name} takes one value, got {len(values)}: {' '.join(values)}.")
     arguments, unknown = parser.parse_known_args(argv)
     recipe = read_recipes(arguments.config)
-    names = {action.dest for action in parser._actions} | {"env"}
+    names = {*actions, "env"}
     others = [item for name, value in recipe.items() if name not in names for item in (f"--{name}", str(value))]
     launch_options = resolve_accelerate_config_argument(others + unknown)
     _, refused = launch_command_parser().parse_known_args([*launch_options, "script"])

@@ -1,19 +1,26 @@
 """Settings that contradict each other or have no effect: a message each, with the name and what would be right."""
 
 import inspect
-import math
 from collections.abc import Iterator
 from typing import Any
 
 from ..algorithm.completion import CompletionRule
-from .fields import is_within
+from .fields import is_within, without_secrets
+
+
+def secret_errors(args: Any) -> Iterator[str]:
+    """Say which secrets diffusers would print."""
+    for name, value in (args.model_init_kwargs or {}).items():
+        if name not in ("token", "proxies") and without_secrets({name: value}) != {name: value}:
+            reason = "diffusers takes no such secret, and would print it. The Hub's token is 'token'"
+            yield f"model_init_kwargs has {name!r}: {reason}, or in the environment HF_TOKEN."
 
 
 def sampling_errors(args: Any) -> Iterator[str]:
     """Say what is wrong with the settings of sampling, the SDE, completions and evaluation."""
     last, size, limits = args.num_inference_steps - 1, args.sde_window_size, args.sde_window_range
     if args.sde_type == "cps" and not is_within(args.noise_level, "at most 1"):
-        yield f"noise_level must be above 0 and at most 1 under cps, got {args.noise_level}."
+        yield f"noise_level must be at least 0.0001 and at most 1 under cps, got {args.noise_level}."
     if not args.noise_calibration_iterations and args.noise_calibration_step != 0.01:
         yield f"noise_calibration_step ({args.noise_calibration_step}) needs noise_calibration_iterations above 0."
     for step in CompletionRule.parse(args.completion).at or ():
@@ -51,8 +58,8 @@ def credit_errors(args: Any) -> Iterator[str]:
     for name in () if needs_completions else completed:
         if (value := getattr(args, name)) != getattr(type(args), name):
             yield f"credit={args.credit!r} computes no completions: leave out {name}, got {value!r}."
-    if not all(map(math.isfinite, args.reward_weights or ())):
-        yield f"reward_weights must be finite numbers, got {args.reward_weights}."
+    if args.reward_weights and not any(args.reward_weights):
+        yield f"reward_weights must not all be 0, got {args.reward_weights}: nothing would be trained."
     needs_group = args.advantage_baseline != "completion" or args.scale_rewards == "group"
     if args.num_generations == 1 and (needs_group or CompletionRule.parse(args.completion).first):
         what = "num_generations=1 needs advantage_baseline='completion' and scale_rewards='batch' or 'none'"

@@ -41,8 +41,9 @@ def is_within(value: Any, limit: Any) -> bool:
         return value in limit
     bounds, _, exception = limit.partition(", or ")
     if value is None or isinstance(value, str):
-        return str(value) == exception.strip("'")
-    return all(COMPARISONS[bound[:-2]](value, int(bound[-1])) for bound in bounds.split(" and "))
+        return bool(exception) and str(value) == exception.strip("'")
+    limits = (bound.rsplit(" ", 1) for bound in bounds.split(" and "))
+    return all(COMPARISONS[comparison](value, float(number)) for comparison, number in limits)
 
 
 def without_secrets(value: Any, name: str = "") -> Any:

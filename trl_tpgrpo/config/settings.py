@@ -7,18 +7,20 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Annotated, Any
 
+from transformers.trainer_utils import SchedulerType
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
 from ..algorithm.chunks import LEVELS
 from ..algorithm.completion import CompletionRule
-from ..algorithm.credit import AGGREGATIONS, BASELINES, CREDITS, SCALES, SCOPES, TRENDS, CreditRule
+from ..algorithm.credit import AGGREGATIONS, BASELINES, CREDITS, SCOPES, TRENDS, CreditRule
 from ..algorithm.losses import LOSS_TYPES, LossRule
 from ..algorithm.rollout import Window
 from ..algorithm.sde import LOG_PROB_TYPES, SDE_TYPES
 from ..rewards.serving.functions import import_path
-from .checks import credit_errors, loss_errors, sampling_errors
-from .fields import described, field_defaults, field_limits, is_within, non_defaults, without_secrets
+from .checks import credit_errors, loss_errors, sampling_errors, secret_errors
+from .fields import described, field_defaults, non_defaults, without_secrets
+from .values import check_limits, check_types
 
 
 UNSUPPORTED = {
@@ -27,6 +29,8 @@ UNSUPPORTED = {
     "use_liger_kernel": "Liger's kernels are for language models",
     "enable_jit_checkpoint": "it saves in the middle of an update; SIGTERM is answered after the update without it",
     "torch_compile": "it would compile the model for training alone; set compile_backend='inductor'",
+    "torch_compile_backend": "it would compile the model for training alone; set compile_backend='inductor'",
+    "torch_compile_mode": "it would compile the model for training alone; set compile_backend='inductor'",
     "neftune_noise_alpha": "it adds noise to token embeddings, which a transformer of latents does not have",
 }
 
@@ -82,9 +86,9 @@ class TPGRPOConfig(_BaseConfig):
         > Parameters that control the SDE
         sde_type (`str`, *optional*, defaults to `"cps"`): `"cps"`, `"flow_sde"` (Flow-GRPO) or `"dance_sde"`
             (DanceGRPO), see [`~trl_tpgrpo.algorithm.sde.transition`].
-        noise_level (`float` or `list[float]`, *optional*, defaults to `0.7`): Noise of an SDE step: above 0, as a step
-            without noise has no probability to train, and at most 1 under `"cps"`. A list has the noise of each step
-            of `sde_window_range` (`None`: of all but the last), which a window that moves in it takes along.
+        noise_level (`float` or `list[float]`, *optional*, defaults to `0.7`): Noise of an SDE step: at least 1e-4, as
+            less is lost in the rounding of float32 and trains nothing, and at most 1 under `"cps"`. A list has that of
+            each step of `sde_window_range` (`None`: of all but the last), which a window that moves in it takes along.
         noise_calibration_iterations (`int`, *optional*, defaults to `0`): Iterations that raise or lower the noise of
             each step, before the first rollout and from `noise_level` on, towards as many positive as negative step
             rewards (DenseGRPO, arXiv 2601.20218). Each samples the groups of up to 16 prompts a process.
@@ -245,7 +249,9 @@ class TPGRPOConfig(_BaseConfig):
     share_initial_noise: bool = False
     sde_type: Annotated[str, SDE_TYPES] = "cps"
     # For transformers' parser: it takes a union with `str` only, and no default of a list but from here
-    noise_level: Annotated[float | list[float] | str, "above 0"] = field(default=0.7, metadata={"default": 0.7})
+    noise_level: Annotated[float | list[float] | str, "at least 0.0001"] = field(
+        default=0.7, metadata={"default": 0.7}
+    )
     noise_calibration_iterations: Annotated[int, "at least 0"] = 0
     noise_calibration_step: Annotated[float, "above 0 and below 1"] = 0.01
     sde_window_size: int | None = None
@@ -301,29 +307,35 @@ class TPGRPOConfig(_BaseConfig):
     bf16: bool | None = None
     learning_rate: Annotated[float, "at least 0"] = 3e-4
     weight_decay: Annotated[float, "at least 0"] = 1e-4
-    lr_scheduler_type: str = "constant"
+    lr_scheduler_type: SchedulerType | str = "constant"
     activation_checkpointing: bool | None = None
     gradient_checkpointing: bool | None = None
-    logging_steps: float = 1
+    logging_steps: Annotated[float, "at least 0"] = 1
     logging_nan_inf_filter: bool = False
     dataloader_pin_memory: bool = False
     derived: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         self.credit = import_path("credit", self.credit, CREDITS)
         self.policy_class = self.policy_class and import_path("policy_class", self.policy_class)
         self._forget_derived()
-        if isinstance(self.noise_level, list | tuple):  # of one where the command line gives a number
-            self.noise_level = self.noise_level[0] if len(self.noise_level) == 1 else list(self.noise_level)
+        if isinstance(self.noise_level, list) and len(self.noise_level) == 1:  # as the command line gives a number
+            self.noise_level = self.noise_level[0]
         given = non_defaults(self)
         self._set_derived_defaults()
+        check_limits(self)
+        for name, reason in UNSUPPORTED.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} is not supported by TP-GRPO: {reason}.")
         super().__post_init__()
         for name in ("output_dir", "prompt_embeds_dir"):  # the same, whatever folder a reward function changes to
             if getattr(self, name) is not None:
                 setattr(self, name, os.path.abspath(getattr(self, name)))
-        self._check_values()
         sizes = self._settle_batch_sizes("gradient_accumulation_steps" in given)
-        for message in chain(sizes, sampling_errors(self), credit_errors(self), loss_errors(self)):
+        for message in chain(
+            sizes, secret_errors(self), sampling_errors(self), credit_errors(self), loss_errors(self)
+        ):
             raise ValueError(message)
         derived = non_defaults(self).keys() - given
         self.derived = {name: value for name, value in self.to_dict().items() if name in derived}
@@ -332,6 +344,8 @@ class TPGRPOConfig(_BaseConfig):
     def _forget_derived(self) -> None:
         """Set what followed from other settings, where this config was made from, back to its default."""
         derived, values, initial = self.derived or {}, self.to_dict(), field_defaults(self)
+        if unknown := derived.keys() - initial:
+            raise ValueError(f"derived names no settings: {sorted(unknown)}. It is not set by hand: leave it out.")
         self.__dict__ |= {name: initial[name] for name in derived if values[name] == derived[name]}
         self.__dict__ |= {name: None for name, value in vars(self).items() if value == f"<{name.upper()}>"}  # tokens
         if isinstance(self.model_init_kwargs, dict):
@@ -352,6 +366,7 @@ class TPGRPOConfig(_BaseConfig):
 
     def settle_changes(self) -> None:
         """Derive and check anew if a setting was changed since the config was made."""
+        check_types(self)
         if any(getattr(self, name) != value for name, value in self._settled.items()):
             self.__post_init__()
 
@@ -362,7 +377,7 @@ class TPGRPOConfig(_BaseConfig):
         return self._given | changed
 
     def _set_derived_defaults(self) -> None:
-        evaluated = self.num_generations_eval or 1  # 0 is refused later
+        evaluated = max(1, self.num_generations_eval)  # less is refused later
         derived = {
             "activation_checkpointing": self.gradient_checkpointing is not False,
             "bf16": not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available(),
@@ -379,7 +394,7 @@ class TPGRPOConfig(_BaseConfig):
         # The command line gives strings where a field takes several types
         scale, size = str(self.scale_rewards), str(self.per_device_rollout_batch_size)
         self.scale_rewards = {"true": "group", "false": "none"}.get(scale.lower(), scale)
-        self.per_device_rollout_batch_size = int(size) if size.isdecimal() else size
+        self.per_device_rollout_batch_size = int(size) if size.isdecimal() and len(size) < 19 else size
 
     def _set_trust_region(self) -> None:
         """Take what is published for the loss where nothing is given."""
@@ -391,21 +406,6 @@ class TPGRPOConfig(_BaseConfig):
             self.epsilon = 2e-6 if self.ratio_norm else 5e-5 if is_gcpo else 1e-5
         self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
 
-    def _check_values(self) -> None:
-        # On the command line, scale_rewards may also be true or false
-        for name, limit in {**field_limits(TPGRPOConfig), "scale_rewards": SCALES}.items():
-            if not is_within(getattr(self, name), limit):
-                wrong, is_choice = getattr(self, name), isinstance(limit, tuple)
-                allowed, wrong = (f"one of {limit}", repr(wrong)) if is_choice else (limit, wrong)
-                raise ValueError(f"{name} must be {allowed}, got {wrong}.")
-        for name, value in (self.model_init_kwargs or {}).items():
-            if name not in ("token", "proxies") and without_secrets({name: value}) != {name: value}:
-                reason = "diffusers takes no such secret, and would print it. The Hub's token is 'token'"
-                raise ValueError(f"model_init_kwargs has {name!r}: {reason}, or in the environment HF_TOKEN.")
-        for name, reason in UNSUPPORTED.items():
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported by TP-GRPO: {reason}.")
-
     def _settle_batch_sizes(self, accumulation_is_given: bool) -> Iterator[str]:
         """Set batch sizes by GRPO's rules, or the paper's 48 prompts and two updates; yield what is wrong."""
         size, steps, group = self.generation_batch_size, self.steps_per_generation, self.num_generations
@@ -413,12 +413,15 @@ class TPGRPOConfig(_BaseConfig):
         accumulated = self.gradient_accumulation_steps if accumulation_is_given else None
         if size is not None and steps is not None:
             yield f"generation_batch_size ({size}) excludes steps_per_generation ({steps}): set one of them."
+        factor = "steps_per_generation" if steps else "gradient_accumulation_steps"
+        product = f"{per_step} x {factor}" if steps or accumulated else "48 x num_generations"
+        how = "" if size else f" = {product}"
         size = size or per_step * (steps or accumulated or 0) or 48 * group
+        named = f"generation_batch_size ({size}{how})"
         if size % group:
-            yield f"generation_batch_size ({size}) must be a multiple of num_generations ({group}), for whole groups."
+            yield f"{named} must be a multiple of num_generations ({group}), for whole groups."
         if size % per_step:
-            what = f"per_device_train_batch_size x processes ({per_step})"
-            yield f"generation_batch_size ({size}) must be a multiple of {what}."
+            yield f"{named} must be a multiple of per_device_train_batch_size x processes ({per_step})."
         if self.share_initial_noise and (own := size // self.world_size) % group:
             yield f"share_initial_noise: {own} images a process are no whole groups of num_generations ({group})."
         steps = size // per_step

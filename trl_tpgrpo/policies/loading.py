@@ -22,7 +22,7 @@ from diffusers.quantizers.quantization_config import QuantizationMethod
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
-from torch import nn
+from torch import Tensor, nn
 
 from ..testbed import TESTBED
 from .base import FlowPolicy, Guidance
@@ -184,7 +184,10 @@ def _check_as_loaded(transformer: nn.Module) -> None:
 
 
 def load_policy(model: str | Path | DiffusionPipeline, args: Any, use_lora: bool) -> FlowPolicy:
-    """Build the policy of a Hub id, folder or pipeline for a `TPGRPOConfig`, with all but the transformer frozen."""
+    """Build the policy of a Hub id, folder or pipeline for a `TPGRPOConfig`, with all but the transformer frozen.
+
+    A weight of NaN or infinity is a `ValueError`.
+    """
     own_policy_class(args.policy_class)  # before the model is loaded
     if isinstance(model, str | Path):
         dtype = run_dtype(args) if use_lora else torch.float32  # weights that are trained need the precision
@@ -203,6 +206,8 @@ def load_policy(model: str | Path | DiffusionPipeline, args: Any, use_lora: bool
     if args.deepspeed_plugin is not None:
         policy.dtype = run_dtype(args)  # to which DeepSpeed casts what it trains
     for name, part in model.components.items():
+        if isinstance(part, nn.Module):
+            _check_finite(name, part)
         if isinstance(part, nn.Module) and name != "transformer":
             part.requires_grad_(False).eval()
     if args.vae_slicing:
@@ -210,6 +215,16 @@ def load_policy(model: str | Path | DiffusionPipeline, args: Any, use_lora: bool
     if args.vae_tiling:
         model.vae.enable_tiling()
     return policy
+
+
+def _check_finite(part: str, module: nn.Module) -> None:
+    """Raise a `ValueError` for the first weight with NaN or infinity, which a VAE would make black images of."""
+    for name, weight in module.named_parameters():
+        is_plain = weight.is_floating_point() and weight.element_size() > 1 and type(weight.data) is Tensor
+        if is_plain and weight.numel() and not weight.is_meta:  # others are quantised, or in parts elsewhere
+            if not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
+                what = f"{part}.{name} holds NaN or infinity"
+                raise ValueError(f"model: {what}: the file is damaged, or of a run that has diverged. Load another.")
 
 
 def _check_distilled(policy: FlowPolicy, is_allowed: bool) -> None:

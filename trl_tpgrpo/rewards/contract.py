@@ -18,6 +18,9 @@ RewardFunc = Callable[..., Any]
 returns one number an image, or `None` where the function does not apply. Plain or `async`. What it declares may make
 that `latents=...`, or `latents=..., sigmas=...`."""
 
+LARGEST_REWARD = (
+    torch.finfo(torch.float32).max ** 0.5
+)  # in size: rewards are kept, and their spreads taken, in float32
 RESERVED_COLUMNS = ("images", "latents", "sigmas", "prompts", "trainer_state", "log_metric", "log_extra")
 
 
@@ -181,8 +184,10 @@ def _number(value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"returned {value!r}, no number,") from None
-    if not abs(number) <= torch.finfo(torch.float32).max:  # as which rewards are kept
+    if not math.isfinite(number):
         raise ValueError(f"returned {number} (None is for where a reward does not apply)")
+    if abs(number) > LARGEST_REWARD:
+        raise ValueError(f"returned {number}, beyond {LARGEST_REWARD:.1e}, above which squares overflow")
     return number
 
 
