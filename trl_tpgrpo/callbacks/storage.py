@@ -139,7 +139,7 @@ def check_files(checkpoint: Path) -> None:
 
 
 def _open(path: Path) -> None:
-    """Raise a `ValueError` for a file that is empty, or whose kind shows that its end is missing."""
+    """Raise a `ValueError` for a file of a kind that cannot be empty, or that shows that its end is missing."""
     try:
         if path.suffix == ".json":
             json.loads(path.read_text())
@@ -147,7 +147,5 @@ def _open(path: Path) -> None:
             zipfile.ZipFile(path).close()
         elif path.suffix == ".safetensors":
             safe_open(path, framework="pt").keys()
-        elif not path.stat().st_size:
-            raise ValueError("it is empty")
     except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
         raise ValueError(f"{path} is damaged: it is empty, or not whole ({error}).") from error
