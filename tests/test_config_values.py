@@ -141,7 +141,7 @@ def test_values_are_pythons_own() -> None:
         Path("x"), use_cpu=np.bool_(True), seed=np.int64(7), beta=np.float32(0.5), sde_window_range=(0, 3)
     )
     kept = [config.output_dir, config.use_cpu, config.seed, config.beta, config.sde_window_range]
-    assert kept == ["x", True, 7, 0.5, [0, 3]]
+    assert kept == [str(Path("x").absolute()), True, 7, 0.5, [0, 3]]
     assert [type(value) for value in kept] == [str, bool, int, float, list]
     json.dumps(config.to_dict())
 
