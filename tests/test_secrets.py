@@ -13,7 +13,6 @@ from transformers import TrainerCallback
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
 from trl_tpgrpo.callbacks.resuming import SETTINGS
 from trl_tpgrpo.callbacks.storage import CHECKSUMS
-from trl_tpgrpo.callbacks.storage import CHECKSUMS
 from trl_tpgrpo.config import without_secrets
 
 
@@ -81,7 +80,6 @@ def test_a_checkpoint_with_a_token_of_an_earlier_version_is_resumed(folder: str,
     saved = json.loads(path.read_text())
     saved["settings"]["model_init_kwargs"] = GIVEN["model_init_kwargs"]
     path.write_text(json.dumps(saved))
-    (path.parent / CHECKSUMS).unlink()  # which it did not have either
     assert SECRET in path.read_text()
     (path.parent / CHECKSUMS).unlink()
     resumed = run(folder, tmp_path / "run", max_steps=2)

@@ -161,9 +161,10 @@ def test_the_heart_and_the_whole_stay_small() -> None:
     # mean the same everywhere, and for ten families texts of any length, images beside prompts, defaults of guidance
     # and weights that no gradient reaches (the heart); `evaluate`, hours, mistakes, help without PyTorch (the whole).
     # 3,700 with these. Then credit and families from outside, trust regions, noise by step, rewards of groups, latents
-    # and states, evaluation at another size.
-    assert heart() <= 4400
-    assert lines(FILES) <= 12_750  # a model family takes 50 to 85
+    # and states, evaluation at another size. 4,400 and 12,750 with these. Then safety: types of all settings, secrets,
+    # checksums, a lock, a server with deadlines; and a credit that is fitted and drawn.
+    assert heart() <= 4750
+    assert lines(FILES) <= 13_900  # a model family takes 50 to 85
 
 
 def test_files_and_functions_fit_a_screen() -> None:
@@ -173,7 +174,7 @@ def test_files_and_functions_fit_a_screen() -> None:
 
 
 def test_modules_know_few_others() -> None:
-    assert internal_imports() <= 2.3  # 1.79 after the redesign; commands know many parts, a family two or three
+    assert internal_imports() <= 2.4  # 1.79 after the redesign; commands know many parts, a family two or three
 
 
 def test_importing_one_family_loads_no_other() -> None:
