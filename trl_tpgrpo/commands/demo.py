@@ -36,10 +36,10 @@ SETTINGS: dict[str, Any] = {
 """For a model this small; the study of benchmarks/study.py trains with them too."""
 LARGER_BATCHES: dict[str, Any] = {
     "gradient_accumulation_steps": 8, "sde_type": "cps", "noise_level": 0.5, "sde_window_size": 3,
-    "completion": "at_1_2_3_5_from_1", "advantage_baseline": "fitted", "scale_rewards": "batch",
-    "advantage_scope": "joint", "transition_share": 0.5,
+    "completion": "at_1_2_3_5", "advantage_baseline": "completion", "scale_rewards": "batch",
+    "advantage_scope": "joint",
 }  # fmt: skip
-"""512 trajectories an update, three SDE steps of less noise, and what makes credit by step cheaper."""
+"""512 trajectories an update, three SDE steps of less noise, cheap completions, and one scale for all steps."""
 
 
 def main(argv: list[str]) -> int:
@@ -81,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-tpgrpo demo", description=description)
     add, shown = parser.add_argument, "(default: %(default)s)"
     add("--output_dir", type=Path, default=Path("demo"), help=f"folder for the weights and the pictures {shown}")
-    add("--max_steps", type=int, default=28, help="updates (default: %(default)s, some minutes of one core)")
+    add("--max_steps", type=int, default=20, help="updates (default: %(default)s, some minutes of one core)")
     add("--num_eval_prompts", type=int, help="held-out captions, 4 images each (default: all 90)")
     add("--seed", type=int, default=0, help=f"seed of the training {shown}")
     threads = "PyTorch's threads; more are faster, but round differently"
