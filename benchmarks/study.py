@@ -297,7 +297,8 @@ def end_table(kept: Kept, base: dict[str, float]) -> list[str]:
         key: np.array([run["end"]["new"]["reward"] - base["reward"] for run in runs]) for key, runs in kept.items()
     }
     reference = next((gain for (method, _), gain in gains.items() if method == REFERENCE), np.array([]))
-    tests = {key: compare(gain, reference) for key, gain in gains.items() if gain is not reference}
+    others = {key: gain for key, gain in gains.items() if gain is not reference and min(len(gain), len(reference)) > 1}
+    tests = {key: compare(gain, reference) for key, gain in others.items()}
     corrected = holm({key: test["p"] for key, test in tests.items()})
     for key, runs in kept.items():
         strict = [run["end"]["new"]["strict"] - base["strict"] for run in runs]
