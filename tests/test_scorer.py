@@ -278,7 +278,7 @@ def test_a_function_that_ends_its_thread_is_a_failure(runs_in: str) -> None:
     def leaving(images, **columns: object) -> list[float]:
         raise SystemExit(3)
 
-    with pytest.raises(RewardError, match=r"raised RuntimeError: SystemExit\(3\)"):
+    with pytest.raises(RewardError, match=r"raised SystemExit: 3 for row 0"):
         scores(leaving, runs_in=runs_in)
 
 

@@ -172,7 +172,7 @@ class TPGRPOTrainer(_BaseTrainer):
         getters = (lambda: self._policy_model), (lambda: self.state)
         self.rollouts = Rollouts(self.policy, args, self.accelerator, embeddings, *rewards, *shown, *getters)
         self.averaged = AveragedWeights(self.model, args.ema_decay, args.ema_update_every)
-        self.stop_on_signal = checkpoints.StopOnSignal(self.accelerator)
+        self.stop_on_signal = checkpoints.StopOnSignal(self.accelerator, self.progress)
         self._set_epoch = SetEpoch()
         first, pictures = FirstLines(self.reward_funcs), PictureCallback(self.callback_handler)
         for callback in (first, SamplePrinter(), pictures, self._set_epoch, self.averaged, self.stop_on_signal):

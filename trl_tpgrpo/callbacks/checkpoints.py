@@ -1,7 +1,9 @@
 """Checkpoints that are whole or not taken for one, what a run goes on from, and runs that save before they stop."""
 
+import faulthandler
 import json
 import logging
+import os
 import re
 import shutil
 import signal
@@ -20,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from ..batches import SAVED_CLASSES
+from .progress import ProgressDisplay
 from .resuming import LAYOUT, SETTINGS, check_settings
 from .storage import NoRoom, check_files, in_main_process, is_full, write_checksums
 from .terminal import show
@@ -31,6 +34,7 @@ INCOMPLETE = "checkpoint-is-incomplete.txt"  # in a checkpoint while it is writt
 PROGRESS = "rollout_{}.pt"  # what the process of that number goes on from
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LAUNCHER_REPEATS = 2.0  # seconds in which a launcher hands on what a terminal has sent to its processes already
+PATIENCE = 300.0  # seconds after a signal in which something moves on, or twice the longest pause if that is more
 LAST = "last"  # folder of the weights that training goes on from, where those beside it are averaged
 
 
@@ -235,11 +239,38 @@ def _as_list(values: Iterable = (), maxlen: int | None = None) -> list:
     return list(values)
 
 
-class StopOnSignal(TrainerCallback):
-    """On SIGTERM or Ctrl-C to any process, all finish their update, save a checkpoint and stop; twice ends at once."""
+_is_listening = threading.Event()
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
+
+def _hold_signals() -> None:
+    if _is_listening.is_set():
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _let_signals_come() -> None:
+    if _is_listening.is_set():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _in_forked_process() -> None:
+    """Let a process that a reward function, say, has forked end by SIGTERM, which is not the run's."""
+    if _is_listening.is_set():
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _let_signals_come()
+
+
+os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals_come, after_in_child=_in_forked_process)
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGTERM or Ctrl-C to any process, all finish their update, save a checkpoint and stop; twice ends at once.
+
+    Where nothing moves on any more, such as for a reward function that never returns, the process is ended.
+    """
+
+    def __init__(self, accelerator: Accelerator, progress: ProgressDisplay):
+        self.accelerator, self._progress = accelerator, progress
         self.stopped: signal.Signals | None = None  # the signal that has stopped the run
         self._received, self._received_at = 0, 0.0
         self._former: dict[signal.Signals, Any] = {}
@@ -248,19 +279,60 @@ class StopOnSignal(TrainerCallback):
     def listening(self) -> Iterator[None]:
         """Wait for signals inside. Python can do so in the main thread alone; in another, nothing happens."""
         self.stopped, self._received, self._former = None, 0, {}
-        if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._progress.watch()
+        is_over, (reader, writer) = threading.Event(), os.pipe()
+        os.set_blocking(writer, False)
+        watcher = threading.Thread(target=self._watch, args=(reader, is_over), name="signals", daemon=True)
+        watcher.start()
+        former_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._former = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        _is_listening.set()
         try:
             yield
         finally:
+            _is_listening.clear()
             for number, handler in self._former.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(former_writer)
+            is_over.set()
+            os.write(writer, b"\0")
+            watcher.join()
+            os.close(reader)
+            os.close(writer)
+
+    def _watch(self, reader: int, is_over: threading.Event) -> None:
+        """End the process, with the lines where it hangs, when nothing has moved on for too long after a signal.
+
+        This is another thread's work: the main one may hang in native code, which Python's handlers wait for. While
+        the last checkpoint is saved, which may take long, no time is counted.
+        """
+        while (received := os.read(reader, 1)[0]) not in SIGNALS and not is_over.is_set():
+            pass
+        while not is_over.is_set():
+            faulthandler.dump_traceback_later(self._patience, exit=True, file=2)
+            moved_at = self._progress.moved_at
+            while not is_over.wait(1.0) and self._progress.moved_at == moved_at and not self._is_saving:
+                pass
+        if received in SIGNALS:
+            faulthandler.cancel_dump_traceback_later()
+
+    @property
+    def _patience(self) -> float:
+        return max(PATIENCE, 2 * self._progress.longest_pause)
+
+    @property
+    def _is_saving(self) -> bool:
+        return self.stopped is not None and not self._progress.is_evaluating
 
     def _receive(self, number: int, frame: Any) -> None:
         if not self._received:
             self._received, self._received_at = number, time.monotonic()
+            what = "%s: the run stops after this update, with a checkpoint; once more ends it at once"
             name = signal.Signals(number).name
-            logger.warning("%s: the run stops after this update, with a checkpoint; once more ends it at once.", name)
+            logger.warning(f"{what}, as does a pause of %.0f seconds in which nothing moves on.", name, self._patience)
         elif time.monotonic() - self._received_at > LAUNCHER_REPEATS:
             signal.signal(number, self._former[signal.Signals(number)])
             signal.raise_signal(number)

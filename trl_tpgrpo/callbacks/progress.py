@@ -108,6 +108,12 @@ class ProgressDisplay(ProgressCallback):
         )  # fmt: skip
         self._bar = tqdm(disable=True)  # as a bar that has been closed
         self._part, self._index = "", 0  # the sweep, micro-batch or batch of an evaluation under way
+        self.is_evaluating = False
+        self.watch()
+
+    def watch(self) -> None:
+        """Note from now on when something has moved on last, and the most seconds in which nothing has."""
+        self.moved_at, self.longest_pause = time.monotonic(), 0.0
 
     @contextmanager
     def phase(self, name: str, total: int, alone: bool = False) -> Iterator[Callable[..., None]]:
@@ -121,6 +127,8 @@ class ProgressDisplay(ProgressCallback):
         def advance(number: int = 1) -> None:
             nonlocal done
             done += number
+            now = time.monotonic()
+            self.moved_at, self.longest_pause = now, max(self.longest_pause, now - self.moved_at)
             self._bar.set_description_str(f"{self._part}{name} {done}/{total}", refresh=number == 0)
             self._bar.update(0)  # draws the bar, unless tqdm has done so less than 0.1 seconds ago
 
@@ -139,12 +147,13 @@ class ProgressDisplay(ProgressCallback):
     def evaluation(self, state: TrainerState) -> Iterator[None]:
         """Show that an evaluation is under way; transformers tells of batches that are done, not of the beginning."""
         part, bar = self._part, self._bar
-        self._part, self._index = "evaluation, ", 0
+        self._part, self._index, self.is_evaluating = "evaluation, ", 0, True
         if self._bar.disable and state.is_world_process_zero:
             self._bar = self._new_bar(bar_format="{desc} [{elapsed}]")
         try:
             yield
         finally:
+            self.is_evaluating = False
             if self._bar is not bar:
                 self._bar.close()
             self._part, self._bar = part, bar

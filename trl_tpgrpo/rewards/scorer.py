@@ -10,9 +10,10 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from .contract import RewardError, RewardFunc, RewardUnavailable, checked, declared, is_async, reward_name
+from .serving.functions import text_of
+from .surroundings import put_back, settings, unchanged
 from .threads import EventLoop, Worker, call_here
 
 
@@ -81,32 +84,47 @@ class Scorer:
     def __init__(self, failures: str = "stop"):
         self.failures = failures
         self._workers: dict[int, Worker] = defaultdict(Worker)
+        self._event_loops: dict[int, EventLoop] = defaultdict(EventLoop)  # one a function: one may block its own
+        self._beside: list[Future] = []
+        self.settings: dict[str, Any] = {}  # of the process, when no call was under way
 
     def start(
-        self, reward_funcs: list[RewardFunc], batch: ImageBatch, extra: dict, on_function: Callable = lambda: None
+        self, reward_funcs: list[RewardFunc], batch: ImageBatch, extra: dict, advance: Callable = lambda number: None
     ) -> "Scoring":
         """Begin to score images; those with `runs_in="main"` have been called on return.
 
-        `extra` are further arguments of each function, such as `trainer_state`; `on_function` is called after each.
+        `extra` are further arguments of each function, such as `trainer_state`; `advance` is called with 1 after each
+        function, and with 0 after each call that is over.
         """
-        scoring = Scoring(self, reward_funcs, batch, extra)
+        if not self.is_under_way:
+            self.settings = settings()
+        scoring = Scoring(self, reward_funcs, batch, extra, advance)
         for index in sorted(range(len(reward_funcs)), key=lambda index: not runs_beside(reward_funcs[index])):
             scoring.begin(index)
-            on_function()
+            advance(1)
         return scoring
 
     def submit(self, reward_func: RewardFunc, arguments: dict[str, Any]) -> Future:
-        """Call a function where it runs; the future is cancelled if the call takes longer than its timeout."""
-        timeout, call = declared(reward_func).timeout, partial(_call_on_copies, reward_func, arguments)
-        if is_async(reward_func):
-            return self._event_loop.submit(call, timeout)
-        if runs_beside(reward_func) or timeout is not None:
-            return self._workers[id(reward_func)].submit(call, timeout)
-        return call_here(call)
+        """Call a function where it runs; the future is cancelled if the call takes longer than its timeout.
 
-    @cached_property
-    def _event_loop(self) -> EventLoop:
-        return EventLoop()
+        What a call in the main thread, or one that this waits for, changes in the process is put back.
+        """
+        timeout, call = declared(reward_func).timeout, partial(_call_on_copies, reward_func, arguments)
+        if runs_beside(reward_func):
+            threads = self._event_loops if is_async(reward_func) else self._workers
+            future = threads[id(reward_func)].submit(call, timeout)
+            self._beside = [*(one for one in self._beside if not one.done()), future]
+            return future
+        with unchanged(self.settings):
+            future = call_here(call) if timeout is None else self._workers[id(reward_func)].submit(call, timeout)
+            with suppress(CancelledError):
+                future.exception()  # waits
+        return future
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a call has been begun in another thread and has neither ended nor been given up."""
+        return not all(future.done() for future in self._beside)
 
 
 @dataclass(frozen=True)
@@ -121,9 +139,11 @@ class _Call:
 class Scoring:
     """Batch that is being scored; arguments as of `Scorer.start`."""
 
-    def __init__(self, scorer: Scorer, reward_funcs: list[RewardFunc], batch: ImageBatch, extra: dict[str, Any]):
+    def __init__(
+        self, scorer: Scorer, reward_funcs: list[RewardFunc], batch: ImageBatch, extra: dict, advance: Callable
+    ):
         self.reward_funcs, self.batch = reward_funcs, batch
-        self._scorer, self._extra = scorer, extra
+        self._scorer, self._extra, self._advance = scorer, extra, advance
         self._pending: list[_Call] = []
         rewards = torch.full((len(reward_funcs), len(batch)), torch.nan)
         self._scores = Scores(rewards, torch.zeros(len(batch), dtype=torch.bool))
@@ -141,6 +161,10 @@ class Scoring:
         """Wait for the functions that are under way; raise the first `RewardError` unless failures are skipped."""
         while self._pending and not self._has_stopped:
             self._collect(self._pending.pop(0))
+        beside = [reward_name(function) for function in self.reward_funcs if runs_beside(function)]
+        if beside and not self._scorer.is_under_way and (changed := put_back(self._scorer.settings)):
+            what = f"changed {' and '.join(changed)} beside the model, which is for runs_in='main' alone"
+            self._scores.errors.append(RewardError(" or ".join(beside), what))
         if self._has_stopped:
             raise self._scores.errors[0]
         self._scores.rewards[:, self._scores.failed] = torch.nan
@@ -200,12 +224,19 @@ class Scoring:
         function, batch, rows = self.reward_funcs[call.index], self.batch, call.rows
         name = reward_name(function)
         try:
-            values = call.future.result()
-        except Exception as error:  # whatever a user's function raises is reported with its row
-            if call.future.cancelled() and (timeout := declared(function).timeout) is not None:
-                raise RewardError(name, f"has not returned within its timeout of {timeout} seconds") from None
-            raise RewardError(name, f"raised {type(error).__name__}: {error}") from error
-        rewards = checked(function, values, batch.prompts[rows], batch.images[rows], rows.start)
+            error = call.future.exception()
+        except CancelledError:
+            timeout = declared(function).timeout
+            raise RewardError(name, f"has not returned within its timeout of {timeout} seconds") from None
+        self._advance(0)
+        if error is not None:  # whatever a user's function raises is reported with its row
+            raise RewardError(name, f"raised {type(error).__name__}: {text_of(error)}") from error
+        values = call.future.result()
+        numbers = call_here(partial(checked, function, values, batch.prompts[rows], batch.images[rows], rows.start))
+        if (error := numbers.exception()) is not None:
+            what = f"returned what raises {type(error).__name__} as a number: {text_of(error)}"
+            raise error if isinstance(error, RewardError) else RewardError(name, what)
+        rewards = numbers.result()
         for column, values in call.extra.items():
             if len(values) != len(rewards):
                 raise RewardError(name, f"logged {len(values)} values of {column!r} for {len(rewards)} images")

@@ -1,22 +1,55 @@
 """Calls with a timeout, in a thread or on an event loop, of which one that hangs stops neither the next nor the exit.
 
-What a call returns or raises is in a `Future`, which is cancelled when the call takes longer than its timeout.
+What a call returns or raises, `SystemExit` and the like too, is in a `Future`, which is cancelled when the call takes
+longer than its timeout.
 """
 
 import asyncio
+import faulthandler
 import queue
+import signal
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from functools import cache, partial
+from types import FrameType
 from typing import Any
 
 import torch
 
 
+GRACE = 5.0  # seconds in which an event loop must answer after a call was given up
+GRACE_AT_END = 60.0  # seconds in which a program must end after one was
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 def call_here(call: Callable[[], Any]) -> Future:
-    """Return the future of a call that is made at once."""
+    """Return the future of a call that is made at once; what the handler of a signal raises meanwhile is raised here.
+
+    A KeyboardInterrupt without a signal is the call's own failure.
+    """
     future: Future = Future()
-    _settle(future, call)
+    arrived: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    former = {number: signal.getsignal(number) for number in SIGNALS if is_main}
+    handlers = {number: handler for number, handler in former.items() if callable(handler)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        arrived.append(number)
+        handlers[signal.Signals(number)](number, frame)
+
+    try:
+        for number in handlers:
+            signal.signal(number, note)
+        _settle(future, call)
+    finally:
+        for number, former_handler in former.items():
+            if former_handler is not None:  # else it was not set by Python
+                signal.signal(number, former_handler)
+    error = future.exception()
+    if arrived and error is not None and not isinstance(error, Exception):
+        raise error
     return future
 
 
@@ -45,8 +78,7 @@ def _ends_in_time(successor: threading.Thread, future: Future, call: Callable[[]
         if future.cancel():
             successor.start()
 
-    timer = threading.Timer(timeout or threading.TIMEOUT_MAX, give_up)
-    timer.start()
+    timer = _timer(timeout, give_up)
     try:
         _settle(future, call)
     except InvalidStateError:  # cancelled
@@ -56,22 +88,72 @@ def _ends_in_time(successor: threading.Thread, future: Future, call: Callable[[]
 
 
 class EventLoop:
-    """Thread that awaits calls, all at once."""
+    """Thread that awaits calls, all at once; where one blocks the loop, a new thread's loop awaits the next ones."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        _thread(self._loop.run_forever).start()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._loop, self._answered = asyncio.new_event_loop(), threading.Event()
+        self._answered.set()
+        _thread(partial(_run_forever, self._loop)).start()
 
     def submit(self, call: Callable[[], Awaitable], timeout: float | None) -> Future:
-        """Await what a call returns."""
+        """Await what a call returns; a call that takes too long is cancelled, whether it lets itself be or not."""
+        if not self._answered.wait(GRACE):
+            self._begin()
+        future: Future = Future()
+        loop, answered = self._loop, self._answered
 
-        async def awaited() -> Any:
-            return await call()
+        async def awaited() -> None:
+            with suppress(InvalidStateError):  # cancelled
+                try:
+                    future.set_result(await call())
+                except BaseException as error:  # even SystemExit, which would end the loop
+                    future.set_exception(error)
 
-        future = asyncio.run_coroutine_threadsafe(awaited(), self._loop)
-        if timeout is not None:
-            self._loop.call_soon_threadsafe(self._loop.call_later, timeout, future.cancel)
+        task = asyncio.run_coroutine_threadsafe(awaited(), loop)
+
+        def give_up() -> None:
+            answered.clear()
+            if future.cancel():
+                task.cancel()
+            loop.call_soon_threadsafe(answered.set)
+
+        timer = _timer(timeout, give_up)
+        future.add_done_callback(lambda _: task and timer.cancel())  # keeps the task, which the loop does not
         return future
+
+
+def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
+    """Go on when a task that a call has begun ends the loop, as by SystemExit: those who await it are told."""
+    while True:
+        with suppress(BaseException):
+            loop.run_forever()
+
+
+def _timer(timeout: float | None, give_up: Callable[[], object]) -> threading.Timer:
+    """Return a timer, which has begun if there is a timeout, and that the interpreter does not wait for.
+
+    A program whose calls were given up ends in any case.
+    """
+
+    def give_up_and_leave() -> None:
+        _end_in_any_case()
+        give_up()
+
+    timer = threading.Timer(timeout or threading.TIMEOUT_MAX, give_up_and_leave)
+    timer.daemon = True
+    if timeout is not None:
+        timer.start()
+    return timer
+
+
+@cache
+def _end_in_any_case() -> None:
+    """Limit the time in which Python waits, when the program ends, for threads that a call has left behind."""
+    end = partial(faulthandler.dump_traceback_later, GRACE_AT_END, exit=True, file=2)
+    threading._register_atexit(end)  # type: ignore[attr-defined]  # the public `atexit` comes after the waiting
 
 
 def _thread(target: Callable[[], object]) -> threading.Thread:
@@ -93,9 +175,7 @@ def _thread(target: Callable[[], object]) -> threading.Thread:
 def _settle(future: Future, call: Callable[[], Any]) -> None:
     try:
         result = call()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # SystemExit too, which would end the thread and nothing else
-        future.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+    except BaseException as error:  # even SystemExit, which would end the thread and nothing else
+        future.set_exception(error)
     else:
         future.set_result(result)

@@ -81,7 +81,7 @@ class ServedReward:
         except BaseException as error:  # even KeyboardInterrupt, which is no one's at a keyboard in this thread
             logger.error("The reward function %r raised.", self.name, exc_info=error)
             kind = type(error).__name__
-            message = f"The reward function {self.name!r} raised {kind}: {_text(error)}."
+            message = f"The reward function {self.name!r} raised {kind}: {text_of(error)}."
             return Refusal(422, "reward_raised", message, exception=kind)
 
     def _call(self, images: list[Image.Image], prompts: list[str], columns: dict[str, list]) -> Outcome:
@@ -139,7 +139,8 @@ class ServedReward:
         return Refusal(500, "no_reward", f"The reward function {self.name!r} {what}.")
 
 
-def _text(error: BaseException) -> str:
+def text_of(error: BaseException) -> str:
+    """Return what an error says, cut if it is long."""
     try:
         return str(error)[:MAX_MESSAGE]
     except BaseException:  # whatever a user's `__str__` raises
