@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import threading
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from trl_tpgrpo.rewards import RewardError
 
 FAILURES = {
     "raises": "raised OSError: no disk for row",
+    "exits": "raised SystemExit: 3 for row",
     "returns NaN": "returned nan .* for row",
     "returns text": "returned 'good', no number, for row",
     "returns too few": r"returned \d+ rewards for \d+ images",
@@ -41,6 +43,8 @@ class Failing:
             return values
         if self.how == "raises":
             raise OSError("no disk")
+        if self.how == "exits":
+            sys.exit(3)
         if self.how == "hangs":
             threading.Event().wait(5)
         index = topic.index(self.topic)

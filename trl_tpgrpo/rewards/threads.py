@@ -121,7 +121,11 @@ class EventLoop:
             loop.call_soon_threadsafe(answered.set)
 
         timer = _timer(timeout, give_up)
-        future.add_done_callback(lambda _: task and timer.cancel())  # keeps the task, which the loop does not
+
+        def end(_: Future, kept: Future = task) -> None:  # the loop does not keep its tasks
+            timer.cancel()
+
+        future.add_done_callback(end)
         return future
 
 
