@@ -162,9 +162,9 @@ def test_the_heart_and_the_whole_stay_small() -> None:
     # and weights that no gradient reaches (the heart); `evaluate`, hours, mistakes, help without PyTorch (the whole).
     # 3,700 with these. Then credit and families from outside, trust regions, noise by step, rewards of groups, latents
     # and states, evaluation at another size. 4,400 and 12,750 with these. Then safety: types of all settings, secrets,
-    # checksums, a lock, a server with deadlines; and a credit that is fitted and drawn.
+    # checksums, a lock, deadlines, rewards that hang; and a credit that is fitted and drawn.
     assert heart() <= 4750
-    assert lines(FILES) <= 13_900  # a model family takes 50 to 85
+    assert lines(FILES) <= 14_000  # a model family takes 50 to 85
 
 
 def test_files_and_functions_fit_a_screen() -> None:
