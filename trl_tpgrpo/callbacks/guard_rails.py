@@ -70,7 +70,7 @@ WHY_NOTHING = {
     "offset": "The rewards are about {reward:.3g}, and float32 keeps such numbers in steps of {step:.2g}: if images "
     "differ by less, subtract a constant from the rewards.",
     "same": "All images of a prompt have the same reward: either the prompts are solved (take harder ones), or the "
-    "images all fail (take easier prompts), or the reward is too coarse (take a graded one).",
+    "images all fail (lower learning_rate, take easier prompts), or the reward is too coarse (take a graded one).",
     "credit": "The rewards of a prompt's images differ by {spread:.2g} (standard deviation), but the credit of each "
     "step is the same for all: look at credit={credit!r}, turning_point_deadzone, and whether noise_level is enough "
     "to change an image.",

@@ -367,6 +367,8 @@ class TPGRPOConfig(_BaseConfig):
     def settle_changes(self) -> None:
         """Derive and check anew if a setting was changed since the config was made."""
         check_types(self)
+        if self.derived != self._settled["derived"]:
+            raise ValueError(f"derived is not set by hand, got {self.derived!r:.200}: leave it as it is.")
         if any(getattr(self, name) != value for name, value in self._settled.items()):
             self.__post_init__()
 
