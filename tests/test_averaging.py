@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from test_trainer import assert_same, brightness, build, logged, prompts, trained
 
 from trl_tpgrpo import TPGRPOConfig
+from trl_tpgrpo.callbacks.storage import CHECKSUMS
 from trl_tpgrpo.policies.weights import save_weights
 
 
@@ -116,6 +117,7 @@ def test_a_resumed_run_has_the_same_weights_and_average(full: bool, tmp_path: Pa
             assert_same(trained(resumed), expected)
         assert resumed.averaged.num_moves == 3
     shutil.rmtree(tmp_path / "whole/checkpoint-4/last")
+    (tmp_path / "whole/checkpoint-4" / CHECKSUMS).unlink()  # which earlier versions did not write
     with pytest.raises(
         FileNotFoundError, match=r"checkpoint-4/last is missing: the weights that training goes on from"
     ):
