@@ -64,6 +64,7 @@ USED = {
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3.retrieve_timesteps",
     "diffusers.training_utils.EMAModel.step",
     "torch._dynamo",
+    "threading._register_atexit",
     "torch.serialization.safe_globals",
 }
 SET_BY_HOSTS = {
