@@ -92,7 +92,10 @@ class Rollout:
         `sigmas` are the schedule's, whose window begins at step `start`; `states` are those in it that have an image.
         """
         latents, num_completions = self.final_latents.clone(), len(self.rows) - len(self.image_of)
-        steps, rows = torch.tensor(states)[self.columns[:num_completions]], self.rows[:num_completions]
+        steps, rows = (
+            torch.tensor(states, dtype=torch.long)[self.columns[:num_completions]],
+            self.rows[:num_completions],
+        )
         latents[:num_completions] = self.states[rows, steps].to(latents.device)
         ends = sigmas.new_zeros(len(self.image_of))
         return latents, torch.cat([sigmas[start + steps], ends]).to(latents.device)
