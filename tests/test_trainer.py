@@ -21,6 +21,7 @@ from tiny import tiny_flux, tiny_sd3
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
 from trl_tpgrpo.algorithm.credit import CREDITS
 from trl_tpgrpo.algorithm.sde import SDE_TYPES
+from trl_tpgrpo.callbacks.storage import CHECKSUMS
 from trl_tpgrpo.rewards import RewardError
 
 
@@ -550,6 +551,9 @@ def test_resume_that_finds_too_little_is_an_error(lost: str, message: str, tmp_p
     }  # fmt: skip
     build(tmp_path, **settings).train()
     (tmp_path / "checkpoint-1" / lost).unlink()
+    with pytest.raises(ValueError, match=f"{lost} is damaged: it is missing"):
+        build(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    (tmp_path / "checkpoint-1" / CHECKSUMS).unlink()  # which earlier versions did not write
     with pytest.raises(FileNotFoundError, match=message):
         build(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
