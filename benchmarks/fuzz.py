@@ -6,6 +6,7 @@ Nothing is trained. It prints how many values were accepted, how many refused wi
 ended in another error, of which one makes the exit status 1.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -115,8 +116,11 @@ def parsed(parser: TrainingParser, arguments: list[str]) -> TPGRPOConfig:
     return parser.parse_args_and_config(arguments, fail_with_unknown_args=False)[3]
 
 
-def main(names: list[str]) -> int:
+def main() -> int:
     """Fuzz the fields and print the totals, in a table, and what was no clear error; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fields", nargs="*", help="(default: all)")
+    names = parser.parse_args().fields
     logging.disable()
     warnings.simplefilter("ignore")
     deep: list[str] = []
@@ -139,4 +143,4 @@ def main(names: list[str]) -> int:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(main())
