@@ -1,6 +1,6 @@
-"""TurningPoint-GRPO in one script, here on the embedded tiny model.
+"""TurningPoint-GRPO in one script, on the bundled toy model.
 
-For SD3.5 or FLUX.1-dev change MODEL, SIZE and the reward.
+For SD3.5 or FLUX.1-dev, change MODEL, SIZE and the reward.
 
 python examples/tpgrpo.py                          # one device
 accelerate launch examples/tpgrpo.py               # several
@@ -17,10 +17,10 @@ MODEL, SIZE = TESTBED, PIPELINE_KWARGS  # or "stabilityai/stable-diffusion-3.5-m
 
 trainer = TPGRPOTrainer(
     model=MODEL,
-    reward_funcs=shapes_reward,  # any function (images, prompts, **columns) -> list of numbers
+    reward_funcs=shapes_reward,  # any function (images, prompts, **columns) -> one number per image
     args=TPGRPOConfig(
         output_dir="outputs/tpgrpo",
-        guidance_scale=1.0,  # the tiny model needs none; the default 4.5 is SD3.5's, 3.5 is FLUX.1-dev's
+        guidance_scale=1.0,  # no guidance for the toy model; the defaults are 4.5 for SD3.5 and 3.5 for FLUX.1-dev
         num_generations=8,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=4,
@@ -31,4 +31,4 @@ trainer = TPGRPOTrainer(
     peft_config=LoraConfig(r=32, lora_alpha=64),
 )
 trainer.train()
-trainer.save_model()  # pipeline.load_lora_weights("outputs/tpgrpo") gives the trained model
+trainer.save_model()  # then: pipeline.load_lora_weights("outputs/tpgrpo")
