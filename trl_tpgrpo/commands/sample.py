@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     adapter = args.adapter and find_weights(args.adapter)
     if adapter and args.quantization and is_whole(adapter):
         raise ValueError(
-            f"--quantization goes with a LoRA: {adapter} has a whole transformer, which would replace it."
+            f"--quantization needs a LoRA: {adapter} has all weights of a transformer."
         )
     pipeline = build_pipeline(args.model_name_or_path, None, args.dtype, args.device, args.quantization)
     inputs = input_options(pipeline, images, args.height, args.width, own)
