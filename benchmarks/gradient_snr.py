@@ -18,8 +18,8 @@ benchmarks/results/gradient_snr/, one file a setting; settings that have one are
 
     python benchmarks/gradient_snr.py
 
-`--words` does the same for the words world, with a pipeline that `pretrain.py --world words` has made. Every report ends with the
-profile: which share of the signal each step has.
+`--words` does the same for the words world. Every report ends with the profile: which share of the signal each step
+has.
 """
 
 import argparse
