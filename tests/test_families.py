@@ -62,7 +62,7 @@ def test_fewer_rows_in_training_than_in_the_rollout_move_the_first_ratio_by_roun
         gradient_accumulation_steps=1, max_steps=3, optim="sgd",
     )  # fmt: skip
     trainer.train()
-    assert sum(logged(trainer, "num_train_evaluations")) < 12 * trainer.args.num_sde_steps
+    assert sum(logged(trainer, "nfe_train")) < 12 * trainer.args.num_sde_steps
     assert max(logged(trainer, "ratio/max_deviation")) <= ROUNDING[dtype]
 
 

@@ -139,7 +139,7 @@ def test_a_rule_that_needs_no_completions_costs_what_flow_grpo_does(tmp_path: Pa
     for credit in ("outcome", final_reward):
         trainer = build(tmp_path, credit=credit, max_steps=1)
         trainer.train()
-        counts[credit] = logged(trainer, "num_evaluations"), logged(trainer, "advantages/std"), trained(trainer)
+        counts[credit] = logged(trainer, "nfe"), logged(trainer, "advantages/std"), trained(trainer)
     assert counts["outcome"][:2] == counts[final_reward][:2]
     assert_same(counts["outcome"][2], counts[final_reward][2])
     with pytest.raises(ValueError, match="credit='test_from_outside.final_reward' computes no completions: leave out"):

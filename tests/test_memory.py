@@ -134,7 +134,7 @@ def test_an_offloaded_reference_changes_no_weight(changes: dict, tmp_path: Path)
         run.train()
     assert_same(*map(trained, runs))
     assert logged(runs[0], "kl") == logged(runs[1], "kl")
-    assert logged(runs[0], "num_train_evaluations") == logged(runs[1], "num_train_evaluations")
+    assert logged(runs[0], "nfe_train") == logged(runs[1], "nfe_train")
 
 
 def decoded(policy: FlowPolicy, latents: torch.Tensor) -> torch.Tensor:
@@ -230,7 +230,7 @@ def test_recomputed_log_probs_make_the_ratio_one(tmp_path: Path) -> None:
         )
         trainer.train()
         deviations.append(logged(trainer, "ratio/max_deviation"))
-        evaluations.append(sum(logged(trainer, "num_train_evaluations")))
+        evaluations.append(sum(logged(trainer, "nfe_train")))
     assert deviations[0][0] > 1e-6 and deviations[1][0] == 0.0
     assert deviations[1][1] > 0  # the second update's policy has moved
     assert evaluations[1] == evaluations[0] + 4 * 3  # the transitions of the second update alone
@@ -369,7 +369,7 @@ def test_a_rollout_in_several_sweeps_is_the_same(changes: dict, tmp_path: Path, 
         runs.append(run)
         images.append(seen)
     assert_same(*map(trained, runs))
-    assert logged(runs[0], "num_evaluations") == logged(runs[1], "num_evaluations")
+    assert logged(runs[0], "nfe") == logged(runs[1], "nfe")
     assert len(images[1]) == 3 * len(images[0]) and sum(images[1]) == sum(images[0])
 
 

@@ -278,7 +278,7 @@ def test_calibration_costs_what_the_plan_says_and_repeats(tmp_path: Path) -> Non
         for limits, size in ((whole, None), (drawn, 2))
     ]
     expected = 2 * counted[0] + counted[1]
-    assert logged(first, "num_evaluations") == [expected]
+    assert logged(first, "nfe") == [expected]
 
 
 def test_only_a_training_calibrates_and_others_say_so(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_the_plan_tells_of_the_calibration(capsys: pytest.CaptureFixture[str]) -
     options = {**sizes, "output_dir": "unused", "use_cpu": "true", "noise_calibration_iterations": 7}
     named = [item for name, value in options.items() for item in (f"--{name}", str(value))]
     plan.main(["--model_name_or_path", "testbed", *named])
-    told = "noise_calibration_iterations: each adds 120 evaluations and 40 images, 7 times."
+    told = "noise_calibration_iterations: each adds 120 NFE and 40 images, 7 times."
     assert told in capsys.readouterr().out
 
 

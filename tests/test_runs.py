@@ -218,7 +218,7 @@ def test_what_a_failed_call_recorded_is_not_counted_by_the_next(tmp_path: Path) 
     trainer.train()
     whole = build(tmp_path, max_steps=1, per_device_rollout_batch_size=2)
     whole.train()
-    assert logged(trainer, "num_evaluations") == logged(whole, "num_evaluations")
+    assert logged(trainer, "nfe") == logged(whole, "nfe")
 
 
 def test_the_weights_of_an_interrupted_command_are_found(tmp_path: Path) -> None:

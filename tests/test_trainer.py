@@ -180,19 +180,15 @@ def test_ratio_is_exactly_one_before_the_first_update(family, checkpointing: boo
 def test_model_calls_and_images_are_counted(tmp_path: Path) -> None:
     trainer = build(tmp_path, num_inference_steps=10, max_steps=1, per_device_rollout_batch_size=40)
     trainer.train()
-    counts = {
-        name: logged(trainer, f"num_{name}") for name in ("evaluations", "calls", "decoded_images", "scored_images")
-    }
-    assert counts == {
-        "evaluations": [55 * 4], "calls": [10], "decoded_images": [10 * 4], "scored_images": [10 * 4],
-    }  # fmt: skip
-    assert logged(trainer, "num_train_evaluations") == [9 * 4 * 2]  # with the reference's, as beta > 0
+    expected = {"nfe": 55 * 4, "num_calls": 10, "num_decoded_images": 10 * 4, "num_scored_images": 10 * 4}
+    assert {name: logged(trainer, name) for name in expected} == {name: [value] for name, value in expected.items()}
+    assert logged(trainer, "nfe_train") == [9 * 4 * 2]  # with the reference's, as beta > 0
 
 
 def test_outcome_credit_computes_no_completion(tmp_path: Path) -> None:
     trainer = build(tmp_path, credit="outcome", num_inference_steps=10, max_steps=1)
     trainer.train()
-    assert logged(trainer, "num_evaluations") == [10 * 4]
+    assert logged(trainer, "nfe") == [10 * 4]
     assert logged(trainer, "num_scored_images") == [4]
 
 
@@ -368,7 +364,7 @@ def test_evaluation_reports_rewards_and_repeats_itself(tmp_path: Path) -> None:
     assert 0 < first["eval_reward"] < 1
     assert first["eval_reward"] == second["eval_reward"] == pytest.approx(first["eval_rewards/brightness/mean"])
     assert first["eval_num_scored_images"] == 4 * 3
-    assert first["eval_num_evaluations"] == 4 * 3 * 3
+    assert first["eval_nfe"] == 4 * 3 * 3
 
 
 def test_every_image_of_an_evaluation_counts_once(tmp_path: Path) -> None:

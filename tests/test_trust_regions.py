@@ -246,9 +246,9 @@ def test_the_loss_of_a_normalised_ratio_is_divided_by_the_length_of_the_step(tmp
 def test_chunks_take_evaluations_of_their_own_after_the_first_update(tmp_path: Path) -> None:
     trainer = build(tmp_path, **TWO_UPDATES | LOSSES["trajectory"])
     trainer.train()
-    first, second = logged(trainer, "num_train_evaluations")
+    first, second = logged(trainer, "nfe_train")
     assert second == first + 4 * 4
-    assert count(trainer.args).rollout["evaluations in training"] == [first + second]
+    assert count(trainer.args).rollout["NFE in training"] == [first + second]
 
 
 @pytest.mark.parametrize("loss", ["dppo", "ratio_norm", "trajectory"])

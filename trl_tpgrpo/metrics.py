@@ -109,7 +109,7 @@ def record_surrogate(metrics: Metrics, surrogate: Surrogate) -> None:
         metrics.record("mask_ratio", surrogate.left_out.float().mean())
         metrics.record("divergence/mean", surrogate.divergence.mean())
         metrics.record("divergence/max", surrogate.divergence.max(), "max")
-    metrics.record("num_train_evaluations", len(deviation), "sum")
+    metrics.record("nfe_train", len(deviation), "sum")
 
 
 def rollout_metrics(table: RewardTable, names: list[str]) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ class Rollout:
     final_latents: Tensor  # float32, (M, ...): ends of completions, in the order of the states, then of trajectories
     image_of: Tensor  # on the CPU, (B, C + 1): indices of the images of a trajectory's completions and of its own
     rows: Tensor  # on the CPU, (M,): index of the trajectory of an image, the first if several share it
-    num_evaluations: int  # function evaluations (NFE), counted in samples
+    nfe: int  # function evaluations (NFE), counted in samples
     num_calls: int  # model calls, counted in batches
 
     @property
@@ -174,7 +174,7 @@ class _Sweep:
         self.completions: list[Branch] = []
         self.log_probs: list[Tensor] = []
         self.finite: list[Tensor] = []
-        self.num_evaluations = self.num_calls = 0
+        self.nfe = self.num_calls = 0
         shape = (num_states, number, *noise.shape[1:])  # a state is contiguous, so that it is one copy
         device, pin_memory = ("cpu", torch.cuda.is_available()) if offload else (noise.device, False)
         self.states = torch.empty(shape, device=device, pin_memory=pin_memory)
@@ -187,7 +187,7 @@ class _Sweep:
         num_chunks = -(-len(latents) // (batch_size or len(latents)))
         chunks = zip(latents.chunk(num_chunks), rows.chunk(num_chunks), strict=True)
         predictions = [velocity(chunk, step, chunk_rows) for chunk, chunk_rows in chunks]
-        self.num_evaluations += len(latents)
+        self.nfe += len(latents)
         self.num_calls += len(predictions)
         predicted = torch.cat(predictions)
         self.finite.append(torch.isfinite(predicted).all())
@@ -235,7 +235,7 @@ class _Sweep:
         log_probs = torch.stack(self.log_probs, 1) if self.log_probs else last.new_empty(len(last), 0)
         ends = torch.cat([branch.latents for branch in branches])
         states, means = self.states.transpose(0, 1), None if self.means is None else self.means.transpose(0, 1)
-        return Rollout(states, log_probs, means, ends, image_of, rows, self.num_evaluations, self.num_calls)
+        return Rollout(states, log_probs, means, ends, image_of, rows, self.nfe, self.num_calls)
 
 
 def fastest_batch_size(seconds: Callable[[int], float], largest: int) -> int:

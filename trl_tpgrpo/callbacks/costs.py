@@ -27,13 +27,14 @@ class Counts(NamedTuple):
         return sum(numbers) / max(len(numbers), 1)
 
     def __str__(self) -> str:
-        sampling, training = self.mean("evaluations in sampling"), self.mean("evaluations in training")
+        sampling, training = self.mean("NFE in sampling"), self.mean("NFE in training")
+        nfe = (sampling + training) * (self.num_rollouts or 0)
         scored = next(name for name in self.rollout if name.endswith("scored"))
         return (
             f"rollout: {self.mean('trajectories'):,.0f} trajectories, {self.mean(scored):,.0f} {scored.split()[0]}, "
-            f"{sampling:,.0f} evaluations in sampling, {training:,.0f} in training\n"
+            f"{sampling:,.0f} function evaluations in sampling, {training:,.0f} in training\n"
             f"run: {self.num_updates:,} updates, {self.num_rollouts:,} rollouts, "
-            f"{'at most ' * self.are_bounds}{(sampling + training) * (self.num_rollouts or 0):,.0f} evaluations"
+            f"{'at most ' * self.are_bounds}{nfe:,.0f} function evaluations"
         )
 
 
@@ -54,21 +55,21 @@ def count(args: Any, dataset_size: int | None = None, reward_funcs: Sequence[Cal
         total = total or math.ceil(args.num_train_epochs * epoch)
         num_rollouts = total // epoch * rollouts + min(rollouts, math.ceil(total % epoch / updates))
     rule = scored_rule(args.completion_rule, reward_funcs)
-    evaluations, calls, scored = count_sampling(args, trajectories // args.world_size, rule)
+    nfe, calls, scored = count_sampling(args, trajectories // args.world_size, rule)
     transitions = round(trajectories * args.num_sde_steps * (args.transition_share or 1))
     rollout = {
         "trajectories": [trajectories],
-        "evaluations in sampling": evaluations,
+        "NFE in sampling": nfe,
         "model calls in sampling": calls if args.rollout_batch_size else [],
         what_is_scored(reward_funcs): scored,
         "transitions trained on": [transitions],
-        "evaluations in training": [transitions * batches // steps],
+        "NFE in training": [transitions * batches // steps],
     }
     return Counts(rollout, updates, total, num_rollouts, args.beta == 0 or args.sde_window_share is not None)
 
 
 def count_sampling(args: Any, num_rows: int, rule: Any) -> list[list[int]]:
-    """Count evaluations, calls and images of sampling so many trajectories on each process, in each window."""
+    """Count NFE, model calls and images for sampling `num_rows` trajectories per process, for each window."""
     sigmas, batch_size = torch.linspace(1, 0, args.num_inference_steps + 1), args.rollout_batch_size
     sizes = [len(range(num_rows)[part]) for part in sweeps(num_rows, args)]
 
@@ -76,7 +77,7 @@ def count_sampling(args: Any, num_rows: int, rule: Any) -> list[list[int]]:
         window, generators = args.window(start, start + args.num_sde_steps), [torch.Generator()] * size
         noise = torch.zeros(size // args.num_generations if args.share_initial_noise else size, 1)
         rollout = roll_out(lambda x, *_: torch.zeros_like(x), noise, sigmas, window, generators, rule, batch_size)
-        return rollout.num_evaluations, rollout.num_calls, len(rollout.final_latents)
+        return rollout.nfe, rollout.num_calls, len(rollout.final_latents)
 
     numbers = torch.tensor([[swept(size, start) for size in sizes] for start in args.window_starts])
     return (args.world_size * numbers.sum(1)).T.tolist()

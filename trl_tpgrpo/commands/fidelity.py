@@ -41,7 +41,7 @@ class Measured:
     """What a rule takes and what it gives."""
 
     name: str
-    evaluations: float  # of the model (NFE), per trajectory
+    nfe: float  # function evaluations per trajectory
     images: float  # that are decoded and scored, per trajectory
     fidelity: Fidelity  # agreement with exact completions
 
@@ -81,7 +81,7 @@ def measure(trainer: TPGRPOTrainer, prompts: list[dict[str, Any]], names: list[s
     number = trainer.args.num_generations
     trainer.model.eval()
     rewards: dict[str, list[torch.Tensor]] = {name: [] for name in ["exact", *names]}
-    evaluations, images = dict.fromkeys(rewards, 0), dict.fromkeys(rewards, 0)
+    nfe, images = dict.fromkeys(rewards, 0), dict.fromkeys(rewards, 0)
     for (index, prompt), name in tqdm(list(product(enumerate(prompts), rewards)), desc="Prompts x rules"):
         window = trainer.rollouts.windows.draw(index)
         generators = trainer.rollouts.generators(NOISE, index, number)
@@ -89,24 +89,24 @@ def measure(trainer: TPGRPOTrainer, prompts: list[dict[str, Any]], names: list[s
             sampled = trainer.sample_and_score([prompt] * number, generators, window, CompletionRule.parse(name))
         weighted = (sampled.rewards * trainer.rollouts.reward_weights[:, None]).nansum(1)
         rewards[name].append(weighted.masked_fill(sampled.failed[:, None], torch.nan))
-        evaluations[name] += sampled.rollout.num_evaluations
+        nfe[name] += sampled.rollout.nfe
         images[name] += len(sampled.rollout.final_latents)
     total, measured, exact = len(prompts) * number, [], torch.cat(rewards["exact"])
     for name, cheap in ((name, torch.cat(parts)) for name, parts in rewards.items()):
         both = ~(exact.isnan().any(1) | cheap.isnan().any(1))  # a reward function may have failed, if that is skipped
         fidelity = compare(exact[both], cheap[both], CompletionRule.parse(name), trainer.args.credit_rule)
-        measured.append(Measured(name, evaluations[name] / total, images[name] / total, fidelity))
+        measured.append(Measured(name, nfe[name] / total, images[name] / total, fidelity))
     return measured
 
 
 def table(measured: list[Measured]) -> str:
     """Return the rules, sorted by what they take, as a table in Markdown."""
-    lines = ["| completion | evaluations | images | correlation | sign agreement | turning points, F1 |",
+    lines = ["| completion | NFE | images | correlation | sign agreement | turning points, F1 |",
              "|---|---|---|---|---|---|"]  # fmt: skip
-    for one in sorted(measured, key=lambda one: one.evaluations):
+    for one in sorted(measured, key=lambda one: one.nfe):
         values = one.fidelity.overall()
         agreement = " | ".join(f"{values[name]:.3f}" for name in ("correlation", "sign_agreement", "f1"))
-        lines.append(f"| `{one.name}` | {one.evaluations:.1f} | {one.images:.1f} | {agreement} |")
+        lines.append(f"| `{one.name}` | {one.nfe:.1f} | {one.images:.1f} | {agreement} |")
     return "\n".join(lines)
 
 
@@ -117,12 +117,12 @@ def save(measured: list[Measured], output_dir: Path) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "fidelity.json").write_text(json.dumps([_row(one) for one in measured], indent=1))
     correlations = [one.fidelity.overall()["correlation"] for one in measured]
-    evaluations = [one.evaluations for one in measured]
-    save_pareto(output_dir / "fidelity.png", [one.name for one in measured], evaluations, correlations)
+    nfe = [one.nfe for one in measured]
+    save_pareto(output_dir / "fidelity.png", [one.name for one in measured], nfe, correlations)
 
 
 def _row(one: Measured) -> dict[str, Any]:
-    row: dict[str, Any] = {"completion": one.name, "evaluations": one.evaluations, "images": one.images}
+    row: dict[str, Any] = {"completion": one.name, "nfe": one.nfe, "images": one.images}
     row |= {name: _number(value) for name, value in one.fidelity.overall().items()}
     by_step = {name: values[:-1].tolist() for name, values in vars(one.fidelity).items()}
     return row | {f"{name}_by_step": list(map(_number, values)) for name, values in by_step.items()}

@@ -32,9 +32,9 @@ class Flops(NamedTuple):
     def of_rollout(self, counts: Any, num_iterations: int) -> dict[str, float]:
         """Return FLOPs by phase over all processes, of the `Counts` of a rollout."""
         trained = counts.mean("transitions trained on") * num_iterations
-        without_gradients = counts.mean("evaluations in training") - trained  # the reference's, old log-probabilities
+        without_gradients = counts.mean("NFE in training") - trained  # the reference's, old log-probabilities
         return {
-            "sampling": counts.mean("evaluations in sampling") * self.evaluation,
+            "sampling": counts.mean("NFE in sampling") * self.evaluation,
             "decoding": counts.mean("images decoded and scored") * self.image,
             "training": trained * self.transition + without_gradients * self.evaluation,
         }

@@ -360,7 +360,7 @@ def _costs(args: PlannedConfig, counts: Counts, num_images: int | None) -> Itera
         bounded = args.sde_window_share and name != "trajectories" or args.beta == 0 and "train" in name
         yield row(name, shown + spread, run, "at most" if bounded else "")
     if num_images:
-        yield row("evaluations in evaluation", "", f"{num_images * args.num_inference_steps_eval:,}")
+        yield row("NFE in evaluation", "", f"{num_images * args.num_inference_steps_eval:,}")
     yield row("updates", f"{counts.updates:,g}", f"{counts.num_updates:,}" if number else "")
     if number:
         yield row("rollouts", "", f"{number:,}")
@@ -413,13 +413,12 @@ def _notes(
     own, absent = ", ".join(names), ", ".join(name for name in names if found.get(name) is of_images)
     reading = counts.mean("images decoded and scored") * OCR_SECONDS / args.world_size / 3600
     return {
-        "Classifier-free guidance: each evaluation is two rows of the model's batch, or two passes.": guided,
+        "Classifier-free guidance: each function evaluation is two rows of the model's batch, or two passes.": guided,
         "beta=0: transitions whose advantage is 0 are not run, so that training may take less.": args.beta == 0,
         "sde_window_share: numbers are those of the whole range, of which the window is a part. Measuring it adds "
-        f"{adds[0]} evaluations and {adds[1]} images, once.": args.sde_window_share is not None,
-        f"noise_calibration_iterations: each adds {adds[0]} evaluations and {adds[1]} images, {number} times.": number
-        > 0,
-        f"completion_check_every: {checks[0]} evaluations, {checks[1]} images more every {every}. rollout.": checked,
+        f"{adds[0]} NFE and {adds[1]} images, once.": args.sde_window_share is not None,
+        f"noise_calibration_iterations: each adds {adds[0]} NFE and {adds[1]} images, {number} times.": number > 0,
+        f"completion_check_every: {checks[0]} NFE, {checks[1]} images more every {every}. rollout.": checked,
         "per_device_rollout_batch_size=auto is measured on the device: calls are not known, and memory is that of "
         f"batches of {args.per_device_train_batch_size}.": args.rollout_batch_size is None,
         "The length of the run is not known: set max_steps, or name a dataset that is on this machine.": unknown,

@@ -20,7 +20,7 @@ class Reference:
     model: torch.nn.Module  # the one that is trained
     copy: torch.nn.Module | None  # frozen copy of the model, where no adapter can be switched off
     keep: bool  # whether velocities are kept with their trajectories, because these are trained on again
-    record: Callable[[str, float, str], None]  # of a metric, for the number of function evaluations
+    record: Callable[[str, float, str], None]  # of a metric, for the function evaluations
 
     def velocity(self, inputs: Any) -> Tensor:
         """Predict the velocity (B, ...) of [`~trl_tpgrpo.batches.Transitions`], or take the one that was kept."""
@@ -33,7 +33,7 @@ class Reference:
 
     @torch.no_grad()
     def _evaluate(self, inputs: Any) -> Tensor:
-        self.record("num_train_evaluations", len(inputs.latents), "sum")
+        self.record("nfe_train", len(inputs.latents), "sum")
         if self.copy is not None:
             with self.accelerator.autocast():
                 return self.policy.velocity(self.copy, inputs.latents, inputs.step, inputs.conditioning)

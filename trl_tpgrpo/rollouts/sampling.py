@@ -310,7 +310,7 @@ class Rollouts:
     def recomputed(self, trajectories: Trajectories, autocast: Callable[[], Any]) -> Trajectories:
         """Compute log-probabilities, and means where they are kept, as training does, in the context of `autocast`."""
         steps = [self._recomputed(trajectories.transitions(k), autocast) for k in range(len(trajectories.window))]
-        self.metrics["train"].record("num_train_evaluations", len(trajectories) * len(steps), "sum")
+        self.metrics["train"].record("nfe_train", len(trajectories) * len(steps), "sum")
         log_probs = torch.stack([log_prob for log_prob, _ in steps], 1)
         means = None if trajectories.means is None else torch.stack([mean for _, mean in steps if mean is not None], 1)
         return replace(trajectories, log_probs=log_probs, means=means)
@@ -347,9 +347,9 @@ class Rollouts:
             with self.phase("decode", len(rollout.final_latents), mode) as advance:
                 pixels = self.decode(rollout.final_latents, advance, keep_on_device=self._scores_tensors)
                 images = to_images(pixels)
-        counts = {"evaluations": rollout.num_evaluations, "calls": rollout.num_calls}
-        for name, value in {**counts, "decoded_images": len(images), "scored_images": len(rollout.rows)}.items():
-            metrics.record(f"num_{name}", value, "sum")
+        counts = {"nfe": rollout.nfe, "num_calls": rollout.num_calls, "num_decoded_images": len(images)}
+        for name, value in {**counts, "num_scored_images": len(rollout.rows)}.items():
+            metrics.record(name, value, "sum")
         with self.phase("score", len(reward_funcs), mode) as advance:
             shown, sigmas = [rows[row] for row in rollout.rows.tolist()], self._schedule(window).sigmas
             scored = (completion or EXACT).states(len(window)) if window else range(0)
