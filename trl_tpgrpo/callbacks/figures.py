@@ -1,4 +1,4 @@
-"""Figures by Matplotlib: a trajectory for trackers, and what `trl-tpgrpo demo` and `trl-tpgrpo fidelity` draw."""
+"""Matplotlib figures: a trajectory for trackers, and the figures of `trl-tpgrpo demo` and `trl-tpgrpo fidelity`."""
 
 from io import BytesIO
 from pathlib import Path
@@ -94,7 +94,7 @@ def reward_figure(log_history: list[dict[str, Any]], evaluations: dict[int, floa
 
 def save_pareto(path: Path, names: list[str], nfe: list[float], correlations: list[float]) -> None:
     """Draw function evaluations per trajectory against the correlation of N completion rules; the best are joined."""
-    title = "Completions: what they take and how faithful they are"
+    title = "Completions: cost and fidelity"
     figure, axis = _axis(
         xlabel="function evaluations per trajectory", ylabel="correlation of step rewards", title=title
     )
