@@ -330,7 +330,7 @@ def test_prompts_of_a_file_are_held_out(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name in ("train", "test"):
         train.to_csv(tmp_path / f"folder/{name}.csv")
-    with pytest.raises(ValueError, match=r"--test_split_size is for a dataset of one split, .* \['train', 'test'\]"):
+    with pytest.raises(ValueError, match=r"--test_split_size is for a dataset with one split, .* \['train', 'test'\]"):
         read_prompts(str(tmp_path / "folder"), None, ["train"], None, 0.1)
 
 

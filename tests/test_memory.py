@@ -296,7 +296,7 @@ def test_options_that_cannot_work_are_refused(tmp_path: Path) -> None:
         lambda: build(tmp_path, attention_backend="_native_math"): "no effect on SD3Transformer2DModel",
         lambda: build(tmp_path, tiny_flux(), attention_backend="flush"): "attention_backend='flush' cannot be used",
         lambda: build(tmp_path, tiny_flux(), attention_backend="_native_cudnn"): "cuDNN's gradients are wrong",
-        lambda: build(tmp_path, quantization="int8"): "quantization is for a model given by name",
+        lambda: build(tmp_path, quantization="int8"): "quantization needs a model given by name",
         lambda: build(tmp_path, quantization="int3"): "quantization must be one of",
         lambda: build(tmp_path, offload_reference=True): "offload_reference is for full fine-tuning",
         lambda: build(tmp_path, full=True, beta=0.0, offload_reference=True): "there is no reference model",
@@ -308,7 +308,7 @@ def test_options_that_cannot_work_are_refused(tmp_path: Path) -> None:
 
 def test_a_quantized_base_needs_an_adapter(folder: Path, tmp_path: Path) -> None:
     settings = {"quantization": "int8", "model_init_kwargs": {"dtype": "bfloat16"}}
-    with pytest.raises(ValueError, match="cannot be trained itself: pass a peft_config"):
+    with pytest.raises(ValueError, match="Quantised weights cannot be trained: pass a peft_config"):
         TPGRPOTrainer(str(folder), brightness, config(tmp_path, **settings), prompts())
 
 
@@ -326,7 +326,7 @@ def test_llm_int8_is_refused_with_the_reason(tmp_path: Path) -> None:
     pipeline = tiny_sd3(dtype=torch.bfloat16)
     pipeline.transformer.quantization_method = "bitsandbytes"
     pipeline.transformer.register_to_config(quantization_config=type("Config", (), {"load_in_8bit": True})())
-    with pytest.raises(ValueError, match="compute otherwise in training than in evaluation"):
+    with pytest.raises(ValueError, match="compute differently in training than in rollouts"):
         build(tmp_path, pipeline)
 
 

@@ -249,9 +249,9 @@ def test_other_families_are_planned(build: Callable, length: int, tmp_path: Path
 
 def test_what_is_no_pipeline_is_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="holds no model_index.json"):
+    with pytest.raises(ValueError, match="has no model_index.json"):
         architecture_folder(tmp_path)
-    with pytest.raises(ValueError, match="'nobody/nothing' is no folder, and its config files cannot be fetched"):
+    with pytest.raises(ValueError, match="'nobody/nothing' is not a folder, and its configs cannot be downloaded"):
         architecture_folder("nobody/nothing")
 
 
@@ -611,7 +611,7 @@ def test_the_command_plans_the_testbed_without_its_weights(tmp_path: Path, capsy
         })
     )  # fmt: skip
     text = planned(capsys, "--config", str(recipe), "--gpu", "24GB", "--optim", "sgd")
-    assert "2 processes" in text and "it fits into 24 GiB" in text
+    assert "2 processes" in text and "it fits in 24 GiB" in text
     assert row(text, "NFE in sampling") == [f"{32 * 55:,}", f"{32 * 55 * 5:,}"]
     assert row(text, "updates") == ["2", "10"]
     assert row(text, "CUDA context") == ["1.00"] * 5
@@ -634,18 +634,18 @@ def test_the_command_knows_datasets_on_this_machine_alone(tmp_path: Path, capsys
     ]
     known = planned(capsys, *options, "--dataset_name", str(tmp_path / "data"))
     assert row(known, "rollouts") == ["6"]
-    assert "The length of the run is not known" in planned(capsys, *options, "--dataset_name", "somebody/somewhere")
+    assert "The length of the run is unknown" in planned(capsys, *options, "--dataset_name", "somebody/somewhere")
 
 
 def test_the_command_prints_settings_that_fit_as_yaml(capsys) -> None:
     options = ["--config", str(RECIPES / "testbed.yaml"), "--guidance_scale", "2"]
     text = planned(capsys, *options, "--gpu", "1.1GB")
-    assert "it does not fit into 1.1 GiB" in text and "two rows of the model's batch" in text
+    assert "it does not fit in 1.1 GiB" in text and "two rows of the model's batch" in text
     assert row(text, "NFE in training")[-2:] == ["at", "most"]
-    lines = text.split("With these settings it takes")[1].splitlines()[1:]
+    lines = text.split("With these settings, it needs")[1].splitlines()[1:]
     settings = yaml.safe_load("\n".join(line for line in lines if line.startswith("  ")))
     changes = [item for name, value in settings.items() for item in (f"--{name}", str(value).lower())]
-    assert "it fits into 1.1 GiB" in planned(capsys, *options, "--gpu", "1.1GB", *changes)
+    assert "it fits in 1.1 GiB" in planned(capsys, *options, "--gpu", "1.1GB", *changes)
 
 
 @pytest.mark.parametrize(
@@ -660,7 +660,7 @@ def test_the_command_prints_settings_that_fit_as_yaml(capsys) -> None:
         (["--model_name_or_path", SD3, "--gpu", "24576"], "a memory such as 24GB, got '24576'"),
         ([], "--model_name_or_path is missing"),
         (["--model_name_or_path", SD3, "--lerning_rate", "1"], "Unknown options: --lerning_rate"),
-        (["--model_name_or_path", SD3, "--dtype", "bfloat16"], "Without peft_config all weights are trained"),
+        (["--model_name_or_path", SD3, "--dtype", "bfloat16"], "Without peft_config, all weights are trained"),
     ],
 )
 def test_wrong_calls_are_refused(options: list[str], message: str) -> None:
@@ -761,7 +761,7 @@ def test_the_recipes_of_a_day_end_within_it_on_their_card(model: str, size: str,
     command.main([*argv, "--dataset_name", str(tmp_path), "--gpu", card])
     text = capsys.readouterr().out
     assert most / 2 < float(row(text, f"hours on {card}")[1]) <= most
-    assert f"it fits into {size[2:4]} GiB" in text
+    assert f"it fits in {size[2:4]} GiB" in text
     assert int(row(text, "NFE in evaluation")[0].replace(",", "")) >= 2 * 500 * 28
 
 

@@ -232,7 +232,7 @@ def test_groups_of_states_async_and_in_evaluation(tmp_path: Path) -> None:
     assert sizes == [2] * 2 * 4
     metrics = trainer.evaluate()
     assert sizes[8:] == [3] * 4 and metrics["eval_reward"] == pytest.approx(0, abs=1e-6)
-    with pytest.raises(ValueError, match="scores groups: 3 rows are no whole ones of 2 images"):
+    with pytest.raises(ValueError, match="scores groups: 3 rows are no multiple of 2 images"):
         scored(trainer, 3)
 
 
@@ -263,7 +263,7 @@ def test_samples_are_decoded_only_if_they_are_shown(tmp_path: Path) -> None:
         (lambda n: [float("nan")] * n, r"'failing' returned nan .* for row 0, prompt '.*'"),
         (lambda n: [1.0], "'failing' returned 1 rewards for 16 latents"),
         (lambda n: 1.0, "'failing' must return a list of numbers, got float"),
-        (lambda n: ["good"] * n, "'failing' returned 'good', no number, for row 0, prompt '.*'"),
+        (lambda n: ["good"] * n, "'failing' returned 'good', which is not a number, for row 0, prompt '.*'"),
     ],
 )
 def test_wrong_rewards_of_latents_are_errors(values, message: str, kind: dict, tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_declarations_that_exclude_each_other_are_refused(attributes: dict, mess
         (ranks, {"noise_calibration_iterations": 2}, "noise_calibration_iterations: ranks compare the images of a gr"),
         (ranks, {"num_generations": 3, "generation_batch_size": 12, "eval_dataset": prompts(2),
                  "num_generations_eval": 3, "per_device_eval_batch_size": 4},
-         r"'ranks' scores groups: 4 images a process are no whole groups of num_generations_eval \(3\)"),
+         r"'ranks' scores groups: 4 images per process are not a multiple of num_generations_eval \(3\)"),
     ],
 )  # fmt: skip
 def test_settings_without_effect_are_refused(function, settings: dict, message: str, tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_groups_on_two_processes_are_refused(tmp_path: Path, monkeypatch) -> Non
 
     settings = {"num_generations": 2, "per_device_train_batch_size": 3, "generation_batch_size": 6}
     args = plan.PlannedConfig(str(tmp_path), num_processes=2, **settings)
-    with pytest.raises(ValueError, match=r"scores groups: 3 images a process are no whole groups of num_generations"):
+    with pytest.raises(ValueError, match=r"scores groups: 3 images per process are not a multiple of num_generations"):
         check_settings([ranks], [], args, evaluates=False)
     check_settings([brightness], [ranks], args, evaluates=False)
 
@@ -375,7 +375,7 @@ def test_groups_on_two_processes_are_refused(tmp_path: Path, monkeypatch) -> Non
 @pytest.mark.parametrize("name", ["latents", "sigmas"])
 def test_columns_that_functions_get_as_something_else_are_refused(name: str, tmp_path: Path) -> None:
     dataset = Dataset.from_dict({"prompt": PROMPTS, name: list(range(6))})
-    with pytest.raises(ValueError, match=f"has a column '{name}', which reward functions get as something else"):
+    with pytest.raises(ValueError, match=f"has a column '{name}', a reserved argument of reward functions"):
         build(tmp_path, train_dataset=dataset)
 
 

@@ -286,7 +286,7 @@ def test_published_bounds_are_the_defaults_of_each_loss() -> None:
         ({"ratio_norm": True, "sde_type": "flow_sde", "log_prob_type": "squared_error"}, "ratio_norm needs"),
         ({"loss_type": "dppo", "importance_sampling_level": "chunk"}, "'chunk' and loss_type='dppo' cannot be comb"),
         ({"ratio_norm": True, **GAUSSIAN, "importance_sampling_level": "trajectory"}, "and ratio_norm cannot be comb"),
-        ({"chunk_sizes": [4, 5]}, "are for importance_sampling_level='chunk': it is 'step'"),
+        ({"chunk_sizes": [4, 5]}, "need importance_sampling_level='chunk', got 'step'"),
         ({"importance_sampling_level": "chunk", "chunk_sizes": [4, 4]}, r"9 SDE steps together, got \[4, 4\]"),
         ({"importance_sampling_level": "chunk", "chunk_sizes": [0, 9]}, "at least 1 each"),
         ({"importance_sampling_level": "chunk", "chunk_sizes": [9], "sde_window_share": 0.5}, "is measured"),

@@ -1,8 +1,7 @@
 """The trainer: rows of a dataset -> prompts, trajectories, images, rewards, credit, update of the weights.
 
-The methods are in this order and follow the API of TRL's GRPOTrainer. Every method that overrides one of TRL's or
-transformers' is here. Mathematics is in `algorithm/`, model families in `policies/`, sampling and scoring in
-`rollouts/`.
+Methods are in this order and follow the API of TRL's GRPOTrainer; all that override TRL's or transformers' are here.
+Mathematics is in `algorithm/`, model families in `policies/`, sampling and scoring in `rollouts/`.
 """
 
 from concurrent.futures import Future
@@ -63,8 +62,7 @@ class TPGRPOTrainer(_BaseTrainer):
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
-            Hub id, folder (both loaded with `args.model_init_kwargs`) or pipeline, whose transformer is trained in
-            place.
+            Hub id or folder (loaded with `args.model_init_kwargs`), or pipeline. Its transformer is trained in place.
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             Called as `reward_func(images=..., prompts=..., **other columns, trainer_state=..., log_metric=...)` with N
             PIL images, N prompts and N values of each column. Returns N numbers, or `None` where it does not apply.
@@ -79,11 +77,9 @@ class TPGRPOTrainer(_BaseTrainer):
         callbacks (`list[~transformers.TrainerCallback]`, *optional*):
             Additional callbacks.
         optimizers (`tuple`, *optional*):
-            Optimizer and learning rate schedule, instead of those of `args`. With `peft_config`, use `args.optim`,
-            because the trained weights do not exist before the trainer.
+            Optimizer and learning rate schedule, instead of those of `args`; not with `peft_config` (weights are new).
         peft_config ([`~peft.LoraConfig`], *optional*):
-            Config of the LoRA adapter to train. Without `target_modules`: the default modules of the model family.
-            `None`: train all weights of the transformer.
+            Config of the LoRA adapter, with the modules of the family by default. `None`: train all weights.
 
     """
 
@@ -257,7 +253,7 @@ class TPGRPOTrainer(_BaseTrainer):
 
         Raises:
             FileNotFoundError: If there is no complete checkpoint to resume from.
-            ValueError: If the checkpoint is damaged or from a different run (settings other than those of
+            ValueError: If the checkpoint is damaged or from a different run (settings except those of
                 `args.resume_with_changes`, adapter, number of processes), if a new run starts in a folder with
                 checkpoints, or if another run writes to the folder.
             OSError: If the disk is full; the message lists the complete checkpoints.
@@ -330,9 +326,8 @@ class TPGRPOTrainer(_BaseTrainer):
     ) -> Tensor:
         """Compute the surrogate of one SDE step of a micro-batch, with the KL divergence from the reference.
 
-        Credit and advantages are computed here, from the reward table of the whole generation batch in the inputs. The
-        table keeps them for other steps and micro-batches, for metrics and for pictures. (With `beta=0`, they are
-        computed earlier, to select steps.)
+        Credit and advantages come from the reward table of the whole generation batch, which computes them once, here
+        or (with `beta=0`) when steps are selected.
         """
         if return_outputs:
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")

@@ -249,7 +249,7 @@ class RemoteReward:
             logged = [(name, value) for name, values in metrics.items() for value in values]
             for what, value in [*(("reward", reward) for reward in rewards), *logged]:
                 if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
-                    raise ValueError(f"{reprlib.repr(value)} is not a {what}")
+                    raise ValueError(f"{reprlib.repr(value)} is not a valid {what}")
             logged = [(name, math.nan if value is None else float(value)) for name, value in logged]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise RemoteRewardError(
