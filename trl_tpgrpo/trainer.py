@@ -79,7 +79,8 @@ class TPGRPOTrainer(_BaseTrainer):
         optimizers (`tuple`, *optional*):
             Optimizer and learning rate schedule, instead of those of `args`; not with `peft_config` (weights are new).
         peft_config ([`~peft.LoraConfig`], *optional*):
-            Config of the LoRA adapter, with the modules of the family by default. `None`: train all weights.
+            Config of the LoRA adapter to train; without `target_modules` the paper's for the model's family. `None`:
+            train all weights of the transformer.
 
     """
 
