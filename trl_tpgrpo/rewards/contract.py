@@ -187,7 +187,7 @@ def _number(value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"returned {number} (return None where the reward does not apply)")
     if abs(number) > LARGEST_REWARD:
-        raise ValueError(f"returned {number}, larger than {LARGEST_REWARD:.1e}: its square overflows")
+        raise ValueError(f"returned {number}, above {LARGEST_REWARD:.1e} in size (its square overflows)")
     return number
 
 
