@@ -29,7 +29,8 @@ check: $(READY)         ## lint and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-docs: $(READY)          ## build the site into outputs/site; a broken link or anchor is an error
+docs: $(READY)          ## write the tables from the source and build the site into outputs/site; a broken link is an error
+	$(VENV)/bin/python docs/tables.py
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 package: $(READY)       ## build sdist and wheel in dist/, and try them beside the oldest versions of what they need

@@ -1,4 +1,4 @@
-"""What real models take: peak memory and seconds of each phase, evaluations a second and FLOP utilisation.
+"""What real models take: peak memory and seconds of each phase, NFE a second and FLOP utilisation.
 
 Builds the true architecture of FLUX.1-dev or SD3.5-medium with random weights, saves it, and for each base (bf16, nf4,
 int8, fp8; each also compiled) loads and trains it in a process of its own, through the trainer, with the settings of a
@@ -201,21 +201,19 @@ def run_variant(args: argparse.Namespace, model: str, machine: str, base: str, c
         phase: sum(entry.get(f"seconds/{phase}", 0.0) for entry in last)
         for phase in ("rollout", "decode", "score", "train")
     }
-    counts = {
-        name: sum(entry.get(name, 0.0) for entry in last) for name in ("num_evaluations", "num_train_evaluations")
-    }
+    counts = {name: sum(entry.get(name, 0.0) for entry in last) for name in ("nfe", "nfe_train")}
     flops = flops_on_meta(folder, trainer.policy, config_uses_lora(model_args))
     transitions, available = config.generation_batch_size * config.num_sde_steps, matmul_flops(config.device)
-    of_training = transitions * flops.transition + (counts["num_train_evaluations"] - transitions) * flops.evaluation
+    of_training = transitions * flops.transition + (counts["nfe_train"] - transitions) * flops.evaluation
     return {
         "seconds": seconds,
         "peak_gib": phases.peaks,
         "ratio_deviation_before_the_first_update": trainer.state.log_history[0]["ratio/max_deviation"],
         **counts,
-        "evaluations_per_second": counts["num_evaluations"] / seconds["rollout"],
+        "evaluations_per_second": counts["nfe"] / seconds["rollout"],
         "tflops_of_an_evaluation": flops.evaluation / 1e12,
         "matmul_tflops_per_second": available / 1e12,
-        "rollout_utilisation": counts["num_evaluations"] * flops.evaluation / seconds["rollout"] / available,
+        "rollout_utilisation": counts["nfe"] * flops.evaluation / seconds["rollout"] / available,
         "train_utilisation": of_training / seconds["train"] / available,
         "loss_is_finite": all(np.isfinite(entry["loss"]) for entry in last),
         "settings": {name: getattr(config, name) for name in (
@@ -342,7 +340,7 @@ def report(results: dict) -> str:
     phases = ("encode", "rollout", "decode", "train")
     columns = [
         "model", "base", "compiled", *(f"GiB: {phase}" for phase in phases), "seconds: rollout", "decode", "train",
-        "evaluations/s", "utilisation: rollout", "train", "ratio - 1",
+        "NFE/s", "utilisation: rollout", "train", "ratio - 1",
     ]  # fmt: skip
     rows = [columns, ["---"] * len(columns)]
     for row in results["rows"]:

@@ -10,8 +10,8 @@ on the same trajectories:
 - cosine: of the mean gradient with that of the policy gradient, for which `R_K - R_j` is unbiased, unscaled, without a
   baseline but R_j;
 - progress: the squared cosine of the policy gradient with the gradient of one batch, as large as the same cost pays
-  for: the model evaluations of 64 trajectories with their completions, one trained transition counting as three; and
-  its ratio to that of Flow-GRPO (`outcome`) on the same batches.
+  for: the function evaluations of 64 trajectories with their completions, one trained transition counting as three;
+  and its ratio to that of Flow-GRPO (`outcome`) on the same batches.
 
 For one step alone the batch is 64 trajectories. Intervals are those of a jackknife over batches. Results go to
 benchmarks/results/gradient_snr/, one file a setting; settings that have one are not run again.
@@ -287,7 +287,7 @@ def over_a_share(batches: list[tuple[Tensor, Tensor, float]], group: int) -> Ten
 
 
 def of_sampling(setting: dict) -> float:
-    """Evaluations a trajectory without completions.
+    """Function evaluations a trajectory without completions.
 
     A group with one noise is one trajectory until its first SDE step.
     """
@@ -296,7 +296,7 @@ def of_sampling(setting: dict) -> float:
 
 
 def of_the_first_state(setting: dict) -> float:
-    """Evaluations a trajectory of the completion of x_0; the first is the trajectory's own."""
+    """Function evaluations a trajectory of the completion of x_0; the first is the trajectory's own."""
     stops = CompletionRule.parse(setting["completion"]).stops(setting["start"], setting["num_steps"])
     return (len(stops) - 2) / (setting["group"] if setting["share_initial_noise"] else 1)
 
@@ -332,7 +332,7 @@ class Sketch:
 def sample(
     testbed: Testbed, setting: dict, prompts: list[str], number: int, sketch: Sketch
 ) -> tuple[Tensor, Tensor, float]:
-    """Rewards (B, K + 1), sketches (B, K, size) and evaluations a trajectory of one batch."""
+    """Rewards (B, K + 1), sketches (B, K, size) and function evaluations a trajectory of one batch."""
     policy = testbed.policy
     conditioning, schedule = policy.encode(prompts), policy.schedule(setting["num_steps"])
     kind = "squared_error" if setting["sde_type"] == "cps" else "gaussian"
@@ -367,7 +367,7 @@ def sample(
         ])
         for place, step in enumerate(range(window.start, window.stop))
     ]  # fmt: skip
-    return torch.tensor(rewards)[run.image_of], torch.stack(of_steps, 1), run.num_evaluations / len(prompts)
+    return torch.tensor(rewards)[run.image_of], torch.stack(of_steps, 1), run.nfe / len(prompts)
 
 
 def pairs(shape: torch.Size, generators: list[torch.Generator], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -430,7 +430,7 @@ def report(found: dict) -> str:
     lines = [
         f"**{found['setting']}**, {found['num_batches']} batches of {BATCH} trajectories",
         "",
-        "| credit, baseline, scale, scope | reward noise | evaluations | signal / noise, times 1000 | cosine "
+        "| credit, baseline, scale, scope | reward noise | NFE | signal / noise, times 1000 | cosine "
         "| progress, times 1000 | progress / outcome's |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -462,7 +462,7 @@ def report_profile(found: dict[str, list[float]]) -> list[str]:
 
 
 def overview(found: list[dict]) -> str:
-    """Signal to noise for a million evaluations by setting, in Markdown."""
+    """Signal to noise for a million function evaluations by setting, in Markdown."""
     lines = [f"| setting | batches | {' | '.join(COMPARED)} |", f"|---|---|{'---|' * len(COMPARED)}"]
     for one in found:
         cells = [f"{value:.1f} \u00b1 {width:.1f}" for value, width in map(per_million, compared(one))]
@@ -477,12 +477,12 @@ def compared(found: dict) -> list[dict]:
 
 
 def per_million(row: dict) -> tuple[float, float]:
-    """Signal to noise for a million evaluations, and the half width of its 95% interval."""
+    """Signal to noise for a million function evaluations, and the half width of its 95% interval."""
     return 1e6 * row["snr"] / row["evaluations"], 1.96e6 * row["snr_error"] / row["evaluations"]
 
 
 def draw(found: list[dict], path: Path) -> None:
-    """Signal to noise for a million evaluations, every setting under the rules that are compared."""
+    """Signal to noise for a million function evaluations, every setting under the rules that are compared."""
     figure, axis = plt.subplots(figsize=(9, 1.6 + 0.5 * len(found)))
     for place, name in enumerate(COMPARED):
         points = [per_million(compared(one)[place]) for one in found]
@@ -492,7 +492,7 @@ def draw(found: list[dict], path: Path) -> None:
     axis.set_yticks(range(len(found)), [one["setting"] for one in found])
     axis.invert_yaxis()
     axis.axvline(per_million(compared(found[0])[0])[0], color="grey", linewidth=0.8)
-    axis.set(xlabel="signal / noise for a million model evaluations", xlim=(0, None))
+    axis.set(xlabel="signal / noise for a million function evaluations", xlim=(0, None))
     axis.grid(alpha=0.3)
     figure.legend(*axis.get_legend_handles_labels(), fontsize=8, ncols=2, loc="lower center")
     figure.tight_layout(rect=(0, 0.9 / figure.get_figheight(), 1, 1))

@@ -135,8 +135,8 @@ def measure(model: str, steps: int, changes: dict) -> dict:
     return {
         "cpu": float(np.mean(clock.seconds[1:])),
         **{phase: mean[f"seconds/{phase}"] for phase in PHASES},
-        "evaluations": mean["num_evaluations"] / 64,
-        "train_evaluations": mean["num_train_evaluations"] / 64,
+        "evaluations": mean["nfe"] / 64,
+        "train_evaluations": mean["nfe_train"] / 64,
         "images": mean["num_decoded_images"] / 64,
         "zero_advantages": mean["advantages/frac_zero"],
     }
@@ -151,8 +151,7 @@ def report(rows: list[dict]) -> str:
     lines = [
         f"**{rows[0]['setting']}**",
         "",
-        "| way | / Flow-GRPO | rollout | decode | score | train "
-        "| evaluations | trained on | images | zero advantages |",
+        "| way | / Flow-GRPO | rollout | decode | score | train | NFE | trained on | images | zero advantages |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -3,8 +3,8 @@
 A straightforward implementation samples a batch of trajectories, then completes each state but the first, one after
 the other and each from an evaluation of its own, and then samples the image of pure ODE steps in a second rollout.
 Every set of images is decoded and scored as it comes, the trajectories' own twice, as the score of their last state
-and as the final one. T = 10 with a window of 9 takes 64 evaluations a trajectory in 64 calls, as in the paper's demo
-code.
+and as the final one. T = 10 with a window of 9 takes 64 function evaluations a trajectory in 64 calls, as in the
+paper's demo code.
 """
 
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class PlainRollout:
     """Final latents, (B, ...) each, by the number of SDE steps before them, and their costs."""
 
     ends: dict[int, Tensor] = field(default_factory=dict)
-    num_evaluations: int = 0
+    nfe: int = 0
     num_calls: int = 0
 
 
@@ -34,7 +34,7 @@ def plain_rollout(
     result, rows = PlainRollout(), torch.arange(len(initial_noise), device=initial_noise.device)
 
     def predict(latents: Tensor, step: int) -> Tensor:
-        result.num_evaluations += len(latents)
+        result.nfe += len(latents)
         result.num_calls += 1
         return velocity(latents, step, rows)
 

@@ -67,7 +67,7 @@ class Setting:
         rewards = [shapes_reward(images=images[number], prompts=self.prompts) for number in sorted(images)]
         shapes_reward(images=images[len(self.window)], prompts=self.prompts)  # the final image a second time
         clock.stop("score")
-        counts = {"evaluations": run.num_evaluations, "calls": run.num_calls, "decodes": len(images) * self.batch}
+        counts = {"evaluations": run.nfe, "calls": run.num_calls, "decodes": len(images) * self.batch}
         return {**clock.seconds, **counts, "scored": (len(images) + 1) * self.batch, "rewards": np.array(rewards).T}
 
     def sweep(self, completion: CompletionRule | None = EXACT) -> dict:
@@ -86,7 +86,7 @@ class Setting:
         clock.stop("decode")
         rewards = shapes_reward(images=images, prompts=[self.prompts[row] for row in run.rows])
         clock.stop("score")
-        counts = {"evaluations": run.num_evaluations, "calls": run.num_calls, "decodes": len(images)}
+        counts = {"evaluations": run.nfe, "calls": run.num_calls, "decodes": len(images)}
         return {**clock.seconds, **counts, "scored": len(images), "rewards": np.array(rewards)[run.image_of]}
 
     def ways(self) -> dict[str, Callable[[], dict]]:
@@ -241,7 +241,7 @@ def report(results: dict) -> str:
     by_setting = {(r["model"], r["steps"], r["window"], r["batch"], r["way"]): r for r in results["rows"]}
     lines = [
         "| model | T | K | batch | CPU, sweep / plain | model calls alone | wall | plain / Flow-GRPO "
-        "| sweep / Flow-GRPO | evaluations a trajectory | decoded | scored |",
+        "| sweep / Flow-GRPO | NFE a trajectory | decoded | scored |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (model, steps, window, batch, way), plain in by_setting.items():
@@ -281,7 +281,7 @@ def draw(results: dict, path: Path) -> None:
         xscale="log", xlabel="batch", ylabel="CPU seconds / those of the plain way", ylim=(0, 1), title="T = 10, K = 9"
     )
     right.axline((1e-2, 1e-2), (1, 1), color="grey", linewidth=0.8)
-    right.set(xlabel="CPU seconds predicted from calls and evaluations", ylabel="measured", title="All settings")
+    right.set(xlabel="CPU seconds predicted from calls and NFE", ylabel="measured", title="All settings")
     for axis in (left, right):
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)

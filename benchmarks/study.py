@@ -1,4 +1,4 @@
-"""What credit by step is worth on the testbed: the held-out reward of six methods by evaluations of the model.
+"""What credit by step is worth on the testbed: the held-out reward of six methods by function evaluations (NFE).
 
 The design is in the constants below, and was committed before the first reported run. The stages "rate" and "noise"
 choose the learning rate and the noise for the reference, with seeds and captions of their own; in the stage "heldout"
@@ -81,10 +81,10 @@ STAGES: dict[str, tuple[list[str], tuple[float, ...], Sequence[int], int]] = {
     "noise": (list(INSTRUMENT), (RATE,), (1000, 1001), BUDGET // 2),
     "heldout": (list(METHODS), (RATE,), SEEDS, BUDGET),
 }
-"""Methods, learning rates, seeds and evaluations of the three stages; the last is reported, on captions of its own."""
+"""Methods, learning rates, seeds and NFE of the three stages; the last is reported, on captions of its own."""
 
 MARGIN = 0.1  # of the reference's gain: a difference that is certainly smaller counts as none
-FORWARD_AND_BACKWARD = 3  # a transition that is trained on counts as so many evaluations
+FORWARD_AND_BACKWARD = 3  # a transition that is trained on counts as this many function evaluations
 IMAGES = {"tuning": 8, "mark": 4, "heldout": 28}  # of each caption
 
 
@@ -131,9 +131,9 @@ class Scores(TrainerCallback):
         self.spent["updates"] += 1
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        if "num_evaluations" not in logs:
+        if "nfe" not in logs:
             return  # the last log, of the whole run
-        self.spent["evaluations"] += logs["num_evaluations"] + FORWARD_AND_BACKWARD * logs["num_train_evaluations"]
+        self.spent["evaluations"] += logs["nfe"] + FORWARD_AND_BACKWARD * logs["nfe_train"]
         self.spent["images"] += logs["num_scored_images"]
         self.curve.append({**self.spent, "reward": logs["reward"]})
         control.should_training_stop |= self.spent["evaluations"] >= self.run.budget
@@ -328,7 +328,7 @@ def both_currencies(kept: Kept, base: dict, split: str) -> list[str]:
 
 def reaching_table(kept: Kept, base: dict) -> list[str]:
     """Evaluations until the mean held-out reward of a method's runs is the one that the reference ends at."""
-    lines = ["| method | evaluations to the reference's end | as a share of its own |", "|---|---|---|"]
+    lines = ["| method | NFE to the reference's end | as a share of its own |", "|---|---|---|"]
     reference = next((runs for (method, _), runs in kept.items() if method == REFERENCE), None)
     if reference is None:
         return lines
@@ -349,7 +349,7 @@ def resampled(runs: list[dict], generator: np.random.Generator) -> list[dict]:
 
 
 def shares(runs: list[dict], reference: list[dict], base: dict) -> float:
-    """Where the mean curve first reaches the reference's mean end, over the reference's evaluations; or infinity."""
+    """Where the mean curve first reaches the reference's mean end, over the reference's NFE; or infinity."""
     spent, rewards = mean_curve(runs, base)
     total, target = (values[-1] for values in mean_curve(reference, base))
     above = np.flatnonzero(rewards >= target)
@@ -408,14 +408,14 @@ def interval(values: Any) -> str:
 
 
 def draw(kept: Kept, base: dict, path: Path) -> None:
-    """Held-out reward by evaluations, a line a method, with every run's end."""
+    """Held-out reward by NFE, a line a method, with every run's end."""
     figure, axis = plt.subplots(figsize=(8, 4.5))
     for place, ((method, _), runs) in enumerate(kept.items()):
         spent, rewards = mean_curve(runs, base)
         axis.plot(spent / 1000, rewards, color=f"C{place}", marker="o", markersize=3, label=f"{method} ({len(runs)})")
         ends = [(run["curve"][-1]["evaluations"] / 1000, run["end"]["new"]["reward"]) for run in runs]
         axis.scatter(*zip(*ends, strict=True), color=f"C{place}", s=8, alpha=0.4)
-    axis.set(xlabel="model evaluations, thousands", ylabel="reward of held-out captions, ODE")
+    axis.set(xlabel="function evaluations (NFE), thousands", ylabel="reward of held-out captions, ODE")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, title="method (seeds)", title_fontsize=8)
     figure.tight_layout()
@@ -445,7 +445,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--methods", nargs="+", choices=[*METHODS, *INSTRUMENT], help="(default: those of the stage)")
     add("--learning_rates", type=float, nargs="+", help="(default: those of the stage)")
     add("--seeds", type=int, nargs="+", help="(default: those of the stage)")
-    add("--evaluations", type=float, help="of a run (default: those of the stage)")
+    add("--evaluations", type=float, help="function evaluations of a run (default: those of the stage)")
     add("--num_processes", type=int, default=2, help="runs at once (default: %(default)s)")
     add("--results", type=Path, default=RESULTS, help="(default: benchmarks/results/study)")
     add("--report", action="store_true", help="print the tables and draw the figure of what is there")

@@ -150,8 +150,8 @@ def test_a_file_of_version_0_1_0_with_another_scale_is_refused(tmp_path: Path) -
     options = {"r": 4, "lora_alpha": 16}
     save_as_version_0_1_0(adapted(tiny_sd3(), options, tmp_path), tmp_path)
     for change, message in {
-        ("lora_alpha", 5): "lora_alpha=16, the one that is trained 5",
-        ("use_rslora", True): "use_rslora=False, the one that is trained True",
+        ("lora_alpha", 5): "lora_alpha=16, the trained one has 5",
+        ("use_rslora", True): "use_rslora=False, the trained one has True",
     }.items():
         with pytest.raises(ValueError, match=message):
             load_weights(adapted(tiny_sd3(), options | dict([change]), tmp_path), tmp_path)

@@ -118,9 +118,7 @@ def test_a_resumed_run_has_the_same_weights_and_average(full: bool, tmp_path: Pa
         assert resumed.averaged.num_moves == 3
     shutil.rmtree(tmp_path / "whole/checkpoint-4/last")
     (tmp_path / "whole/checkpoint-4" / CHECKSUMS).unlink()  # which earlier versions did not write
-    with pytest.raises(
-        FileNotFoundError, match=r"checkpoint-4/last is missing: the weights that training goes on from"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-4/last is missing. It has the trained weights"):
         build(tmp_path / "lost", max_steps=6, **options).train(
             resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4")
         )

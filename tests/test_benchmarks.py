@@ -17,8 +17,8 @@ def test_benchmark_for_gpus_runs_at_reduced_depth(tmp_path: Path) -> None:
     assert [row["model"] for row in rows] == ["sd3.5-medium", "flux.1-dev"]
     for row in rows:
         assert "failed" not in row, ended.stderr[-3000:]
-        assert row["num_evaluations"] == 4 * (3 + 2 + 1)  # 3 steps, of which 2 are SDE steps with exact completions
-        assert row["num_train_evaluations"] == 4 * 2 * 2  # with the reference
+        assert row["nfe"] == 4 * (3 + 2 + 1)  # 3 steps, of which 2 are SDE steps with exact completions
+        assert row["nfe_train"] == 4 * 2 * 2  # with the reference
         assert row["loss_is_finite"]
         assert 0 <= row["ratio_deviation_before_the_first_update"] < 1e-5
         # the product is no upper bound

@@ -193,7 +193,7 @@ def test_fidelity_measures_prints_and_saves(tmp_path: Path, capsys) -> None:
     assert [row.split("`")[1] for row in rows] == ["one_step", "at_1_2_3", "exact_every_2", "exact"]
     assert rows[0].startswith("| `one_step` | 5.0 | 5.0 |") and "| 15.0 | 5.0 | 1.000 | 1.000 | 1.000 |" in rows[3]
     saved = {row["completion"]: row for row in json.loads((tmp_path / "out/fidelity.json").read_text())}
-    assert saved["one_step"]["evaluations"] == 5
+    assert saved["one_step"]["nfe"] == 5
     assert len(saved["at_1_2_3"]["correlation_by_step"]) == 4
     assert saved["one_step"]["correlation"] < saved["at_1_2_3"]["correlation"] <= 1
     assert min(Image.open(tmp_path / "out/fidelity.png").size) > 200
@@ -330,7 +330,7 @@ def test_prompts_of_a_file_are_held_out(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name in ("train", "test"):
         train.to_csv(tmp_path / f"folder/{name}.csv")
-    with pytest.raises(ValueError, match=r"--test_split_size is for a dataset of one split, .* \['train', 'test'\]"):
+    with pytest.raises(ValueError, match=r"--test_split_size is for a dataset with one split, .* \['train', 'test'\]"):
         read_prompts(str(tmp_path / "folder"), None, ["train"], None, 0.1)
 
 

@@ -55,7 +55,7 @@ def test_what_a_user_trusts_is_run_and_said(saved: Path, folder: Path, caplog) -
     with_index(saved, vae=["planted", "Evil"])
     with pytest.raises(AttributeError, match="Evil"):  # which has no from_pretrained
         load_pipeline(saved, trust_remote_code=True)
-    assert f"trust_remote_code: what {saved} brings along as Python is run" in caplog.text
+    assert f"trust_remote_code: Python code of {saved} is run" in caplog.text
 
 
 def test_settings_of_a_pipeline_are_no_classes(saved: Path, folder: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_recipe_that_names_code_says_whose_before_it_runs(folder: Path, caplog
     with pytest.raises(ValueError, match="--model_name_or_path is missing"):
         checks.check_training("train", ["--config", "fetched.yaml"])
     where = folder / "planted.py"
-    told = f"Code that fetched.yaml runs: reward_funcs planted.mine ({where}); credit planted.mine ({where}); "
+    told = f"Custom code in fetched.yaml: reward_funcs planted.mine ({where}); credit planted.mine ({where}); "
     assert told + "policy_class absent.Mine (not found); trust_remote_code (of the model's repository)." in caplog.text
     assert not list(folder.rglob("*.executed"))
     caplog.clear()

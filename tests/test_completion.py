@@ -95,7 +95,7 @@ def test_stops_lead_from_the_state_to_the_end(kind: str, number: int, num_steps:
 )  # fmt: skip
 def test_evaluations_of_ten_steps_with_a_window_of_nine(name: str, evaluations: int) -> None:
     result = rolled(window(0, 9), completion=rule(name))
-    assert (result.num_evaluations, result.num_calls) == (BATCH * evaluations, 10)
+    assert (result.nfe, result.num_calls) == (BATCH * evaluations, 10)
 
 
 def test_only_completions_at_a_stop_go_through_the_model() -> None:
@@ -135,7 +135,7 @@ def test_completions_equal_the_rule_carried_out_one_by_one(name: str) -> None:
 def test_rules_that_leave_nothing_out_are_exact(name: str) -> None:
     exact, result = rolled(window(0, 9)), rolled(window(0, 9), completion=rule(name))
     assert torch.equal(ends(result), ends(exact))
-    assert result.num_evaluations == exact.num_evaluations
+    assert result.nfe == exact.nfe
 
 
 def test_every_second_state_has_the_exact_image() -> None:
@@ -196,7 +196,7 @@ def test_what_a_group_shares_is_computed_once(start: int) -> None:
     assert torch.equal(together.log_probs, apart.log_probs)
     assert torch.equal(ends(together), ends(apart))
     saved = 2 * (start + 1) + 2 * (10 - start - 1)  # steps in common, and the completion of the first state
-    assert together.num_evaluations == apart.num_evaluations - saved
+    assert together.nfe == apart.nfe - saved
     assert len(together.final_latents) == len(apart.final_latents) - 2
 
 

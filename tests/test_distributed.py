@@ -55,7 +55,7 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     for name, value in one.items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], value, rtol=0, atol=1e-5)
-    for metric in ("reward", "num_evaluations", "turning_points/rate", "advantages/frac_zero"):
+    for metric in ("reward", "nfe", "turning_points/rate", "advantages/frac_zero"):
         values = [[entry[metric] for entry in entries if metric in entry] for entries in (history, other_history)]
         assert len(values[0]) >= 2
         torch.testing.assert_close(torch.tensor(values[1]), torch.tensor(values[0]), rtol=0, atol=1e-5)

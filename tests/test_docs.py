@@ -53,6 +53,19 @@ def test_public_names_are_on_the_page_of_the_api() -> None:
         assert hasattr(importlib.import_module(module), name) or importlib.import_module(path)
 
 
+def test_tables_of_settings_and_of_the_api_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    tables = importlib.import_module("tables")
+    for page, text in tables.pages().items():
+        assert page.read_text() == text, f"{page.name}: run `python docs/tables.py`"
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| (`.+?`) \| .+ \|", tables.settings(), re.MULTILINE)
+    own = [name for name in Config.__annotations__ if not name.startswith("_") and name != "derived"]
+    assert [name for name, _ in rows] == own and tables.PAPER.keys() <= set(own)
+    assert ("num_generations", "`24`") in rows and ("vae_slicing", "`False`") in rows
+    settings = ROOT / "docs/settings.md"
+    assert tables.filled(settings, tables.settings().replace("`24`", "`25`")) != settings.read_text()
+
+
 def test_commands_of_the_readme_are_targets_of_the_makefile() -> None:
     named = set(re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))
     assert named == {"demo", "test"}

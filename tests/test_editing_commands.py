@@ -135,12 +135,12 @@ def test_without_a_size_it_is_left_to_the_pipeline() -> None:
 
 PROMPT = "--prompt 'a red circle'"
 MISTAKES = {
-    f"{PROMPT}": "is a FluxKontextPipeline, which needs an image that it changes: give --image",
+    f"{PROMPT}": "is a FluxKontextPipeline, which needs an input image: set --image",
     f"{PROMPT} --image none.png": "--image: there is no file none.png: did you mean one.png?",
     f"{PROMPT} --image text.png": "--image: text.png cannot be read as an image: cannot identify image file",
     f"{PROMPT} --image half.png": "--image: half.png cannot be read as an image",
-    f"{PROMPT} --image one.png --image one.png": "--image is given 2 times for 1 prompts: give one, or one for each",
-    f"{PROMPT} --image one.png --height 16": "--height and --width go together where an image is changed",
+    f"{PROMPT} --image one.png --image one.png": "--image has 2 files for 1 prompts: use one, or one for each",
+    f"{PROMPT} --image one.png --height 16": "--height and --width belong together in editing",
     f"{PROMPT} --image one.png --height 16 --width 20": "width must be a multiple of 8 for this pipeline, got 20",
 }
 
@@ -162,7 +162,7 @@ def test_a_mistake_is_one_line(
 def test_a_model_of_texts_takes_no_image(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     options = ["--prompt", "a red circle", "--image", *files(tmp_path, pictures()[:1]), "--device", "cpu"]
     assert cli.main(["sample", "--model_name_or_path", "testbed", *options]) == 2
-    assert "is a StableDiffusion3Pipeline, which takes no image: leave out --image" in capsys.readouterr().err
+    assert "is a StableDiffusion3Pipeline, which uses no input image: leave out --image" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------- train and evaluate
@@ -302,7 +302,7 @@ def wrong(**changes: list) -> Dataset:
     ("dataset", "message"),
     [
         (wrong().remove_columns("image"), r"train_dataset needs a column 'image', .*, got \['prompt'\]"),
-        (wrong(image=["a.png", "b.png", "c.png"]), "must hold images, got str. Of paths dataset.cast_column"),
+        (wrong(image=["a.png", "b.png", "c.png"]), "must hold images, got str. For paths, use dataset.cast_column"),
         (wrong(image=[*pictures()[:2], None]), "train_dataset: the image of row 2 is missing"),
         (wrong(image=[None, *pictures()[:2]]).select([1, 2, 0]), "train_dataset: the image of row 2 is missing"),
     ],

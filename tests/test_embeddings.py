@@ -173,7 +173,7 @@ def test_encoders_are_dropped_once_all_is_encoded(tmp_path: Path) -> None:
     assert trainer.policy.text_encoders() == {}
     trainer.train()
     trainer.evaluate()
-    with pytest.raises(ValueError, match=f"{PROMPTS[5]!r} has not been encoded before"):
+    with pytest.raises(ValueError, match=f"{PROMPTS[5]!r} was not encoded in advance"):
         trainer.evaluate(prompts(6))
 
 

@@ -174,7 +174,7 @@ def test_the_command_evaluates_at_that_size(tmp_path: Path) -> None:
     assert (settings["height"], settings["width"]) == (16, 32)
     files = sorted((tmp_path / "out/evaluation/base").iterdir())
     assert [Image.open(file).size for file in files] == [(32, 16)] * 2
-    with pytest.raises(ValueError, match="was begun with height=16, and now it is 32"):
+    with pytest.raises(ValueError, match="was started with height=16, but it is now 32"):
         evaluate.main([*options(tmp_path, **reward, num_generations_eval=1), "--num_prompts", "2"])
 
 

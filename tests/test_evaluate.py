@@ -231,20 +231,20 @@ def test_other_settings_and_other_weights_are_refused_by_name(adapter: str, tmp_
     evaluate.main(arguments)
     evaluate.main([*arguments, "--learning_rate", "1", "--max_steps", "9"])  # nothing to an evaluation
     for changes, message in (
-        (["--num_inference_steps_eval", "3"], "begun with num_inference_steps_eval=4, and now it is 3"),
-        (["--num_prompts", "8"], "begun with num_prompts=4, and now it is 8"),
-        (["--sampler", "sde"], "begun with sampler='ode', and now it is 'sde'"),
+        (["--num_inference_steps_eval", "3"], "started with num_inference_steps_eval=4, but it is now 3"),
+        (["--num_prompts", "8"], "started with num_prompts=4, but it is now 8"),
+        (["--sampler", "sde"], "started with sampler='ode', but it is now 'sde'"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate.main([*arguments, *changes])
     prompt_dataset("tuning", 8).to_json(tmp_path / "data/test.jsonl")
-    with pytest.raises(ValueError, match="begun with prompts='"):
+    with pytest.raises(ValueError, match="started with prompts='"):
         evaluate.main(arguments)
     prompt_dataset("heldout", 8).to_json(tmp_path / "data/test.jsonl")
     other = tmp_path / "other"
     trained(options(other.parent, "other", output_dir=str(other), learning_rate=2e-2, save_strategy="no"))
     shutil.copy(other / LORA_FILE, copied)
-    with pytest.raises(ValueError, match=f"begun with {copied}='.*choose another --output_dir, or delete"):
+    with pytest.raises(ValueError, match=f"started with {copied}='.*choose another --output_dir, or delete"):
         evaluate.main(arguments)
 
 
@@ -295,8 +295,8 @@ def test_weights_of_an_interrupted_run_are_those_of_its_newest_whole_checkpoint(
     run = tmp_path / "out"
     (run / "checkpoint-3" / INCOMPLETE).touch()
     assert sample.find_weights(str(run)) == str(run / "checkpoint-2")
-    assert f"{run} has no weights of its own" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match="checkpoint-3 was not written to its end"):
+    assert f"{run} has no weights; using its newest checkpoint" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="checkpoint-3 is incomplete"):
         sample.find_weights(str(run / "checkpoint-3"))
     assert sample.find_weights(str(run / "checkpoint-1")) == str(run / "checkpoint-1")
     assert sample.find_weights("someone/an-adapter") == "someone/an-adapter"
@@ -321,8 +321,8 @@ def test_weights_of_an_interrupted_run_are_those_of_its_newest_whole_checkpoint(
         (["--dataset_test_split", "tests"], "no split 'tests'.*--dataset_test_split"),
         (["--num_prompts", "0"], "--num_prompts must be at least 1, got 0"),
         (["--bf16_full_eval", "true"], "bf16_full_eval is not supported"),
-        (["--adapter", "{whole}"], "has all weights of a transformer: leave out --use_peft"),
-        (["--adapter", "{whole}", "{lora}", "--use_peft", "false"], "evaluate LoRAs by themselves"),
+        (["--adapter", "{whole}"], "has the full weights of a transformer: leave out --use_peft"),
+        (["--adapter", "{whole}", "{lora}", "--use_peft", "false"], "evaluate LoRAs in another call"),
         (
             ["--lerning_rate", "1"],
             "Unknown options: --lerning_rate. See trl-tpgrpo evaluate --help",

@@ -139,10 +139,10 @@ def test_a_rule_that_needs_no_completions_costs_what_flow_grpo_does(tmp_path: Pa
     for credit in ("outcome", final_reward):
         trainer = build(tmp_path, credit=credit, max_steps=1)
         trainer.train()
-        counts[credit] = logged(trainer, "num_evaluations"), logged(trainer, "advantages/std"), trained(trainer)
+        counts[credit] = logged(trainer, "nfe"), logged(trainer, "advantages/std"), trained(trainer)
     assert counts["outcome"][:2] == counts[final_reward][:2]
     assert_same(counts["outcome"][2], counts[final_reward][2])
-    with pytest.raises(ValueError, match="credit='test_from_outside.final_reward' computes no completions: leave out"):
+    with pytest.raises(ValueError, match="credit='test_from_outside.final_reward' uses no completions: leave out"):
         config(tmp_path, credit=final_reward, completion="euler_4")
 
 
@@ -176,16 +176,16 @@ class Callable_:
 @pytest.mark.parametrize(
     ("credit", "message"),
     [
-        (lambda rewards, rule: rewards, "cannot be found again as .*<lambda>: define it at the top of a module"),
-        (functools.partial(final_reward), "credit: functools.partial.* cannot be found again"),
-        (Callable_(), "cannot be found again"),
+        (lambda rewards, rule: rewards, "cannot be imported as .*<lambda>: define it at the top level of a module"),
+        (functools.partial(final_reward), "credit: functools.partial.* cannot be imported as"),
+        (Callable_(), "cannot be imported as"),
         ("turning", r"credit must be one of \('outcome', .*\), or an import path .*: did you mean turning_point\?"),
         ("my_rules.discount", "'my_rules' has no credit 'discount': did you mean discounted"),
-        ("my_rules:GAMMA", "credit: my_rules.GAMMA is neither a function nor a class, but 0.9"),
+        ("my_rules:GAMMA", "credit: my_rules.GAMMA must be a function or a class, got 0.9"),
         ("no_rules.discounted", "The module of the credit 'no_rules.discounted' cannot be imported"),
         (
             takes_rewards_alone,
-            r"credit: test_from_outside.takes_rewards_alone must be a function of \(rewards, rule\), no class: too",
+            r"credit: test_from_outside.takes_rewards_alone must be a function of \(rewards, rule\), not a class: too",
         ),
     ],
 )
@@ -246,7 +246,7 @@ def test_a_policy_class_of_a_file_by_the_command_line(files: Path, capsys: pytes
     call = ["--config", path, *SMALL, "--save_strategy", "steps", "--save_steps", "1"]
     assert cli.main(["train", *call]) == 2
     assert "StableDiffusion3PAGPipeline is not supported" in (said := capsys.readouterr().err)
-    assert "A policy_class of your own may serve another" in said
+    assert "For another pipeline, write a policy_class" in said
     assert cli.main(["train", *call, "--policy_class", "my_policies.py:MyPolicy"]) == 0
     assert "policy_class: my_policies.MyPolicy" in "".join(capsys.readouterr())
     assert "- `policy_class`: my_policies.MyPolicy\n" in (files / "out/README.md").read_text()
@@ -273,10 +273,10 @@ def test_a_policy_class_in_python(tmp_path: Path) -> None:
 def test_a_policy_class_that_does_not_fit_is_refused(files: Path, tmp_path: Path) -> None:
     for path, message in {
         "my_rules.discounted": "policy_class must be a subclass of trl_tpgrpo.policies.base.FlowPolicy, got <function",
-        "my_policies.Nameless": "Nameless must name the class of its pipelines as pipeline_class",
+        "my_policies.Nameless": "Nameless must set pipeline_class to the class of its pipelines",
         "my_policies.Unguided": "Unguided.default_guidance must be a dict of options of the pipeline",
         "my_policies.MyPolicy": "MyPolicy serves StableDiffusion3PAGPipeline, and the pipeline is a FluxPipeline",
-        "test_from_outside.FlowPolicy": "FlowPolicy must name the class of its pipelines",
+        "test_from_outside.FlowPolicy": "FlowPolicy must set pipeline_class to the class of its pipelines",
     }.items():
         with pytest.raises(ValueError, match=message):
             build(tmp_path, tiny_flux(), policy_class=path)

@@ -82,7 +82,7 @@ def test_a_reward_that_all_images_satisfy_is_noticed(tmp_path: Path, caplog) -> 
     spreads, rewards = logged(trainer, "reward_group_std"), logged(trainer, "reward")
     assert spreads[-1] < 0.005 < spreads[0]
     assert rewards[-1] > rewards[0] + 0.1
-    assert "all images please the reward alike. Look at them" in caplog.text
+    assert "all images get similar rewards. Look at them" in caplog.text
     assert logged(trainer, "guard_rails/solved_or_hacked")
 
 
@@ -126,7 +126,7 @@ def test_skip_leaves_the_weights_to_the_bit_and_ends_a_run_that_gets_nowhere(tmp
     assert_same(before, trained(trainer))
     trainer, _ = run_into("skip", tmp_path, max_steps=MOST_SKIPPED + 2)
     with pytest.raises(
-        GuardRailError, match=f"{MOST_SKIPPED} updates in a row were skipped; the last problem: the predicted"
+        GuardRailError, match=f"{MOST_SKIPPED} updates in a row were skipped. The last problem: the predicted"
     ):
         trainer.train()
     assert trainer.state.global_step == MOST_SKIPPED
@@ -161,7 +161,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(tmp_path:
         lambda grad: grad * math.nan
     )
     with pytest.raises(
-        FloatingPointError, match="gradient's norm at update 0 is nan, of a finite loss: nothing has been updated"
+        FloatingPointError,
+        match="gradient's norm at update 0 is nan, with a finite loss. The weights were not updated",
     ):
         trainer.train()
     assert_same(before, trained(trainer))
@@ -240,14 +241,14 @@ def test_problems_of_a_rollout(changes: dict[str, float], names: list[str], tmp_
         (
             {"reward": 1e8, "reward_group_std": 0.0, "frac_reward_zero_std": 1.0},
             "nothing_trained",
-            "in steps of 8: if",
+            "numbers is 8: if",
         ),
-        ({"reward_group_std": 0.0, "frac_reward_zero_std": 1.0}, "nothing_trained", "All images of a prompt have the"),
-        ({}, "nothing_trained", "differ by 0.25 (standard deviation), but the credit of each step is the same"),
+        ({"reward_group_std": 0.0, "frac_reward_zero_std": 1.0}, "nothing_trained", "All images of a prompt have"),
+        ({}, "nothing_trained", "differ by 0.25 (standard deviation), but each step has equal credit"),
         (
             {"reward": 1e8, "reward_group_std": 40.0, "advantages/frac_zero": 0.1},
             "reward_offset",
-            "in steps of 8. Subtra",
+            "numbers is 8 at",
         ),
         ({"reward": 1e8, "reward_group_std": 90.0, "advantages/frac_zero": 0.1}, None, ""),
         ({"reward": 9e2, "reward_group_std": 1e-4, "advantages/frac_zero": 0.1}, None, ""),  # credit knows no less
@@ -274,7 +275,7 @@ def test_a_run_that_trains_nothing_says_so(tmp_path: Path, caplog) -> None:
 
     for folder, reward, changes, reason in (
         ("offset", far_away, {"beta": 0.0}, "nothing is trained. The rewards are about 1e"),
-        ("credit", brightness, {"credit": no_credit}, "nothing is trained but by the KL divergence. The rewards of a"),
+        ("credit", brightness, {"credit": no_credit}, "trained except by the KL divergence. The rewards of a"),
     ):
         caplog.clear()
         trainer = TPGRPOTrainer(tiny_sd3(), reward, config(tmp_path / folder, max_steps=4, **changes), prompts())
@@ -340,4 +341,4 @@ def test_hacking_is_seen_in_a_run(tmp_path: Path, caplog) -> None:
     with caplog.at_level(logging.WARNING, module.__name__):
         trainer.train()
     assert set(trainer.guard_rails.first_evaluations) == {"eval_some", "eval_others"}
-    assert any("falling, which is not, has fallen by" in record.getMessage() for record in caplog.records)
+    assert any("falling, which is not trained on, has fallen by" in record.getMessage() for record in caplog.records)

@@ -38,8 +38,8 @@ def compiled(pipeline: DiffusionPipeline) -> None:
 
 CHANGES: dict[str, tuple[Callable[[DiffusionPipeline], object], str]] = {
     "wrapped": (wrapped, "is wrapped in DataParallel"),
-    "compiled": (compiled, "is compiled, which compile_backend"),
-    "compiled in place": (lambda pipeline: pipeline.transformer.compile(backend="eager"), "is compiled, which"),
+    "compiled": (compiled, "is compiled \\(use compile_backend"),
+    "compiled in place": (lambda pipeline: pipeline.transformer.compile(backend="eager"), "is compiled \\(use"),
     "compiled blocks": (
         lambda pipeline: pipeline.transformer.transformer_blocks[0].compile(backend="eager"), "compile_backend",
     ),

@@ -84,7 +84,7 @@ def test_values_that_raise_are_the_functions_failure() -> None:
     def lazy(images, **columns: object) -> list[object]:
         return [Value()] * len(images)
 
-    with pytest.raises(RewardError, match="'lazy' returned what raises SystemExit as a number: 1"):
+    with pytest.raises(RewardError, match="'lazy' returned a value whose conversion to a number raises SystemExit: 1"):
         Scorer().start([lazy], BATCH, {}).result()
 
 

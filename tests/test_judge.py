@@ -133,21 +133,21 @@ def test_questions_are_scored_by_the_share_of_expected_answers() -> None:
 @pytest.mark.parametrize(
     ("unusable", "message"),
     [
-        (completion("very good"), "it said 'very good', no JSON"),
-        (completion('```json\n{"score": 3}\n```'), "no JSON"),
-        (completion(None), "it said None, no JSON"),
-        (completion({"score": 5.5}), "it said 5.5, no number from 1 to 5"),
-        (completion({"score": 0}), "it said 0, no number from 1 to 5"),
-        (completion({"score": "3"}), "it said '3', no number"),
-        (completion({"score": True}), "it said True, no number"),
-        (completion('{"score": NaN}'), "it said nan, no number"),
-        (completion({"rating": 3}), "no object with the field 'score' alone"),
-        (completion({"score": 3, "why": "nice"}), "no object with the field 'score' alone"),
-        (completion([3]), "no object with the field 'score' alone"),
-        (completion('{"score": 4', "length"), "cut off after max_tokens=64"),
-        (as_json({"choices": []}), "no chat completion"),
-        ((200, {}, b"<html>"), "no chat completion but '<html>'"),
-        ((200, {"Content-Type": "application/json"}, b"<html>"), "no chat completion but '<html>'"),
+        (completion("very good"), "it said 'very good', not JSON"),
+        (completion('```json\n{"score": 3}\n```'), "not JSON"),
+        (completion(None), "it said None, not JSON"),
+        (completion({"score": 5.5}), "it said 5.5, not a number from 1 to 5"),
+        (completion({"score": 0}), "it said 0, not a number from 1 to 5"),
+        (completion({"score": "3"}), "it said '3', not a number"),
+        (completion({"score": True}), "it said True, not a number"),
+        (completion('{"score": NaN}'), "it said nan, not a number"),
+        (completion({"rating": 3}), "not an object with only the field 'score'"),
+        (completion({"score": 3, "why": "nice"}), "not an object with only the field 'score'"),
+        (completion([3]), "not an object with only the field 'score'"),
+        (completion('{"score": 4', "length"), "truncated at max_tokens=64"),
+        (as_json({"choices": []}), "not a chat completion"),
+        ((200, {}, b"<html>"), "not a chat completion: '<html>'"),
+        ((200, {"Content-Type": "application/json"}, b"<html>"), "not a chat completion: '<html>'"),
     ],
 )
 def test_answers_that_are_no_score_are_asked_for_again_and_then_an_error(unusable: Reply, message: str) -> None:
@@ -222,7 +222,7 @@ def test_an_answer_that_drips_forever_ends_with_the_timeout_in_the_check_too() -
     [
         (
             (200, {"Content-Encoding": "gzip"}, gzip.compress(bytes(2**20))),
-            "Content-Encoding 'gzip', which it was not",
+            "Content-Encoding 'gzip', which was not requested",
         ),
         ((200, {}, b" " * (16 * 2**20 + 1)), "with more than 16777216 bytes"),
         ((418, {"Content-Encoding": "gzip"}, gzip.compress(b"tea")), "with status 418"),
@@ -334,7 +334,7 @@ def test_a_template_with_an_unknown_name_says_what_there_is() -> None:
     with scripted(by_redness) as server:
         judge = VLMJudge(f"{server.url}/v1", "a-model", "Is this {style}?", name="style")
         assert judge.__name__ == "style"
-        with pytest.raises(ValueError, match=r"template has \{style\}; there is only \['prompt', 'colour'\]"):
+        with pytest.raises(ValueError, match=r"template has \{style\}, but the values are \['prompt', 'colour'\]"):
             ask(judge, [shade(0)], colour=["red"])
 
 
@@ -343,16 +343,16 @@ def test_a_template_with_an_unknown_name_says_what_there_is() -> None:
     [
         (
             {"template": "beauty"},
-            r"template must be one of \['quality', 'alignment', 'yes_no', .*\] or a text, got 'beauty'",
+            r"template must be one of \['quality', 'alignment', 'yes_no', .*\] or a text with a .*, got 'beauty'",
         ),
         ({"low": 5.0}, "low must be below high, got 5.0 and 5.0"),
         ({"max_tokens": 0}, "max_tokens must be 1 or more"),
         ({"num_retries": -1}, "num_retries must be 0 or more"),
         ({"timeout": 0}, "timeout must be above 0 seconds"),
         ({"concurrency": 0}, "concurrency must be 1 or more"),
-        ({"base_url": "host:8000"}, "base_url must be an URL"),
-        ({"base_url": "http://user:secret@host"}, "base_url must be an URL .* without user, password and query.$"),
-        ({"api_key_env": "NO_SUCH_KEY"}, "api_key_env names the environment variable 'NO_SUCH_KEY', which is not set"),
+        ({"base_url": "host:8000"}, "base_url must be a URL"),
+        ({"base_url": "http://user:secret@host"}, "base_url must be a URL .* without user, password and query.$"),
+        ({"api_key_env": "NO_SUCH_KEY"}, "api_key_env: the environment variable 'NO_SUCH_KEY' is not set"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict, message: str) -> None:

@@ -151,7 +151,7 @@ def test_an_offloaded_reference_changes_no_weight(changes: dict, tmp_path: Path)
         run.train()
     assert_same(*map(trained, runs))
     assert logged(runs[0], "kl") == logged(runs[1], "kl")
-    assert logged(runs[0], "num_train_evaluations") == logged(runs[1], "num_train_evaluations")
+    assert logged(runs[0], "nfe_train") == logged(runs[1], "nfe_train")
 
 
 def decoded(policy: FlowPolicy, latents: torch.Tensor) -> torch.Tensor:
@@ -247,7 +247,7 @@ def test_recomputed_log_probs_make_the_ratio_one(tmp_path: Path) -> None:
         )
         trainer.train()
         deviations.append(logged(trainer, "ratio/max_deviation"))
-        evaluations.append(sum(logged(trainer, "num_train_evaluations")))
+        evaluations.append(sum(logged(trainer, "nfe_train")))
     assert deviations[0][0] > 1e-6 and deviations[1][0] == 0.0
     assert deviations[1][1] > 0  # the second update's policy has moved
     assert evaluations[1] == evaluations[0] + 4 * 3  # the transitions of the second update alone
@@ -313,7 +313,7 @@ def test_options_that_cannot_work_are_refused(tmp_path: Path) -> None:
         lambda: build(tmp_path, attention_backend="_native_math"): "no effect on SD3Transformer2DModel",
         lambda: build(tmp_path, tiny_flux(), attention_backend="flush"): "attention_backend='flush' cannot be used",
         lambda: build(tmp_path, tiny_flux(), attention_backend="_native_cudnn"): "cuDNN's gradients are wrong",
-        lambda: build(tmp_path, quantization="int8"): "quantization is for a model given by name",
+        lambda: build(tmp_path, quantization="int8"): "quantization needs a model given by name",
         lambda: build(tmp_path, quantization="int3"): "quantization must be one of",
         lambda: build(tmp_path, offload_reference=True): "offload_reference is for full fine-tuning",
         lambda: build(tmp_path, full=True, beta=0.0, offload_reference=True): "there is no reference model",
@@ -325,7 +325,7 @@ def test_options_that_cannot_work_are_refused(tmp_path: Path) -> None:
 
 def test_a_quantized_base_needs_an_adapter(folder: Path, tmp_path: Path) -> None:
     settings = {"quantization": "int8", "model_init_kwargs": {"dtype": "bfloat16"}}
-    with pytest.raises(ValueError, match="cannot be trained itself: pass a peft_config"):
+    with pytest.raises(ValueError, match="Quantised weights cannot be trained: pass a peft_config"):
         TPGRPOTrainer(str(folder), brightness, config(tmp_path, **settings), prompts())
 
 
@@ -343,7 +343,7 @@ def test_llm_int8_is_refused_with_the_reason(tmp_path: Path) -> None:
     pipeline = tiny_sd3(dtype=torch.bfloat16)
     pipeline.transformer.quantization_method = "bitsandbytes"
     pipeline.transformer.register_to_config(quantization_config=type("Config", (), {"load_in_8bit": True})())
-    with pytest.raises(ValueError, match="compute otherwise in training than in evaluation"):
+    with pytest.raises(ValueError, match="compute differently in training than in rollouts"):
         build(tmp_path, pipeline)
 
 
@@ -386,7 +386,7 @@ def test_a_rollout_in_several_sweeps_is_the_same(changes: dict, tmp_path: Path, 
         runs.append(run)
         images.append(seen)
     assert_same(*map(trained, runs))
-    assert logged(runs[0], "num_evaluations") == logged(runs[1], "num_evaluations")
+    assert logged(runs[0], "nfe") == logged(runs[1], "nfe")
     assert len(images[1]) == 3 * len(images[0]) and sum(images[1]) == sum(images[0])
 
 

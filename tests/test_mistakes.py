@@ -65,7 +65,7 @@ def test_ctrl_c_and_a_closed_pipe_have_no_traceback(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(cli, "run", fail)
         monkeypatch.setattr(os, "dup2", lambda *_: None)
         assert cli.main(["evaluate"]) == status
-    assert capfd.readouterr().err == "trl-tpgrpo evaluate: interrupted; the same command goes on\n"
+    assert capfd.readouterr().err == "trl-tpgrpo evaluate: interrupted; run the same command to continue\n"
 
 
 def test_what_is_no_mistake_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

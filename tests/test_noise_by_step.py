@@ -122,7 +122,7 @@ CPS = {"noise_level": [0.5, 1.5, 0.5], "num_inference_steps": 4}
 WRONG = [
     (
         {"noise_level": [0.7] * 8},
-        r"or 9 numbers, of each step of sde_window_range \[0, 9\), got 8: \[0.7, ",
+        r"or 9 numbers, one per step of sde_window_range \[0, 9\), got 8: \[0.7, ",
     ),
     ({"noise_level": []}, "one number or 9 numbers"),
     (
@@ -130,8 +130,8 @@ WRONG = [
         r"2 numbers, .* sde_window_range \[1, 3\), got 3",
     ),
     ({"noise_level": [0.5, 0.0, 0.5]}, r"noise_level must be at least 0.0001, got \[0.5, 0.0, 0.5\]"),
-    ({"noise_level": [0.5, float("nan")]}, "noise_level must be a finite number or a list, of a finite number each"),
-    ({"noise_level": "0.5"}, "noise_level must be a finite number or a list, of a finite number each"),
+    ({"noise_level": [0.5, float("nan")]}, "noise_level must be a finite number or a list, each a finite number"),
+    ({"noise_level": "0.5"}, "noise_level must be a finite number or a list, each a finite number"),
     (CPS, r"at most 1 under cps, got \[0.5, 1.5, 0.5\]"),
     ({"noise_calibration_iterations": -1}, "noise_calibration_iterations must be at least 0"),
     ({"noise_calibration_iterations": 1, "noise_calibration_step": 0.0}, "noise_calibration_step must be above 0"),
@@ -278,11 +278,11 @@ def test_calibration_costs_what_the_plan_says_and_repeats(tmp_path: Path) -> Non
         for limits, size in ((whole, None), (drawn, 2))
     ]
     expected = 2 * counted[0] + counted[1]
-    assert logged(first, "num_evaluations") == [expected]
+    assert logged(first, "nfe") == [expected]
 
 
 def test_only_a_training_calibrates_and_others_say_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"whose first rollout it precedes: set it to 0 here, and noise_level to"):
+    with pytest.raises(ValueError, match=r"before the first rollout: set it to 0 here, and noise_level to"):
         build(tmp_path, **CALIBRATES).rollouts.windows.draw(0)
 
 
@@ -300,7 +300,7 @@ def test_the_plan_tells_of_the_calibration(capsys: pytest.CaptureFixture[str]) -
     options = {**sizes, "output_dir": "unused", "use_cpu": "true", "noise_calibration_iterations": 7}
     named = [item for name, value in options.items() for item in (f"--{name}", str(value))]
     plan.main(["--model_name_or_path", "testbed", *named])
-    told = "noise_calibration_iterations: each adds 120 evaluations and 40 images, 7 times."
+    told = "noise_calibration_iterations: each adds 120 NFE and 40 images, 7 times."
     assert told in capsys.readouterr().out
 
 

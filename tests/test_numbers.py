@@ -44,7 +44,7 @@ def test_weights_of_any_size_and_dtype_are_looked_at(dtype: torch.dtype) -> None
 def test_rewards_have_squares_in_float32() -> None:
     largest = checked(brightness, [LARGEST_REWARD, -LARGEST_REWARD], ["a", "b"], [])
     assert largest.square().isfinite().all()
-    with pytest.raises(RewardError, match=r"returned 1e\+20, beyond 1.8e\+19, above which squares overflow for row 1"):
+    with pytest.raises(RewardError, match=r"1e\+20, above 1.8e\+19 in size \(its square overflows\) for row 1"):
         checked(brightness, [1, 1e20], ["a", "b"], [])
 
 

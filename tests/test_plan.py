@@ -57,13 +57,13 @@ RECIPES = ROOT / "examples/recipes"
 # ---------------------------------------------------------------------------------------------------------- the counts
 
 
-EVALUATIONS, CALLS, IMAGES = "evaluations in sampling", "model calls in sampling", "images decoded and scored"
-TRAIN_EVALUATIONS = "evaluations in training"
+NFE, CALLS, IMAGES = "NFE in sampling", "model calls in sampling", "images decoded and scored"
+TRAIN_NFE = "NFE in training"
 
 
 def total(trainer: TPGRPOTrainer, name: str) -> float:
     """Return the sum over a whole run."""
-    return sum(logged(trainer, f"num_{name}"))
+    return sum(logged(trainer, name))
 
 
 CASES = {
@@ -92,16 +92,16 @@ def test_counts_are_those_that_a_run_logs(name: str, family, tmp_path: Path, mon
     trainer.train()
     counts = count(trainer.args, len(trainer.train_dataset))
     rollouts = counts.num_rollouts
-    evaluations = sum(total(trainer, name) for name in ("evaluations", "train_evaluations"))
+    nfe = total(trainer, "nfe") + total(trainer, "nfe_train")
     at_most = "" if trainer.args.beta else "at most "
-    assert capsys.readouterr().out.splitlines()[1].endswith(f"rollouts, {at_most}{evaluations:,.0f} evaluations")
+    assert capsys.readouterr().out.splitlines()[1].endswith(f"rollouts, {at_most}{nfe:,.0f} function evaluations")
     assert trainer.state.global_step == counts.num_updates
     for name, counted in (
-        ("evaluations", EVALUATIONS),
-        ("calls", CALLS),
-        ("decoded_images", IMAGES),
-        ("scored_images", IMAGES),
-        ("train_evaluations", TRAIN_EVALUATIONS),
+        ("nfe", NFE),
+        ("num_calls", CALLS),
+        ("num_decoded_images", IMAGES),
+        ("num_scored_images", IMAGES),
+        ("nfe_train", TRAIN_NFE),
     ):
         assert [total(trainer, name)] == [rollouts * number for number in counts.rollout[counted]]
 
@@ -113,9 +113,9 @@ def test_counts_of_evaluations_are_those_that_a_run_logs(options: dict, tmp_path
     trainer = build(tmp_path, eval_dataset=prompts(3), **changes)
     trainer.train()
     images = count_evaluated(trainer.args, 5, 3)
-    logs = [entry for entry in trainer.state.log_history if "eval_num_evaluations" in entry]
+    logs = [entry for entry in trainer.state.log_history if "eval_nfe" in entry]
     assert sum(entry["eval_num_scored_images"] for entry in logs) == images
-    assert sum(entry["eval_num_evaluations"] for entry in logs) == 3 * images
+    assert sum(entry["eval_nfe"] for entry in logs) == 3 * images
     assert count_evaluated(trainer.args, None, None) == (0 if options.get("eval_strategy") else None)
 
 
@@ -125,26 +125,26 @@ def test_counts_of_a_random_window_are_a_mean_and_a_range(tmp_path: Path) -> Non
     args = trainer.args
     drawn = [trainer.rollouts.windows.draw(generation) for generation in range(8)]
     fixed = [changed(args, {"sde_window_range": [window.start, window.stop]}) for window in drawn]
-    assert logged(trainer, "num_evaluations") == [count(each).rollout[EVALUATIONS][0] for each in fixed]
-    assert len(set(logged(trainer, "num_evaluations"))) > 1
-    evaluations = count(args).rollout[EVALUATIONS]
-    assert (min(evaluations), sum(evaluations) / len(evaluations), max(evaluations)) == (4 * 9, 4 * 12, 4 * 15)
+    assert logged(trainer, "nfe") == [count(each).rollout[NFE][0] for each in fixed]
+    assert len(set(logged(trainer, "nfe"))) > 1
+    nfe = count(args).rollout[NFE]
+    assert (min(nfe), sum(nfe) / len(nfe), max(nfe)) == (4 * 9, 4 * 12, 4 * 15)
 
 
 def test_a_measured_window_takes_at_most_what_is_said(tmp_path: Path) -> None:
     trainer = build(tmp_path, sde_window_share=0.5, num_inference_steps=6, share_initial_noise=True)
     trainer.train()
     counts = count(trainer.args).rollout
-    first, second = logged(trainer, "num_evaluations")
+    first, second = logged(trainer, "nfe")
     assert [first - second] == count_sampling(trainer.args, 4, EXACT)[0]
-    assert second <= counts[EVALUATIONS][0]
-    assert logged(trainer, "num_train_evaluations")[1] <= counts[TRAIN_EVALUATIONS][0]
+    assert second <= counts[NFE][0]
+    assert logged(trainer, "nfe_train")[1] <= counts[TRAIN_NFE][0]
 
 
 def test_checks_of_completions_are_counted(tmp_path: Path) -> None:
     trainer = build(tmp_path, completion="one_step", completion_check_every=2)
     trainer.train()
-    first, second = logged(trainer, "num_evaluations")
+    first, second = logged(trainer, "nfe")
     assert [first - second] == count_sampling(trainer.args, 2, EXACT)[0]
 
 
@@ -249,9 +249,9 @@ def test_other_families_are_planned(build: Callable, length: int, tmp_path: Path
 
 def test_what_is_no_pipeline_is_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="holds no model_index.json"):
+    with pytest.raises(ValueError, match="has no model_index.json"):
         architecture_folder(tmp_path)
-    with pytest.raises(ValueError, match="'nobody/nothing' is no folder, and its config files cannot be fetched"):
+    with pytest.raises(ValueError, match="'nobody/nothing' is not a folder, and its configs cannot be downloaded"):
         architecture_folder("nobody/nothing")
 
 
@@ -319,15 +319,15 @@ def test_flops_of_training_are_near_those_of_a_backward_pass(full: bool, checkpo
 
 def test_flops_of_a_rollout_are_those_of_its_phases() -> None:
     """Two transitions, each trained on twice, with the reference's velocity once."""
-    names = [EVALUATIONS, IMAGES, "transitions trained on", TRAIN_EVALUATIONS]
+    names = [NFE, IMAGES, "transitions trained on", TRAIN_NFE]
     counts = Counts(dict(zip(names, ([10, 20], [3], [2], [2 * 2 + 2]), strict=True)), 1, 7, 7)
     phases = Flops(evaluation=1000, image=10, transition=3000).of_rollout(counts, num_iterations=2)
     assert phases == {"sampling": 15 * 1000, "decoding": 3 * 10, "training": 4 * 3000 + 2 * 1000}
 
 
 def test_hours_are_flops_over_the_stated_share_of_the_peak(tmp_path: Path) -> None:
-    names = [EVALUATIONS, IMAGES, "transitions trained on", TRAIN_EVALUATIONS]
-    counts = Counts(dict.fromkeys(names, [0]) | {EVALUATIONS: [10]}, 1, 4, 4)
+    names = [NFE, IMAGES, "transitions trained on", TRAIN_NFE]
+    counts = Counts(dict.fromkeys(names, [0]) | {NFE: [10]}, 1, 4, 4)
     flops = Flops(evaluation=10**17, image=10**15, transition=0)
     args = PlannedConfig(str(tmp_path), num_processes=2, num_inference_steps_eval=5)
     rollout, run = row("\n".join(time_rows(args, counts, 2, flops, ["H100"], flops)), "hours on H100")
@@ -611,8 +611,8 @@ def test_the_command_plans_the_testbed_without_its_weights(tmp_path: Path, capsy
         })
     )  # fmt: skip
     text = planned(capsys, "--config", str(recipe), "--gpu", "24GB", "--optim", "sgd")
-    assert "2 processes" in text and "it fits into 24 GiB" in text
-    assert row(text, "evaluations in sampling") == [f"{32 * 55:,}", f"{32 * 55 * 5:,}"]
+    assert "2 processes" in text and "it fits in 24 GiB" in text
+    assert row(text, "NFE in sampling") == [f"{32 * 55:,}", f"{32 * 55 * 5:,}"]
     assert row(text, "updates") == ["2", "10"]
     assert row(text, "CUDA context") == ["1.00"] * 5
 
@@ -634,18 +634,18 @@ def test_the_command_knows_datasets_on_this_machine_alone(tmp_path: Path, capsys
     ]
     known = planned(capsys, *options, "--dataset_name", str(tmp_path / "data"))
     assert row(known, "rollouts") == ["6"]
-    assert "The length of the run is not known" in planned(capsys, *options, "--dataset_name", "somebody/somewhere")
+    assert "The length of the run is unknown" in planned(capsys, *options, "--dataset_name", "somebody/somewhere")
 
 
 def test_the_command_prints_settings_that_fit_as_yaml(capsys) -> None:
     options = ["--config", str(RECIPES / "testbed.yaml"), "--guidance_scale", "2"]
     text = planned(capsys, *options, "--gpu", "1.1GB")
-    assert "it does not fit into 1.1 GiB" in text and "two rows of the model's batch" in text
-    assert row(text, "evaluations in training")[-2:] == ["at", "most"]
-    lines = text.split("With these settings it takes")[1].splitlines()[1:]
+    assert "it does not fit in 1.1 GiB" in text and "two rows of the model's batch" in text
+    assert row(text, "NFE in training")[-2:] == ["at", "most"]
+    lines = text.split("With these settings, it needs")[1].splitlines()[1:]
     settings = yaml.safe_load("\n".join(line for line in lines if line.startswith("  ")))
     changes = [item for name, value in settings.items() for item in (f"--{name}", str(value).lower())]
-    assert "it fits into 1.1 GiB" in planned(capsys, *options, "--gpu", "1.1GB", *changes)
+    assert "it fits in 1.1 GiB" in planned(capsys, *options, "--gpu", "1.1GB", *changes)
 
 
 @pytest.mark.parametrize(
@@ -660,7 +660,7 @@ def test_the_command_prints_settings_that_fit_as_yaml(capsys) -> None:
         (["--model_name_or_path", SD3, "--gpu", "24576"], "a memory such as 24GB, got '24576'"),
         ([], "--model_name_or_path is missing"),
         (["--model_name_or_path", SD3, "--lerning_rate", "1"], "Unknown options: --lerning_rate"),
-        (["--model_name_or_path", SD3, "--dtype", "bfloat16"], "Without peft_config all weights are trained"),
+        (["--model_name_or_path", SD3, "--dtype", "bfloat16"], "Without peft_config, all weights are trained"),
     ],
 )
 def test_wrong_calls_are_refused(options: list[str], message: str) -> None:
@@ -761,8 +761,8 @@ def test_the_recipes_of_a_day_end_within_it_on_their_card(model: str, size: str,
     command.main([*argv, "--dataset_name", str(tmp_path), "--gpu", card])
     text = capsys.readouterr().out
     assert most / 2 < float(row(text, f"hours on {card}")[1]) <= most
-    assert f"it fits into {size[2:4]} GiB" in text
-    assert int(row(text, "evaluations in evaluation")[0].replace(",", "")) >= 2 * 500 * 28
+    assert f"it fits in {size[2:4]} GiB" in text
+    assert int(row(text, "NFE in evaluation")[0].replace(",", "")) >= 2 * 500 * 28
 
 
 def test_planned_settings_are_those_of_a_gpu_elsewhere(tmp_path: Path) -> None:

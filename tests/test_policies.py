@@ -780,7 +780,7 @@ def test_a_file_gives_the_transformer_and_a_pipeline_the_rest(
     state = loaded.transformer.state_dict()
     assert all(torch.equal(state[key], value.bfloat16()) for key, value in weights.items())
     with pytest.raises(
-        ValueError, match="quantization='int8' takes a folder or Hub id, not a file: .*save_pretrained"
+        ValueError, match="quantization='int8' needs a folder or Hub id, not a file: .*save_pretrained"
     ):
         load_pipeline(tmp_path / "mine.safetensors", quantization="int8", config=str(saved[name]))
 
@@ -789,7 +789,7 @@ def test_a_file_gives_the_transformer_and_a_pipeline_the_rest(
     ("name", "message"),
     [
         ("flux1-dev-Q4_0.gguf", r"Q4_0.gguf: a single file must be \.safetensors: .*quantization='nf4'"),
-        ("sd3.5_medium.safetensors", r"sd3.5_medium.safetensors holds no transformer that is known.*'config'"),
+        ("sd3.5_medium.safetensors", r"sd3.5_medium.safetensors contains no known transformer.*'config'"),
     ],
 )
 def test_a_file_that_cannot_be_a_model_says_how(name: str, message: str, tmp_path: Path) -> None:

@@ -212,28 +212,28 @@ def good(rewards: object, **more: object) -> Reply:
     ("reply", "message"),
     [
         (good([1.0]), "ValueError: 1 rewards for 2 images"),
-        (good([1.0, "2"]), "'2' is no reward"),
-        (good([1.0, True]), "True is no reward"),
-        ((200, {}, b'{"rewards": [1.0, NaN]}'), "nan is no reward"),
-        ((200, {}, b'{"rewards": [1.0, 1' + b"0" * 400 + b"]}"), "no answer of protocol 1: OverflowError"),
-        ((200, {}, b"[" * 100_000), "no answer of protocol 1: RecursionError"),
-        (good([1.0, 2.0], metrics={"a": ["3"]}), "ValueError: '3' is no a"),
-        ((200, {}, b'{"rewards": [1, 2], "metrics": {"a": [Infinity]}}'), "ValueError: inf is no a"),
-        (good([1.0, 2.0], extra={"text": "ab"}), "2 values of 'text' for 2 images, or no list of them"),
-        ((200, {}, b" " * (16 * 2**20 + 1)), "with more than 16777216 bytes: take a smaller `batch_size`"),
-        ((200, {"Content-Encoding": "br"}, b""), "with Content-Encoding 'br', which it was not asked for"),
+        (good([1.0, "2"]), "'2' is not a valid reward"),
+        (good([1.0, True]), "True is not a valid reward"),
+        ((200, {}, b'{"rewards": [1.0, NaN]}'), "nan is not a valid reward"),
+        ((200, {}, b'{"rewards": [1.0, 1' + b"0" * 400 + b"]}"), "invalid answer \\(protocol 1\\): OverflowError"),
+        ((200, {}, b"[" * 100_000), "sent an invalid answer \\(protocol 1\\): RecursionError"),
+        (good([1.0, 2.0], metrics={"a": ["3"]}), "ValueError: '3' is not a valid a"),
+        ((200, {}, b'{"rewards": [1, 2], "metrics": {"a": [Infinity]}}'), "ValueError: inf is not a valid a"),
+        (good([1.0, 2.0], extra={"text": "ab"}), "2 values of 'text' for 2 images, or not a list"),
+        ((200, {}, b" " * (16 * 2**20 + 1)), "with more than 16777216 bytes: use a smaller `batch_size`"),
+        ((200, {"Content-Encoding": "br"}, b""), "with Content-Encoding 'br', which was not requested"),
         ((418, {"Content-Type": "text/plain; charset=zlib_codec"}, b"tea"), "with status 418: it said 'tea'"),
-        (good(None), "no answer of protocol 1: TypeError"),
+        (good(None), "sent an invalid answer \\(protocol 1\\): TypeError"),
         (good([1.0, 2.0], extra={"text": ["a"]}), "1 values of 'text' for 2 images"),
-        (good([1.0, 2.0], metrics=[1]), "no answer of protocol 1: AttributeError"),
-        ((200, {}, b'{"rewards": [1.0, '), "no answer of protocol 1: JSONDecodeError.*It began with"),
-        (as_json([1.0, 2.0]), "no answer of protocol 1: TypeError"),
+        (good([1.0, 2.0], metrics=[1]), "sent an invalid answer \\(protocol 1\\): AttributeError"),
+        ((200, {}, b'{"rewards": [1.0, '), "sent an invalid answer \\(protocol 1\\): JSONDecodeError.*It began with"),
+        (as_json([1.0, 2.0]), "sent an invalid answer \\(protocol 1\\): TypeError"),
         (
             (500, {}, b"<html>Oops</html>"),
-            "status 500: it said '<html>Oops</html>'. The fault is in the reward function",
+            "status 500: it said '<html>Oops</html>'. The error is in the reward function",
         ),
         ((302, {"Location": "http://127.0.0.1:1/x"}, b""), "with status 302: it said ''"),
-        ((404, {}, b""), "status 404.*Look at GET http://127.0.0.1:[0-9]+/health"),
+        ((404, {}, b""), "status 404.*GET http://127.0.0.1:[0-9]+/health lists"),
     ],
 )
 def test_wrong_answers_are_errors_at_once(reply: Reply, message: str) -> None:
@@ -349,7 +349,7 @@ def test_a_payload_that_is_too_large_names_the_remedy() -> None:
     with serving(root, max_payload=3000) as server:
         url = f"http://127.0.0.1:{server.port}"
         message = (
-            r"status 413: The request has \d+ bytes; at most 3000 .* Take a smaller `batch_size` \(now 16\), or raise"
+            r"status 413: The request has \d+ bytes; at most 3000 .* Use a smaller `batch_size` \(now 16\), or raise"
         )
         with pytest.raises(RemoteRewardError, match=message):
             score(RemoteReward(url, "root"), range(16))
@@ -472,8 +472,8 @@ def test_urls_without_a_reward_are_refused(url: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"url": "ftp://host/x"}, "url must be an URL such as"),
-        ({"url": "127.0.0.1:8000"}, "url must be an URL such as"),
+        ({"url": "ftp://host/x"}, "url must be a URL such as"),
+        ({"url": "127.0.0.1:8000"}, "url must be a URL such as"),
         ({"url": "http://me:secret@host"}, "url must have no user, password"),
         ({"reward": "pick-score"}, "reward must be a name"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),

@@ -21,7 +21,7 @@ FAILURES = {
     "raises": "raised OSError: no disk for row",
     "exits": "raised SystemExit: 3 for row",
     "returns NaN": "returned nan .* for row",
-    "returns text": "returned 'good', no number, for row",
+    "returns text": "returned 'good', which is not a number, for row",
     "returns too few": r"returned \d+ rewards for \d+ images",
     "returns nothing": "must return a list of numbers, got NoneType",
     "hangs": "has not returned within its timeout of 0.3 seconds",

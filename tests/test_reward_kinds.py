@@ -62,7 +62,7 @@ ranks.scores_groups, ranks.calls = True, []
 
 
 def counts(trainer: TPGRPOTrainer, *names: str) -> list[float]:
-    return [sum(logged(trainer, f"num_{name}")) for name in names]
+    return [sum(logged(trainer, name)) for name in names]
 
 
 def scored(trainer: TPGRPOTrainer, number: int = 4, completion: Any = EXACT, window: tuple[int, int] = (0, 3)) -> Any:
@@ -88,7 +88,7 @@ redness.image_type, denoised.scores_states = "latent", True
 
 @pytest.mark.parametrize("function", [redness, denoised, ranks])
 def test_each_kind_trains_the_testbed(function, tmp_path: Path) -> None:
-    """T = 6 and a window of 3: 6 + 5 + 4 + 3 evaluations a trajectory with completions, else Flow-GRPO's 6."""
+    """T = 6 and a window of 3: 6 + 5 + 4 + 3 NFE a trajectory with completions, else Flow-GRPO's 6."""
     ranks.calls.clear()
     args = TPGRPOConfig(
         str(tmp_path), **PIPELINE_KWARGS, guidance_scale=1.0, num_inference_steps=6, num_inference_steps_eval=4,
@@ -102,13 +102,13 @@ def test_each_kind_trains_the_testbed(function, tmp_path: Path) -> None:
     assert np.isfinite(logged(trainer, "loss")).all() and min(logged(trainer, "reward_group_std")) > 0
     expected = 6 if function is denoised else 6 + 5 + 4 + 3
     images = 4 * 4 * 2
-    assert counts(trainer, "evaluations", "decoded_images", "scored_images") == [
+    assert counts(trainer, "nfe", "num_decoded_images", "num_scored_images") == [
         expected * 4 * 2, images if function is ranks else 0, images,
     ]  # fmt: skip
     assert ("image_variety" in trainer.state.log_history[0]) == (function is ranks)
     assert function is not ranks or [size for size, *_ in ranks.calls] == [2] * (2 * 4 * 2)
     counted = count(trainer.args, None, trainer.reward_funcs).rollout
-    assert counted["evaluations in sampling"] == [expected * 4]
+    assert counted["NFE in sampling"] == [expected * 4]
     assert counted["images decoded and scored" if function is ranks else "latents scored"] == [images // 2]
 
 
@@ -164,11 +164,11 @@ def test_states_are_those_before_the_sde_steps(
         expected = rollout.states[rows, starts[index]] if sigma else rollout.final_latents[of_state]
         assert torch.equal(call["latents"][of_state], expected)
         assert call["topic"] and len(call["prompts"]) == len(column)
-    decoded, made = counts(trainer, "decoded_images", "scored_images")
+    decoded, made = counts(trainer, "num_decoded_images", "num_scored_images")
     assert (decoded, made) == (len(column) if with_images else 0, len(column))
     if not with_images:
         before_they_part = 2 * (window[0] + 1) if settings.get("share_initial_noise") else 0
-        assert counts(trainer, "evaluations") == [4 * NUM_STEPS - before_they_part]
+        assert counts(trainer, "nfe") == [4 * NUM_STEPS - before_they_part]
 
 
 def test_evaluation_and_outcome_credit_have_final_latents_alone(tmp_path: Path) -> None:
@@ -188,13 +188,13 @@ def test_states_beside_images_change_nothing_of_these(tmp_path: Path) -> None:
     assert_same(trained(plain), trained(mixed))
     assert logged(plain, "rewards/brightness/mean") == logged(mixed, "rewards/brightness/mean")
     assert all(logged(mixed, f"rewards/recorder/mean_of_state_{state}") for state in range(4))
-    assert counts(mixed, "evaluations", "scored_images") == counts(plain, "evaluations", "scored_images")
+    assert counts(mixed, "nfe", "num_scored_images") == counts(plain, "nfe", "num_scored_images")
 
 
 def test_a_window_is_measured_by_states_too(tmp_path: Path) -> None:
     trainer = build(tmp_path, reward_funcs=states(), sde_window_share=0.1, max_steps=1)
     trainer.train()
-    assert counts(trainer, "evaluations", "decoded_images") == [2 * 4 * NUM_STEPS, 0]
+    assert counts(trainer, "nfe", "num_decoded_images") == [2 * 4 * NUM_STEPS, 0]
 
 
 @pytest.mark.parametrize("settings", [{}, {"share_initial_noise": True}, {"runs_in": "thread"}])
@@ -232,7 +232,7 @@ def test_groups_of_states_async_and_in_evaluation(tmp_path: Path) -> None:
     assert sizes == [2] * 2 * 4
     metrics = trainer.evaluate()
     assert sizes[8:] == [3] * 4 and metrics["eval_reward"] == pytest.approx(0, abs=1e-6)
-    with pytest.raises(ValueError, match="scores groups: 3 rows are no whole ones of 2 images"):
+    with pytest.raises(ValueError, match="scores groups: 3 rows are no multiple of 2 images"):
         scored(trainer, 3)
 
 
@@ -242,7 +242,7 @@ def test_samples_are_decoded_only_if_they_are_shown(tmp_path: Path) -> None:
         tmp_path, reward_funcs=Recorder(), max_steps=1, log_completions=True, eval_dataset=prompts(6)
     )  # fmt: skip
     trainer.train()
-    assert counts(trainer, "decoded_images") == [2 * NUM_STEPS]
+    assert counts(trainer, "num_decoded_images") == [2 * NUM_STEPS]
     assert len(list((tmp_path / "completions/step_000001").glob("*.png"))) == 2
     assert trainer.evaluate()["eval_num_decoded_images"] == 6
     assert len(list((tmp_path / "images/eval").glob("*.png"))) == 1
@@ -263,7 +263,7 @@ def test_samples_are_decoded_only_if_they_are_shown(tmp_path: Path) -> None:
         (lambda n: [float("nan")] * n, r"'failing' returned nan .* for row 0, prompt '.*'"),
         (lambda n: [1.0], "'failing' returned 1 rewards for 16 latents"),
         (lambda n: 1.0, "'failing' must return a list of numbers, got float"),
-        (lambda n: ["good"] * n, "'failing' returned 'good', no number, for row 0, prompt '.*'"),
+        (lambda n: ["good"] * n, "'failing' returned 'good', which is not a number, for row 0, prompt '.*'"),
     ],
 )
 def test_wrong_rewards_of_latents_are_errors(values, message: str, kind: dict, tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_declarations_that_exclude_each_other_are_refused(attributes: dict, mess
         (ranks, {"noise_calibration_iterations": 2}, "noise_calibration_iterations: ranks compare the images of a gr"),
         (ranks, {"num_generations": 3, "generation_batch_size": 12, "eval_dataset": prompts(2),
                  "num_generations_eval": 3, "per_device_eval_batch_size": 4},
-         r"'ranks' scores groups: 4 images a process are no whole groups of num_generations_eval \(3\)"),
+         r"'ranks' scores groups: 4 images per process are not a multiple of num_generations_eval \(3\)"),
     ],
 )  # fmt: skip
 def test_settings_without_effect_are_refused(function, settings: dict, message: str, tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_groups_on_two_processes_are_refused(tmp_path: Path, monkeypatch) -> Non
 
     settings = {"num_generations": 2, "per_device_train_batch_size": 3, "generation_batch_size": 6}
     args = plan.PlannedConfig(str(tmp_path), num_processes=2, **settings)
-    with pytest.raises(ValueError, match=r"scores groups: 3 images a process are no whole groups of num_generations"):
+    with pytest.raises(ValueError, match=r"scores groups: 3 images per process are not a multiple of num_generations"):
         check_settings([ranks], [], args, evaluates=False)
     check_settings([brightness], [ranks], args, evaluates=False)
 
@@ -375,7 +375,7 @@ def test_groups_on_two_processes_are_refused(tmp_path: Path, monkeypatch) -> Non
 @pytest.mark.parametrize("name", ["latents", "sigmas"])
 def test_columns_that_functions_get_as_something_else_are_refused(name: str, tmp_path: Path) -> None:
     dataset = Dataset.from_dict({"prompt": PROMPTS, name: list(range(6))})
-    with pytest.raises(ValueError, match=f"has a column '{name}', which reward functions get as something else"):
+    with pytest.raises(ValueError, match=f"has a column '{name}', a reserved argument of reward functions"):
         build(tmp_path, train_dataset=dataset)
 
 
@@ -425,9 +425,9 @@ final.image_type, noisy.scores_states = "latent", True
 """
 
 
-@pytest.mark.parametrize(("function", "evaluations"), [("final", 55), ("noisy", 10), ("absent", 55)])
+@pytest.mark.parametrize(("function", "nfe"), [("final", 55), ("noisy", 10), ("absent", 55)])
 def test_a_plan_knows_what_is_completed_and_decoded(
-    function: str, evaluations: int, tmp_path: Path, monkeypatch, capsys
+    function: str, nfe: int, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     (tmp_path / f"own_{function}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
@@ -438,7 +438,7 @@ def test_a_plan_knows_what_is_completed_and_decoded(
     assert plan.main(options) == 0
     text = capsys.readouterr().out
     lines = {line[:28].strip(): line[28:].split() for line in text.splitlines() if line[:28].strip()}
-    assert lines["evaluations in sampling"][0] == str(8 * evaluations)
+    assert lines["NFE in sampling"][0] == str(8 * nfe)
     assert lines["images decoded and scored" if function == "absent" else "latents scored"][0] == "80"
     assert ("decoding 0%" in text) == (function != "absent")
     assert ("own_absent.absent cannot be imported here" in text) == (function == "absent")

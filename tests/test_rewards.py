@@ -52,9 +52,9 @@ def test_tensors_and_numpy_numbers_are_numbers() -> None:
     ("values", "message"),
     [
         ([1.0, 2.0], "'function' returned 2 rewards for 3 images"),
-        ([1.0, math.nan, 2.0], r"'function' returned nan \(None is .*\) for row 1, prompt 'second'"),
-        ([1.0, 2.0, math.inf], r"'function' returned inf \(None is .*\) for row 2, prompt 'third'"),
-        ([1.0, "good", 2.0], "'function' returned 'good', no number, for row 1, prompt 'second'"),
+        ([1.0, math.nan, 2.0], r"'function' returned nan \(return None .*\) for row 1, prompt 'second'"),
+        ([1.0, 2.0, math.inf], r"'function' returned inf \(return None .*\) for row 2, prompt 'third'"),
+        ([1.0, "good", 2.0], "'function' returned 'good', which is not a number, for row 1, prompt 'second'"),
         (None, "'function' must return a list of numbers, got NoneType"),
         (3.0, "'function' must return a list of numbers, got float"),
     ],
@@ -83,7 +83,7 @@ def test_exception_on_the_batch_alone_says_so() -> None:
             raise MemoryError("too many")
         return [0.0]
 
-    with pytest.raises(RewardError, match="on a batch of 3 images, on none alone"):
+    with pytest.raises(RewardError, match="on a batch of 3 images, on no single image"):
         score(crowded, {})
 
 
@@ -123,7 +123,7 @@ def test_applicability_may_depend_on_the_prompt_only() -> None:
         check_applicability(torch.tensor([[[1.0, 2.0], [nan, 1.0]]]), ["a", "b"], ["one"], 1, NONE_FAILED)
     with pytest.raises(RewardError, match="'a' returned None for some images of the prompt 'same'"):
         check_applicability(fine, ["a", "b"], ["same", "same"], 2, NONE_FAILED)
-    with pytest.raises(RewardError, match="'a' returned None for row 1, prompt 'two': no reward is left"):
+    with pytest.raises(RewardError, match="'a' returned None for row 1, prompt 'two', so it has no reward"):
         check_applicability(torch.tensor([[[1.0, 2.0]], [[nan, nan]]]), ["a"], ["one", "two"], 1, NONE_FAILED)
 
 

@@ -329,7 +329,7 @@ def test_bfloat16_and_moving(paths: tuple[str, str]) -> None:
 def test_wrong_rows_and_detectors_are_refused(reward: GenEval, paths: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="class is 'unicorn'"):
         reward(as_tensor(pictures(((32, 32),))), [""], tag=["colors"], include=[[{"class": "unicorn", "count": 1}]])
-    with pytest.raises(ValueError, match="knows 3 classes, not COCO's 80"):
+    with pytest.raises(ValueError, match="has 3 classes instead of COCO's 80"):
         GenEval(str(save_mask2former(tmp_path, num_labels=3)), paths[1])
 
 

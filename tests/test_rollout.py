@@ -86,9 +86,9 @@ def assert_same(first: Rollout, second: Rollout) -> None:
 
 
 def test_ten_steps_with_a_window_of_nine_take_55_evaluations_a_trajectory_in_10_calls() -> None:
-    assert rolled(window(0, 9), batch=1).num_evaluations == 55
+    assert rolled(window(0, 9), batch=1).nfe == 55
     three = rolled(window(0, 9), batch=3)
-    assert (three.num_evaluations, three.num_calls) == (3 * 55, 10)
+    assert (three.nfe, three.num_calls) == (3 * 55, 10)
 
 
 @settings(max_examples=30)
@@ -99,21 +99,21 @@ def test_each_pair_of_state_and_sigma_is_evaluated_once(num_steps: int, batch: i
     model = Recorder()
     result = roll_out(model, noise(batch), schedule(num_steps), window(start, stop), seeded(*range(batch)))
     completions = sum(num_steps - step - 1 for step in range(start, stop))
-    assert result.num_evaluations == batch * (num_steps + completions)
-    assert result.num_evaluations == sum(len(latents) for latents, _, _ in model.calls)
+    assert result.nfe == batch * (num_steps + completions)
+    assert result.nfe == sum(len(latents) for latents, _, _ in model.calls)
     assert [step for _, step, _ in model.calls] == list(range(num_steps))
     assert result.num_calls == num_steps
 
 
 def test_without_completions_a_trajectory_takes_one_evaluation_a_step() -> None:
     result = rolled(window(0, 9), completion=None)
-    assert (result.num_evaluations, result.num_calls) == (BATCH * 10, 10)
+    assert (result.nfe, result.num_calls) == (BATCH * 10, 10)
     assert ends(result).shape == (BATCH, 1, *SHAPE)
 
 
 def test_without_window_a_trajectory_takes_one_evaluation_a_step() -> None:
     result = roll_out(velocity, noise(), schedule(6))
-    assert (result.num_evaluations, result.num_calls) == (BATCH * 6, 6)
+    assert (result.nfe, result.num_calls) == (BATCH * 6, 6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 1000])
@@ -124,7 +124,7 @@ def test_smaller_batches_give_the_same_in_more_calls(batch_size: int) -> None:
     live = [BATCH * (1 + min(max(step - 2, 0), 6)) for step in range(10)]
     assert split.num_calls == len(model.calls) == sum(-(-number // batch_size) for number in live)
     assert max(len(latents) for latents, _, _ in model.calls) <= batch_size
-    assert split.num_evaluations == whole.num_evaluations
+    assert split.nfe == whole.nfe
 
 
 @pytest.mark.parametrize("taken", [None, window(0, 4)])

@@ -88,7 +88,7 @@ def test_a_folder_with_checkpoints_is_refused_before_anything_is_sampled(tmp_pat
     saved_run(tmp_path)
     before = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     other = build(tmp_path, reward_funcs=darkness, **SAVES)
-    with pytest.raises(ValueError, match=r"holds checkpoints of an earlier run \(checkpoint-1, checkpoint-2\): go on"):
+    with pytest.raises(ValueError, match=r"has checkpoints of an earlier run \(checkpoint-1, checkpoint-2\): resume"):
         other.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == before
     build(tmp_path / "fresh", **SAVES).train()
@@ -122,7 +122,7 @@ def test_a_setting_that_changes_the_run_stops_it_unless_it_is_accepted(name: str
     with caplog.at_level(logging.WARNING):
         trainer = resume(checkpoint, tmp_path / "second", **changes, resume_with_changes=[name])
     assert trainer.state.global_step == 3
-    assert f"{name}: " in caplog.text and "The run goes on with the latter" in caplog.text
+    assert f"{name}: " in caplog.text and "The run continues with the new value" in caplog.text
 
 
 def test_another_base_model_is_refused(tmp_path: Path) -> None:
@@ -155,15 +155,15 @@ def test_what_does_not_change_the_run_may_differ(tmp_path: Path, caplog, capsys)
     checkpoint = saved_run(tmp_path / "first")
     with caplog.at_level(logging.WARNING):
         resume(checkpoint, tmp_path / "second", save_strategy="epoch", logging_steps=2)
-    assert "logging_steps: 1 before, 2 now. The run goes on with the latter." in caplog.text
+    assert "logging_steps: 1 before, 2 now. The run continues with the new value." in caplog.text
     assert f"Resuming from {checkpoint}, after update 1." in capsys.readouterr().out
 
 
 def test_accepting_what_has_not_changed_is_an_error(tmp_path: Path) -> None:
     checkpoint = saved_run(tmp_path / "first")
-    with pytest.raises(ValueError, match=r"resume_with_changes: \['epsilon'\] are the same"):
+    with pytest.raises(ValueError, match=r"resume_with_changes: \['epsilon'\] are equal"):
         resume(checkpoint, tmp_path / "second", resume_with_changes=["epsilon"])
-    with pytest.raises(ValueError, match="resume_with_changes is for a run that is resumed"):
+    with pytest.raises(ValueError, match="resume_with_changes is for a resumed run"):
         build(tmp_path / "third", resume_with_changes=["beta"]).train()
 
 
@@ -195,7 +195,7 @@ def test_a_finished_run_that_is_resumed_trains_nothing(full: bool, tmp_path: Pat
     output = again.train(resume_from_checkpoint=True)
     assert output.global_step == again.state.global_step == 2
     assert_same(trained(whole), trained(again))
-    assert "has made all updates: nothing is left to train" in capsys.readouterr().out
+    assert "has made all updates: there is nothing to train" in capsys.readouterr().out
     again.save_model(str(tmp_path / "again"))
     files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.safetensors")]
     assert files
@@ -218,7 +218,7 @@ def test_what_a_failed_call_recorded_is_not_counted_by_the_next(tmp_path: Path) 
     trainer.train()
     whole = build(tmp_path, max_steps=1, per_device_rollout_batch_size=2)
     whole.train()
-    assert logged(trainer, "num_evaluations") == logged(whole, "num_evaluations")
+    assert logged(trainer, "nfe") == logged(whole, "nfe")
 
 
 def test_the_weights_of_an_interrupted_command_are_found(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_the_weights_of_an_interrupted_command_are_found(tmp_path: Path) -> None
     ]
     ended = run_python(*command, cwd=tmp_path)
     assert ended.returncode == 128 + signal.SIGTERM, ended.stderr[-2000:]
-    assert "Stopped by SIGTERM with a checkpoint; the weights so far are saved" in ended.stdout
+    assert "Stopped by SIGTERM, with a checkpoint and the current weights saved" in ended.stdout
     pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "model")
     pipeline.load_lora_weights(tmp_path / "out")
     assert (tmp_path / "out/checkpoint-1").is_dir()

@@ -223,13 +223,13 @@ def returning(values: object):
 @pytest.mark.parametrize(
     ("function", "status", "row", "message"),
     [
-        (crowded, 500, None, "'crowded' raised MemoryError: too many (on a batch of 2 images, on none alone)"),
+        (crowded, 500, None, "'crowded' raised MemoryError: too many (on a batch of 2 images, on no single image)"),
         (leaving, 422, 0, "'leaving' raised SystemExit: 3"),
         (returning([1.0]), 500, None, "'function' returned 1 rewards for 2 images"),
         (returning(None), 500, None, "'function' must return a list of numbers, got NoneType"),
-        (returning([1.0, float("nan")]), 500, 1, "'function' returned nan (None is for where"),
-        (returning([1.0, "2"]), 500, 1, "'function' returned '2', no number"),
-        (returning([{}, 1.0]), 500, 0, "'function' returned {}, no number"),
+        (returning([1.0, float("nan")]), 500, 1, "'function' returned nan (return None where"),
+        (returning([1.0, "2"]), 500, 1, "'function' returned '2', which is not a number"),
+        (returning([{}, 1.0]), 500, 0, "'function' returned {}, which is not a number"),
     ],
 )
 def test_functions_that_fail(function, status: int, row: int | None, message: str, caplog) -> None:
@@ -257,10 +257,10 @@ GOOD = body(1, 2)
 @pytest.mark.parametrize(
     ("malformed", "message"),
     [
-        (b"{", "the body is no JSON"),
-        (b"\xff", "the body is no JSON"),
-        (b'{"id": NaN}', "NaN is no JSON"),
-        (b"[" * 100_000, "the body is no JSON"),
+        (b"{", "the body is not JSON"),
+        (b"\xff", "the body is not JSON"),
+        (b'{"id": NaN}', "NaN is not JSON"),
+        (b"[" * 100_000, "the body is not JSON"),
         ([], "the body must be an object"),
         (GOOD | {"id": 3}, "`id` must be a string"),
         (GOOD | {"id": "x" * 200}, "`id` must be a string of 1 to 128"),
@@ -269,9 +269,9 @@ GOOD = body(1, 2)
         (GOOD | {"prompts": ["one", 2]}, "`prompts` must be"),
         (GOOD | {"columns": {"a": [1]}}, "`columns` must be an object of lists of as many values"),
         (GOOD | {"images": [picture(), 5]}, "an image must be a string"),
-        (GOOD | {"images": [picture(), "no base64!"]}, "an image is no PNG in base64"),
-        (GOOD | {"images": [picture(), "R0lGODlhAQABAAAAADs="]}, "an image is no PNG"),
-        (GOOD | {"images": [picture(), picture()[: len(picture()) // 8 * 4]]}, "an image is no PNG"),
+        (GOOD | {"images": [picture(), "no base64!"]}, "an image is not a PNG in base64"),
+        (GOOD | {"images": [picture(), "R0lGODlhAQABAAAAADs="]}, "an image is not a PNG"),
+        (GOOD | {"images": [picture(), picture()[: len(picture()) // 8 * 4]]}, "an image is not a PNG"),
     ],
 )
 def test_malformed_requests(malformed: object, message: str) -> None:
@@ -285,15 +285,15 @@ def test_malformed_requests(malformed: object, message: str) -> None:
 def test_limits_and_addresses() -> None:
     with serving(redness, max_payload=2000, max_image_pixels=16, max_queue=3) as server:
         status, answer, _ = request(server, "POST", "/redness", b" " * 5_000_000)
-        assert status == 413 and "has 5000000 bytes; at most 2000 are taken" in answer["error"]["message"]
+        assert status == 413 and "has 5000000 bytes, the limit is 2000" in answer["error"]["message"]
         large = {"id": "large", "images": [picture(), picture(size=(5, 4))], "prompts": ["", ""]}
         status, answer, _ = request(server, "POST", "/redness", large)
         assert status == 413 and answer["error"]["row"] == 1
-        assert "has 5 x 4 pixels; at most 16 are taken" in answer["error"]["message"]
+        assert "has 5 x 4 pixels; at most 16 are accepted" in answer["error"]["message"]
         status, answer, _ = request(server, "POST", "/redness", body(1, 2, 3, 4))
         assert status == 413 and "has 4 images; the queue holds 3" in answer["error"]["message"]
         status, answer, _ = request(server, "POST", "/beauty", body(1))
-        assert status == 404 and "no '/beauty' here, only ['redness']" in answer["error"]["message"]
+        assert status == 404 and "no '/beauty', only ['redness']" in answer["error"]["message"]
         assert request(server, "POST", "/redness", body(1), Content_Type="text/plain")[0] == 415
         assert request(server, "POST", "/redness", iter([b"{}"]))[0] == 411
         for method in ("GET", "PUT"):
@@ -324,7 +324,7 @@ def test_a_full_queue_says_when_to_come_again() -> None:
         futures += later(server, "/recorder", body(1, 2, name="1"))
         status, answer, headers = request(server, "POST", "/recorder", body(3, 4, name="2"))
         assert status == 503 and int(headers["Retry-After"]) >= 1
-        assert answer["error"]["type"] == "queue_full" and "2 images wait" in answer["error"]["message"]
+        assert answer["error"]["type"] == "queue_full" and "2 images are waiting" in answer["error"]["message"]
         recorder.may_go_on.set()
         assert all(future.result()[0] == 200 for future in futures)
         assert request(server, "POST", "/recorder", body(3, 4, name="2"))[1]["rewards"] == [3, 4]
@@ -341,7 +341,7 @@ def test_a_request_that_comes_again_is_not_scored_again() -> None:
         assert [(status, answer["rewards"]) for status, answer, _ in answers] == [(200, [1])] * 3
         assert len(recorder.calls) == 1
         status, answer, _ = request(server, "POST", "/recorder", body(2))
-        assert status == 409 and "Another request had the id 'one'" in answer["error"]["message"]
+        assert status == 409 and "Another request has used the id 'one'" in answer["error"]["message"]
         for name in ("two", "three"):
             request(server, "POST", "/recorder", body(2, name=name))
         request(server, "POST", "/recorder", body(1))
@@ -405,9 +405,9 @@ def test_sigterm_ends_the_program_after_its_work(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines: give a --token_file"),
-        (["--host", "example.org"], "can be reached from other machines"),
-        (["--token_file", "{empty}"], "must have one line of printable ASCII"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 is reachable from other machines: set a --token_file"),
+        (["--host", "example.org"], "is reachable from other machines"),
+        (["--token_file", "{empty}"], "must contain one line of printable ASCII"),
     ],
 )
 def test_open_doors_are_refused(options: list[str], message: str, tmp_path: Path) -> None:
@@ -453,7 +453,7 @@ def test_functions_are_found_by_path_and_built_in_name(tmp_path: Path, monkeypat
     assert serve_reward.find_reward("jpeg_compressibility") is jpeg_compressibility
     assert serve_reward.find_reward("trl_tpgrpo.rewards.jpeg_compressibility") is jpeg_compressibility
     for name, message in (
-        ("beauty", "must be an import path from the current folder on"),
+        ("beauty", "must be an import path in the current folder"),
         ("own_rewards.fast", "'own_rewards' has no reward function 'fast'"),
         ("no_such_module.fast", "module of the reward function 'no_such_module.fast' cannot be imported"),
     ):

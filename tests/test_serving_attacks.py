@@ -197,7 +197,7 @@ def test_rewards_of_the_wrong_kind_and_columns_of_reserved_names_are_refused() -
         return [10**400]
 
     with serving(endless, immense, plain) as server:
-        for name, message in (("endless", "a list of numbers, got callable_iterator"), ("immense", "no number")):
+        for name, message in (("endless", "a list of numbers, got callable_iterator"), ("immense", "not a number")):
             status, answer, _ = request(server, "POST", f"/{name}", body())
             assert status == 500 and message in answer["error"]["message"] and len(str(answer)) < 300
         status, answer, _ = request(server, "POST", "/plain", body() | {"columns": {"trainer_state": [1]}})

@@ -65,7 +65,7 @@ def test_two_processes_give_the_weights_of_one(run: str, one: Path, two: tuple[s
     for name, value in expected["weights"].items():
         torch.testing.assert_close(results[0]["weights"][name], value, rtol=0, atol=1e-6)
         assert torch.equal(results[0]["weights"][name], results[1]["weights"][name])
-    for metric in ("reward", "turning_points/rate", "advantages/frac_zero", "eval_reward", "num_evaluations"):
+    for metric in ("reward", "turning_points/rate", "advantages/frac_zero", "eval_reward", "nfe"):
         torch.testing.assert_close(series(results[0], metric), series(expected, metric), rtol=0, atol=1e-5)
     torch.testing.assert_close(series(results[0], "grad_norm"), series(expected, "grad_norm"), rtol=1e-4, atol=1e-7)
 

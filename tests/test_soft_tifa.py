@@ -74,8 +74,8 @@ def test_an_answer_that_is_not_among_the_likely_ones_has_no_probability() -> Non
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        (completion("Yes"), "has sent no `logprobs` of the first token.*Does the server support `logprobs`?"),
-        (with_logprobs({"<think>": 0.9, "Yes": 0.1}), "it begins with '<think>', no word: does it think first?"),
+        (completion("Yes"), "sent no `logprobs` for the first token.*Does the server support `logprobs`?"),
+        (with_logprobs({"<think>": 0.9, "Yes": 0.1}), "it starts with '<think>', not a word: does the model"),
         (with_logprobs({"Yes": 0.9, "yes": 0.9}), "its first token sum up to 1.8"),
     ],
 )

@@ -67,7 +67,7 @@ def test_a_damaged_file_is_named(name: str, harm: str, written: Path, resumed: T
         return  # as of an earlier version, see below
     named = "checkpoint-1/.* is damaged" if name == CHECKSUMS else f"checkpoint-1/{name} is damaged"
     kinds = (ValueError, FileNotFoundError)  # the latter: without trainer_state.json it is no checkpoint
-    with pytest.raises(kinds, match=f"{named}|checkpoint-1 is no checkpoint, or was not written to its end"):
+    with pytest.raises(kinds, match=f"{named}|checkpoint-1 is not a checkpoint, or is incomplete"):
         resumed.train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -79,7 +79,7 @@ def test_a_damaged_file_of_an_earlier_version_is_named(
     checkpoint = shutil.copytree(written, tmp_path / "checkpoint-1")
     (checkpoint / CHECKSUMS).unlink()
     HARM[harm](checkpoint / name)
-    with pytest.raises(ValueError, match=f"checkpoint-1/{name} is damaged: it is empty, or not whole"):
+    with pytest.raises(ValueError, match=f"checkpoint-1/{name} is damaged: it is empty or incomplete"):
         resumed.train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -135,7 +135,7 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_what_it_writes(tmp_
     assert names(tmp_path / "abandoned-1") == ["checkpoint-3", "checkpoint-4"]
     assert (tmp_path / "abandoned-1/checkpoint-3/optimizer.pt").read_bytes() == before
     assert (tmp_path / "checkpoint-3/optimizer.pt").read_bytes() != before
-    assert "checkpoint-3, checkpoint-4 is now in" in caplog.text
+    assert "checkpoint-3, checkpoint-4 was moved to" in caplog.text
     again = build(tmp_path, max_steps=5, **SAVES)
     again.train(resume_from_checkpoint=str(tmp_path / "abandoned-1/checkpoint-4"))
     whole = build(tmp_path / "whole", max_steps=5, **SAVES)
@@ -206,7 +206,7 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
 
     def meanwhile(images: list, **columns: Any) -> list[float]:
         where = f"{re.escape(str(tmp_path))} is in use by process {os.getpid()} on "
-        with pytest.raises(ValueError, match=where + ".*: wait for its end, or choose another folder"):
+        with pytest.raises(ValueError, match=where + ".*: wait until it ends, or choose another folder"):
             other.train()
         return brightness(images)
 
@@ -261,7 +261,7 @@ def test_all_processes_of_a_second_run_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_locks_is_used_with_a_warning(tmp_path: Path, caplog, monkeypatch) -> None:
     monkeypatch.setattr("trl_tpgrpo.callbacks.storage.fcntl", None)
     build(tmp_path, max_steps=1).train()
-    assert f"Nothing keeps a second run out of {tmp_path}" in caplog.text
+    assert f"{tmp_path} is not protected from a second run" in caplog.text
 
 
 ON_A_SMALL_DISK = """
@@ -285,7 +285,7 @@ def fill(folder: Path) -> None:
     with pytest.raises(OSError, match="full") as caught:
         build(folder, max_steps=3, **SAVES).train()
     said = (
-        rf"The disk of {folder} is full \(.+\)\. Complete checkpoints in {folder}: checkpoint-1\. .+ go on by resume"
+        rf"The disk of {folder} is full \(.+\)\. Complete checkpoints in {folder}: checkpoint-1\. .+ resume by resume"
     )
     assert re.match(said, str(caught.value)), caught.value
     assert names(folder) == ["checkpoint-1"]  # what was begun is deleted
@@ -316,7 +316,7 @@ def test_a_file_that_cannot_be_written_for_want_of_room_is_said_too(tmp_path: Pa
 
     monkeypatch.setattr(trainer.state.__class__, "save_to_json", save_to_json)
     with pytest.raises(
-        OSError, match=r"is full \(.+No space left.+\)\. Complete checkpoints in .+: checkpoint-1\. Make room"
+        OSError, match=r"is full \(.+No space left.+\)\. Complete checkpoints in .+: checkpoint-1\. Free space"
     ):
         trainer.train()
     assert names(tmp_path) == ["checkpoint-1"]

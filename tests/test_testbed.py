@@ -40,7 +40,7 @@ def test_every_caption_parses_back() -> None:
 
 
 def test_unknown_caption_is_refused() -> None:
-    with pytest.raises(ValueError, match="'a purple cow' is no caption of the shapes world"):
+    with pytest.raises(ValueError, match="'a purple cow' is not a caption of this world"):
         parse_caption("a purple cow")
 
 

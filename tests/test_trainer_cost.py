@@ -42,7 +42,7 @@ def test_transitions_without_advantage_are_not_run_and_would_change_nothing(tmp_
     lean = build(tmp_path, **options)
     lean.train()
     whole = run_all_transitions(build(tmp_path, **options))
-    ran, would_run = logged(lean, "num_train_evaluations"), logged(whole, "num_train_evaluations")
+    ran, would_run = logged(lean, "nfe_train"), logged(whole, "nfe_train")
     shares = logged(lean, "advantages/frac_zero")
     assert sum(shares) > 0.1
     assert would_run == [4 * 5] * 2
@@ -58,7 +58,7 @@ def test_a_share_of_the_transitions_is_drawn_and_run(tmp_path: Path) -> None:
     drawn = build(tmp_path, transition_share=0.4, **options)
     drawn.train()
     expected = 0.4 * 4 * 5
-    assert set(logged(drawn, "num_train_evaluations")) <= {expected, expected + 1}  # one if the last step had none
+    assert set(logged(drawn, "nfe_train")) <= {expected, expected + 1}  # one if the last step had none
     assert logged(drawn, "advantages/frac_zero") == [0.0] * 2  # which are all that were credited
     again = build(tmp_path, transition_share=0.4, **options)
     again.train()
@@ -79,7 +79,7 @@ def test_weights_of_steps_weigh_their_gradients(tmp_path: Path) -> None:
 def test_with_a_kl_term_every_transition_is_run(tmp_path: Path) -> None:
     trainer = build(tmp_path, reward_funcs=coarse, beta=0.1, max_steps=1)
     trainer.train()
-    assert logged(trainer, "num_train_evaluations") == [2 * 4 * 3]
+    assert logged(trainer, "nfe_train") == [2 * 4 * 3]
 
 
 def test_a_micro_batch_without_any_advantage_still_makes_an_update(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_micro_batch_without_any_advantage_still_makes_an_update(tmp_path: Pat
     before = trained(trainer)
     trainer.train()
     assert trainer.state.global_step == 2
-    assert logged(trainer, "num_train_evaluations") == [1, 1]
+    assert logged(trainer, "nfe_train") == [1, 1]
     assert logged(trainer, "grad_norm") == [0, 0]
     assert_same(before, trained(trainer))
 
@@ -95,7 +95,7 @@ def test_a_micro_batch_without_any_advantage_still_makes_an_update(tmp_path: Pat
 def test_the_reference_is_asked_once_if_a_rollout_is_trained_on_twice(tmp_path: Path) -> None:
     trainer = build(tmp_path, beta=0.1, num_iterations=2, max_steps=2)
     trainer.train()
-    assert logged(trainer, "num_train_evaluations") == [2 * 4 * 3, 4 * 3]
+    assert logged(trainer, "nfe_train") == [2 * 4 * 3, 4 * 3]
     kls = logged(trainer, "kl")
     assert kls[0] == 0 and kls[1] > 0
 
@@ -139,7 +139,7 @@ def test_it_trains_with_cheap_completions(completion: str, tmp_path: Path) -> No
     trainer = build(tmp_path, completion=completion, num_inference_steps=5, full=True, beta=0.0)
     trainer.train()
     assert logged(trainer, "grad_norm")[0] > 0
-    assert logged(trainer, "num_evaluations")[0] < 4 * 15
+    assert logged(trainer, "nfe")[0] < 4 * 15
 
 
 def test_from_1_completes_all_states_but_the_first(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_measured_window_is_taken_for_all_rollouts_and_kept_in_checkpoints(tmp
     trainer.train()
     window = trainer.rollouts.windows.measured
     assert 1 <= len(window) < 5
-    first, second = logged(trainer, "num_evaluations")
+    first, second = logged(trainer, "nfe")
     assert first == second + 4 * 21  # the first has the measurement too: 21 evaluations of 4 trajectories
 
     def not_again(rows) -> None:

@@ -246,9 +246,9 @@ def test_the_loss_of_a_normalised_ratio_is_divided_by_the_length_of_the_step(tmp
 def test_chunks_take_evaluations_of_their_own_after_the_first_update(tmp_path: Path) -> None:
     trainer = build(tmp_path, **TWO_UPDATES | LOSSES["trajectory"])
     trainer.train()
-    first, second = logged(trainer, "num_train_evaluations")
+    first, second = logged(trainer, "nfe_train")
     assert second == first + 4 * 4
-    assert count(trainer.args).rollout["evaluations in training"] == [first + second]
+    assert count(trainer.args).rollout["NFE in training"] == [first + second]
 
 
 @pytest.mark.parametrize("loss", ["dppo", "ratio_norm", "trajectory"])
@@ -286,7 +286,7 @@ def test_published_bounds_are_the_defaults_of_each_loss() -> None:
         ({"ratio_norm": True, "sde_type": "flow_sde", "log_prob_type": "squared_error"}, "ratio_norm needs"),
         ({"loss_type": "dppo", "importance_sampling_level": "chunk"}, "'chunk' and loss_type='dppo' cannot be comb"),
         ({"ratio_norm": True, **GAUSSIAN, "importance_sampling_level": "trajectory"}, "and ratio_norm cannot be comb"),
-        ({"chunk_sizes": [4, 5]}, "are for importance_sampling_level='chunk': it is 'step'"),
+        ({"chunk_sizes": [4, 5]}, "need importance_sampling_level='chunk', got 'step'"),
         ({"importance_sampling_level": "chunk", "chunk_sizes": [4, 4]}, r"9 SDE steps together, got \[4, 4\]"),
         ({"importance_sampling_level": "chunk", "chunk_sizes": [0, 9]}, "at least 1 each"),
         ({"importance_sampling_level": "chunk", "chunk_sizes": [9], "sde_window_share": 0.5}, "is measured"),

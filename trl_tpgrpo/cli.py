@@ -14,19 +14,19 @@ from .commands.options import TRAININGS, help_text, near
 
 
 COMMANDS = {
-    "train": "fine-tune a model, with a YAML recipe or options, on one device or many",
-    "sample": "make images with a model, with or without a trained adapter",
-    "evaluate": "did it work? compare a model with and without what was trained, prompt by prompt",
-    "fidelity": "measure how faithful cheap completions are on a model, its prompts and its reward",
-    "plan": "what a run will cost: evaluations, memory per device, and what to change if it does not fit",
-    "serve-reward": "serve reward functions over HTTP, from a machine or an environment of their own",
-    "demo": "train the embedded tiny model in a few minutes and show what it learned",
+    "train": "fine-tune a model, from a YAML recipe or options, on one or more devices",
+    "sample": "sample images from a model, with or without a trained adapter",
+    "evaluate": "compare a model with and without the trained weights, prompt by prompt",
+    "fidelity": "compare cheap ODE completions with exact ones, for a model, prompts and reward",
+    "plan": "estimate the cost of a run (NFE, memory per device, hours), and settings with which it fits",
+    "serve-reward": "serve reward functions over HTTP, from another machine or environment",
+    "demo": "train the bundled toy model for a few minutes and show the results",
 }
 MISTAKES = (ValueError, TypeError, OSError, ImportError, argparse.ArgumentError, RuntimeError)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand, and import only what that one needs; a mistake of the user's is one line and the status 2."""
+    """Run a subcommand and import only its modules; a user's mistake is one line with status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     width = max(map(len, COMMANDS))
     listing = "\n".join(f"  {name:<{width}}  {help_text}" for name, help_text in COMMANDS.items())
@@ -45,13 +45,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(command, _without_debug(argv[1:]))
     except KeyboardInterrupt:
-        hint = "; the same command goes on" if command == "evaluate" else ""
+        hint = "; run the same command to continue" if command == "evaluate" else ""
         print(f"trl-tpgrpo {command}: interrupted{hint}", file=sys.stderr)  # noqa: T201
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # nobody reads on, as after `| head`
+    except BrokenPipeError:  # the reader has ended, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except subprocess.CalledProcessError as error:  # of `accelerate launch`; the processes have said why
+    except subprocess.CalledProcessError as error:  # of `accelerate launch`; the processes have printed the reason
         return error.returncode
     except MISTAKES as error:
         if "TRL_TPGRPO_DEBUG" in os.environ or not is_mistake(error):
@@ -61,15 +61,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """Run a command after a check of what needs no heavy imports; raise what `is_mistake` tells from a fault."""
+    """Run a command, after checks without heavy imports."""
     if command not in COMMANDS:
         raise ValueError(f"there is no command {command!r}{near(command, COMMANDS)} See trl-tpgrpo --help.")
     if command in TRAININGS and {"-h", "--help"} & set(arguments):
         print(help_text(command, COMMANDS[command]), end="")  # noqa: T201
         return 0
-    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # their notices would hide a mistake
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # their notices would hide an error message
         logging.getLogger(library).setLevel(logging.ERROR)
-    if command != "train":  # notices of libraries would hide the little that these commands print
+    if command != "train":  # notices of libraries would hide the output
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     if command in TRAININGS:
@@ -78,7 +78,7 @@ def run(command: str, arguments: list[str]) -> int:
 
 
 def is_mistake(error: Exception) -> bool:
-    """Say whether an error is a user's mistake: before training nearly any is, in it what this package raises."""
+    """Check whether an error is a user's mistake: almost any before training, in training those of this package."""
     if isinstance(error, RuntimeError):
         return type(error).__module__.startswith("trl_tpgrpo.")  # such as a RewardError
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -88,7 +88,7 @@ def is_mistake(error: Exception) -> bool:
 
 
 def _without_debug(arguments: list[str]) -> list[str]:
-    """Return the arguments without a `--debug` that has no value, which is for this program and those it starts."""
+    """Return the arguments without a `--debug` without value, which is for this program."""
     for place, argument in enumerate(arguments):
         if argument == "--debug" and (arguments[place + 1 :] or ["--"])[0].startswith("--"):
             os.environ["TRL_TPGRPO_DEBUG"] = "1"

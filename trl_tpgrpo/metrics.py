@@ -1,4 +1,4 @@
-"""Metrics between two logs: recorded as they arise, reduced over time and processes when they are logged."""
+"""Metrics between two logs: recorded one by one, reduced over time and processes at the log."""
 
 import time
 from collections import defaultdict
@@ -29,16 +29,16 @@ REDUCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tenso
     "seconds": (torch.sum, torch.amax),
     "logged": (torch.mean, torch.mean),
 }
-"""Reduction within a process, and of the results of all processes that have recorded a name."""
+"""Reduction within a process, then over all processes that have recorded a name."""
 
-THUMBNAIL = 32  # pixels, about, at which images are compared: what a person would see as another picture
+THUMBNAIL = 32  # approximate size in pixels at which images are compared, for differences that a person sees
 
 
 class Metrics:
-    """Values by name and reduction, kept on their device until `flush`, so that recording waits for nothing.
+    """Values by name and reduction. They stay on their device until `flush`, so recording does not wait.
 
-    A NaN is not averaged away, but for rewards that do not apply, which `"nanmean"` and `"std"` skip. `"std"` is for
-    values that all processes have; `"seconds"` are those of the slowest process; `"logged"` are reward functions' own.
+    NaN stays NaN, except for rewards that do not apply, which `"nanmean"` and `"std"` skip. `"std"` is for values that
+    all processes have. `"seconds"` are those of the slowest process. `"logged"` metrics come from reward functions.
     """
 
     def __init__(self) -> None:
@@ -57,22 +57,22 @@ class Metrics:
         self.record(f"seconds/{phase}", time.perf_counter() - start, "seconds")
 
     def flush(self, taken: Collection[str] = ()) -> dict[str, float]:
-        """Return what has been recorded since the last flush, reduced over all processes.
+        """Return the metrics recorded since the last flush, reduced over all processes.
 
         Raises:
-            ValueError: If a reward function has logged a metric by a name that is `taken`, or the trainer's own.
+            ValueError: If a reward function has logged a metric under a `taken` name or one of the trainer's.
         """
         values = dict(self._values)
         self.clear()
         return _reduced(values, taken)
 
     def clear(self) -> None:
-        """Forget what has been recorded, such as by a call that has failed."""
+        """Forget recorded metrics, for example those of a failed call."""
         self._values.clear()
         self._num_seen.clear()
 
     def latest(self) -> dict[str, float]:
-        """Return what has been recorded since the last call or flush, reduced likewise; the next flush has it too."""
+        """Return the metrics recorded since the last call or flush, reduced; the next flush includes them too."""
         values = {key: recorded[self._num_seen.get(key, 0) :] for key, recorded in self._values.items()}
         self._num_seen = {key: len(recorded) for key, recorded in self._values.items()}
         return _reduced({key: recorded for key, recorded in values.items() if recorded})
@@ -90,7 +90,7 @@ def _reduced(values: dict[tuple[str, str], list[Tensor]], taken: Collection[str]
     own = {name for name, reduction in gathered if reduction != "logged"}
     for name, reduction in gathered:
         if reduction == "logged" and (name in own or name in taken):
-            raise ValueError(f"log_metric: {name!r} is a metric of the trainer: the function needs another name.")
+            raise ValueError(f"log_metric: {name!r} is a metric of the trainer. Use another name.")
     return {
         name: REDUCTIONS[reduction][1](torch.tensor(numbers)).item()
         for (name, reduction), numbers in sorted(gathered.items())
@@ -98,7 +98,7 @@ def _reduced(values: dict[tuple[str, str], list[Tensor]], taken: Collection[str]
 
 
 def record_surrogate(metrics: Metrics, surrogate: Surrogate) -> None:
-    """Record how far transitions (B,) have moved, and the share that gets no gradient for it."""
+    """Record how far transitions (B,) have moved, and the share without gradient because of it."""
     deviation = surrogate.ratio - 1
     metrics.record("ratio/mean", surrogate.ratio.mean())
     metrics.record("ratio/max_deviation", deviation.abs().max(), "max")
@@ -109,11 +109,11 @@ def record_surrogate(metrics: Metrics, surrogate: Surrogate) -> None:
         metrics.record("mask_ratio", surrogate.left_out.float().mean())
         metrics.record("divergence/mean", surrogate.divergence.mean())
         metrics.record("divergence/max", surrogate.divergence.max(), "max")
-    metrics.record("num_train_evaluations", len(deviation), "sum")
+    metrics.record("nfe_train", len(deviation), "sum")
 
 
 def rollout_metrics(table: RewardTable, names: list[str]) -> dict[str, Tensor]:
-    """Return 0-dimensional metrics of the rewards of a generation batch, in all and by the functions' names.
+    """Return 0-dimensional metrics of the rewards of a generation batch, in total and per function.
 
     Those with "reward" in their name are NaN where a function applies nowhere.
     """
@@ -140,7 +140,7 @@ def rollout_metrics(table: RewardTable, names: list[str]) -> dict[str, Tensor]:
 
 
 def _credit_metrics(table: RewardTable) -> dict[str, Tensor]:
-    """Return where along the trajectory rewards tell images apart, and where trajectories turn."""
+    """Return metrics of step rewards, advantages and turning points."""
     turning = table.turning_points[~table.left_out]
     grouped = table.step_rewards.unflatten(0, (-1, table.num_generations))
     within_group = (grouped - grouped.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
@@ -154,7 +154,7 @@ def _credit_metrics(table: RewardTable) -> dict[str, Tensor]:
 
 
 def image_variety(images: list[Image.Image], prompts: Sequence[Hashable]) -> Tensor:
-    """Return a pixel's deviation among the images of each of P prompts, neighbours of one size: (P,); NaN for one."""
+    """Return the standard deviation of pixel values among the images of each of P prompts: (P,); NaN for one image."""
     pixels = torch.stack([_thumbnail(image) for image in images])
     sizes = [len(list(group)) for _, group in groupby(prompts)]
     spreads = [group.std(0, correction=0).mean() for group in pixels.split(sizes)]

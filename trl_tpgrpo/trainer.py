@@ -1,7 +1,7 @@
-"""The trainer: rows of a dataset become prompts, trajectories, images, rewards, credit, and an update of the weights.
+"""The trainer: rows of a dataset -> prompts, trajectories, images, rewards, credit, update of the weights.
 
-It reads in that order, under the names of TRL's GRPOTrainer: every method that overrides one of TRL's or transformers'
-is here. Mathematics is in `algorithm/`, model families in `policies/`, sampling and scoring in `rollouts/`.
+Methods are in this order and follow the API of TRL's GRPOTrainer; all that override TRL's or transformers' are here.
+Mathematics is in `algorithm/`, model families in `policies/`, sampling and scoring in `rollouts/`.
 """
 
 from concurrent.futures import Future
@@ -62,24 +62,22 @@ class TPGRPOTrainer(_BaseTrainer):
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
-            Hub id or folder of a pipeline, loaded with `args.model_init_kwargs`, or the pipeline itself. Its
-            transformer is trained, in place.
+            Hub id or folder (loaded with `args.model_init_kwargs`), or pipeline. Its transformer is trained in place.
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             Called as `reward_func(images=..., prompts=..., **other columns, trainer_state=..., log_metric=...)` with N
-            PIL images, N prompts and N values of each column; returns N numbers, `None` where it does not apply.
+            PIL images, N prompts and N values of each column. Returns N numbers, or `None` where it does not apply.
         args ([`TPGRPOConfig`], *optional*):
-            Settings. `None`: the paper's.
+            Settings. `None`: the defaults, which are the paper's.
         train_dataset ([`~datasets.Dataset`], *optional*):
-            Rows with a string in `"prompt"`, to edit an image in `"image"`; rewards get all but the prompt besides.
+            Rows with a string in `"prompt"` (editing: also an image in `"image"`). Rewards receive the other columns.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
-            The same for evaluation.
+            Dataset or datasets for evaluation, with the same columns.
         eval_reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
-            Functions for evaluation only: rewards that are not trained on show when those that are get hacked.
+            Functions for evaluation only. Rewards that are not trained on show reward hacking.
         callbacks (`list[~transformers.TrainerCallback]`, *optional*):
-            Callbacks besides the default ones.
+            Additional callbacks.
         optimizers (`tuple`, *optional*):
-            Optimizer and learning-rate schedule instead of those of `args`. With `peft_config` the trained weights do
-            not exist before the trainer does: choose the optimizer by `args.optim` then.
+            Optimizer and learning rate schedule, instead of those of `args`; not with `peft_config` (weights are new).
         peft_config ([`~peft.LoraConfig`], *optional*):
             Config of the LoRA adapter to train; without `target_modules` the paper's for the model's family. `None`:
             train all weights of the transformer.
@@ -103,7 +101,7 @@ class TPGRPOTrainer(_BaseTrainer):
     ):
         args = TPGRPOConfig("tp-grpo") if args is None else args
         if not isinstance(args, TPGRPOConfig):
-            raise TypeError(f"args must be a TPGRPOConfig, got {type(args).__name__}: the settings are others.")
+            raise TypeError(f"args must be a TPGRPOConfig, got {type(args).__name__}.")
         args.settle_changes()
         self.reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         eval_only = eval_reward_funcs if isinstance(eval_reward_funcs, list) else [eval_reward_funcs]
@@ -129,7 +127,7 @@ class TPGRPOTrainer(_BaseTrainer):
             embeddings.precompute(rows + self._shown_rows, evaluated, transformer, ProgressDisplay(shows_bar))
         self._step = self._num_evaluated = 0
         self._buffered_inputs: list[Trajectories] | None = None
-        self._saved: Path | None = None  # the checkpoint that this call of `train` has written last
+        self._saved: Path | None = None  # the last checkpoint of this call of `train`
         self._is_new_rollout, self._eval_prefix = False, "eval"
         self._loss_terms: list[tuple[int, dict[str, Tensor], Tensor]] = []
         self._grad_norm: float | None = None
@@ -146,7 +144,7 @@ class TPGRPOTrainer(_BaseTrainer):
         self._add_parts(embeddings)
 
     def _check_and_shard(self, frozen_copy: torch.nn.Module | None) -> None:
-        """Refuse what cannot work on this accelerator, and put the reference where it belongs."""
+        """Check settings against the accelerator, and place or shard the reference."""
         args = self.args
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: launch one process per GPU with `accelerate launch`.")
@@ -159,7 +157,7 @@ class TPGRPOTrainer(_BaseTrainer):
         self.reference = Reference(self.policy, self.accelerator, self.model, frozen_copy, keep, record)
 
     def _add_parts(self, embeddings: PromptEmbeddings) -> None:
-        """Create the trainer's own parts and callbacks, in the order in which the callbacks are called."""
+        """Create the trainer's parts and callbacks, in the order in which callbacks are called."""
         args = self.args
         self.progress = ProgressDisplay(shows_bar=False)
         if self.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:  # in notebooks a table of the loss
@@ -180,7 +178,7 @@ class TPGRPOTrainer(_BaseTrainer):
         self.guard_rails = guard_rails.watch_over(self, self._metrics_of_update, self._metrics["train"].record)
 
     def _send_telemetry(self) -> None:
-        """Send nothing: TRL's reads `model.config.model_type`, which diffusers models do not have."""
+        """Send nothing: TRL's version reads `model.config.model_type`, which diffusers models lack."""
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
@@ -216,24 +214,24 @@ class TPGRPOTrainer(_BaseTrainer):
 
     @property
     def _policy_model(self) -> torch.nn.Module:
-        """The model outside of an update: sharded weights need their wrapper, DDP's would only exchange buffers."""
+        """The model outside of updates: with its wrapper if weights are sharded, else without (DDP)."""
         return self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
 
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> Trajectories:
-        """Roll out when the buffer is used up; hand out its next micro-batch."""
+        """Run a rollout if the buffer is empty; return its next micro-batch."""
         if self._step % self._generate_every == 0 or self._buffered_inputs is None:
-            self._buffered_inputs = None  # makes room
+            self._buffered_inputs = None  # frees memory
             trajectories = self.rollouts.generate(generation_batch, self._step // self._generate_every)
             self._is_new_rollout = True
             updates = max(1, self.args.steps_per_generation // self.args.gradient_accumulation_steps)
-            # Each update gets every n-th trajectory: a share of each group, the same for any number of processes.
+            # Each update gets an equal share of every group, for any number of processes.
             order = torch.arange(len(trajectories)).view(-1, updates).T.flatten()
             chunks = [trajectories[chunk] for chunk in order.chunk(self.args.steps_per_generation)]
             self._buffered_inputs = self._prepared_for_training(chunks)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _prepared_for_training(self, chunks: list[Trajectories]) -> list[Trajectories]:
-        """Add to micro-batches what is computed once, before the first update on their rollout."""
+        """Add the values that are computed once, before the first update on a rollout."""
         if self.args.offload_reference:
             self.reference.precompute(chunks, self.args.offload_trajectories)
         if self.args.recompute_old_log_probs:
@@ -252,17 +250,17 @@ class TPGRPOTrainer(_BaseTrainer):
         return self.rollouts.sample_and_score(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as [`~transformers.Trainer.train`] does; SIGTERM and Ctrl-C end it after an update, with a checkpoint.
+        """Train as [`~transformers.Trainer.train`] does; on SIGTERM or Ctrl-C, stop after an update with a checkpoint.
 
         Raises:
             FileNotFoundError: If there is no complete checkpoint to resume from.
-            ValueError: If the checkpoint is of another run (settings but those of `args.resume_with_changes`, adapter,
-                number of processes) or damaged, if the run begins anew in a folder with checkpoints, or if another
-                run writes to the folder.
-            OSError: If the disk is full; it says which checkpoints are whole.
+            ValueError: If the checkpoint is damaged or from a different run (settings except those of
+                `args.resume_with_changes`, adapter, number of processes), if a new run starts in a folder with
+                checkpoints, or if another run writes to the folder.
+            OSError: If the disk is full; the message lists the complete checkpoints.
         """
         self._step, self._buffered_inputs, self._saved, self.averaged.average = 0, None, None, None
-        self._metrics["train"].clear()  # an aborted call may have left some
+        self._metrics["train"].clear()  # an aborted call may have left metrics
         if self.guard_rails is not None:
             self.guard_rails.forget()
         folder = self.args.output_dir
@@ -276,18 +274,18 @@ class TPGRPOTrainer(_BaseTrainer):
                 return super().train(checkpoint and str(checkpoint), *args, **kwargs)
 
     def describe_run(self) -> dict[str, Any]:
-        """Return what makes this run what it is, for a checkpoint and for a comparison with one."""
+        """Return the description of the run that is saved in a checkpoint and compared when resuming."""
         return resuming.describe_settings(self.args, self.policy.guidance) | self._run_parts
 
     def training_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run a forward and backward for each SDE step of a micro-batch, so that memory does not grow with them."""
+        """Run a forward and backward pass for each SDE step of a micro-batch, with the memory of one step."""
         model.train()
         getattr(self.optimizer, "train", lambda: None)()  # schedule-free optimizers have modes too
         trajectories = self._prepare_inputs(inputs)
         is_first_update = self._step % self._generate_every < self.args.gradient_accumulation_steps
-        if trajectories.chunks is not None and not is_first_update:  # whose ratios are 1
+        if trajectories.chunks is not None and not is_first_update:  # with ratios of 1
             now = self.rollouts.recomputed(trajectories, self.compute_loss_context_manager)
             trajectories = trajectories.with_chunk_ratios(now)
         together = self.accelerator.num_processes > 1
@@ -305,8 +303,8 @@ class TPGRPOTrainer(_BaseTrainer):
         if not torch.isfinite(total):
             what = f"The loss at update {self.state.global_step} is {total.item()}"
             raise FloatingPointError(
-                f"{what}: {first_wrong_term(self._loss_terms)}. The last update has probably been too large "
-                "(learning_rate, max_grad_norm), or float16 has overflowed."
+                f"{what}: {first_wrong_term(self._loss_terms)}. The last update was probably too large "
+                "(learning_rate, max_grad_norm), or float16 overflowed."
             )
         self._step += 1
         return total
@@ -329,9 +327,8 @@ class TPGRPOTrainer(_BaseTrainer):
     ) -> Tensor:
         """Compute the surrogate of one SDE step of a micro-batch, with the KL divergence from the reference.
 
-        Credit and advantages are computed here, from the reward table of the whole generation batch that the inputs
-        carry; the table keeps them for other steps and micro-batches, for metrics and for pictures. (With `beta=0` the
-        choice of steps has read them before.)
+        Credit and advantages come from the reward table of the whole generation batch, which computes them once, here
+        or (with `beta=0`) when steps are selected.
         """
         if return_outputs:
             raise ValueError("TPGRPOTrainer.compute_loss has no outputs to return; call it with return_outputs=False.")
@@ -353,25 +350,25 @@ class TPGRPOTrainer(_BaseTrainer):
         return loss
 
     def _report_rollout(self, rows: list[dict[str, Any]], trajectories: Trajectories) -> None:
-        """Log a rollout and hand its sample to callbacks, once its credit has been computed."""
+        """Log a rollout and pass its sample to callbacks, after its credit has been computed."""
         self._is_new_rollout, table = False, trajectories.table
         for name, value in rollout_metrics(table, self.reward_func_names).items():
             self._metrics["train"].record(name, value, "nanmean" if "reward" in name else "mean")
         self.samples.rollout_ends([row["prompt"] for row in rows], table, self.state, self.control)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
-        """Return the norm before clipping, which float16 alone may make infinite."""
+        """Return the norm before clipping, which may be infinite in float16 only."""
         norm = super()._get_grad_norm(model, grad_norm)
         self._grad_norm = None if norm is None else float(norm)
         if self._grad_norm is not None and not self.args.fp16 and not np.isfinite(self._grad_norm):
             raise FloatingPointError(
-                f"The gradient's norm at update {self.state.global_step} is {self._grad_norm}, of a finite loss: "
-                "nothing has been updated. Lower learning_rate, or train in another precision."
+                f"The gradient's norm at update {self.state.global_step} is {self._grad_norm}, with a finite loss. "
+                "The weights were not updated. Lower learning_rate, or train in another precision."
             )
         return self._grad_norm
 
     def _metrics_of_update(self) -> dict[str, float]:
-        """Return what the update in progress has recorded, on all processes, for the guard rails."""
+        """Return the metrics of the update in progress, over all processes, for the guard rails."""
         first = self._step - self.args.gradient_accumulation_steps
         metrics = self._metrics["train"].latest()
         if self._grad_norm is not None:
@@ -384,15 +381,15 @@ class TPGRPOTrainer(_BaseTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Return rewards of images by the ODE, `eval_height` x `eval_width`, from the same noise each time."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name of one in self.eval_dataset
+        """Return rewards of ODE samples of `eval_height` x `eval_width`, from the same noise each time."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name in self.eval_dataset
             check_datasets(None, eval_dataset, self.reward_funcs, self.eval_reward_funcs, self.args)
             prompt_columns({"eval_dataset": eval_dataset}, self.policy.takes_image)
         self._eval_prefix, self._num_evaluated = metric_key_prefix, 0
         self._metrics["eval"].clear()
         sharding.prepare_to_evaluate(self)
         self.samples.evaluation_begins()
-        is_shown = self.progress in self.callback_handler.callbacks  # the user may have taken the display out
+        is_shown = self.progress in self.callback_handler.callbacks  # the user may have removed the display
         with self.averaged.in_use(), self.progress.evaluation(self.state) if is_shown else nullcontext():
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self.samples.evaluation_ends(metric_key_prefix, self.state, self.control)
@@ -401,14 +398,14 @@ class TPGRPOTrainer(_BaseTrainer):
     def predict(
         self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
-        """Evaluate on another dataset; the rewards are in the result's `metrics`, and there are no predictions."""
+        """Evaluate on another dataset; rewards are in `metrics` of the result, which has no predictions."""
         return PredictionOutput(None, None, self.evaluate(test_dataset, ignore_keys, metric_key_prefix))
 
     @torch.no_grad()
     def prediction_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any
     ) -> tuple[None, None, None]:
-        """Sample and score a batch of an evaluation; there is no loss."""
+        """Sample and score a batch in evaluation; there is no loss."""
         first = self._num_evaluated + self.accelerator.process_index * len(inputs)
         self._num_evaluated += self.accelerator.num_processes * len(inputs)
         num_prompts = len(self.callback_handler.eval_dataloader.dataset)
@@ -416,7 +413,7 @@ class TPGRPOTrainer(_BaseTrainer):
         return None, None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics recorded since the last log, with the evaluation's prefix if they belong to one."""
+        """Log, and add the metrics recorded since the last log (with a prefix in evaluation)."""
         mode = "train" if self.model.training else "eval"
         prefix = f"{self._eval_prefix}_" if mode == "eval" else ""
         taken = {name.removeprefix(prefix) for name in logs}
@@ -424,7 +421,7 @@ class TPGRPOTrainer(_BaseTrainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the trained weights, or their average, in diffusers' format: the adapter, or `transformer`."""
+        """Save the trained weights, or their average, in diffusers' format: an adapter, or `transformer`."""
         output_dir = output_dir or self.args.output_dir
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         with checkpoints.room(output_dir, self.args.output_dir), self.averaged.in_use():
@@ -454,20 +451,20 @@ class TPGRPOTrainer(_BaseTrainer):
         trained = self.accelerator.unwrap_model(model or self.model)
         last = Path(resume_from_checkpoint) / checkpoints.LAST
         weights.load_weights(trained, resume_from_checkpoint)
-        if last.exists():  # what has just been loaded is the average
+        if last.exists():  # the loaded weights are the average
             if self.args.ema_decay is not None:
                 self.averaged.start()
             weights.load_weights(trained, last)
 
     def _load_best_model(self) -> None:
         weights.load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
-        self.averaged.average = None  # or it would be evaluated and saved instead
+        self.averaged.average = None  # otherwise it would be evaluated and saved
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        if self.is_deepspeed_enabled:  # its engine has loaded the weights, but knows nothing of their average
+        if self.is_deepspeed_enabled:  # its engine has loaded the weights, without their average
             self._load_from_checkpoint(checkpoint)
         checkpoints.load_progress(self, Path(checkpoint))
 
@@ -479,7 +476,7 @@ class TPGRPOTrainer(_BaseTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Write `README.md`, with the images of the last push if there was one, and `recipe.yaml`."""
+        """Write `README.md`, with the images of the last push if any, and `recipe.yaml`."""
         if self.is_world_process_zero():
             tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
             self.card.write(self.state, self.hub_model_id, model_name, dataset_name, tags, self.recipe_settings)
@@ -493,10 +490,10 @@ class TPGRPOTrainer(_BaseTrainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo | Future | None:
-        """Save the trained weights with a card, sample images and the recipe, and push them: call it on all processes.
+        """Save the trained weights with a card, sample images and recipe, and push them. Call it on all processes.
 
-        Arguments and result are those of [`~transformers.Trainer.push_to_hub`]; `kwargs` go to `create_model_card`. A
-        HubError, on the main process, has the command that pushes what is on disk later.
+        Arguments and result are those of [`~transformers.Trainer.push_to_hub`]; `kwargs` go to `create_model_card`. If
+        it fails, the main process raises a HubError with the command that pushes the saved files later.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
@@ -507,14 +504,14 @@ class TPGRPOTrainer(_BaseTrainer):
         try:
             if self.hub.repo_id is None:
                 self.hub_model_id = self.hub.create(token, private, is_trained=True)
-        finally:  # whatever the Hub says, the card is on disk
+        finally:  # the card is on disk, even if the Hub fails
             self.create_model_card(**kwargs)
         return self.hub.push(commit_message, blocking, token, revision)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Do nothing in the middle of writing a checkpoint: `_save_checkpoint` pushes it when it is whole."""
+        """Do nothing while a checkpoint is written: `_save_checkpoint` pushes it when it is complete."""
 
     def _finish_current_push(self) -> None:
-        """Wait for pushes at the end of training, then delete the checkpoints that had to stay for them."""
+        """Wait for pushes at the end of training, then delete checkpoints that were kept for them."""
         self.hub.finish()
         checkpoints.rotate(self)

@@ -1,7 +1,7 @@
 """The noise of each SDE step, raised or lowered until as many step rewards are positive as negative.
 
-This is the calibration of DenseGRPO (arXiv 2601.20218, algorithm 1). What the paper leaves open, and what is otherwise
-here, is in `docs/algorithm.md`.
+This is the calibration of DenseGRPO (arXiv 2601.20218, algorithm 1). `docs/algorithm.md` lists what the paper leaves
+open and what differs here.
 
 Shapes: `B` trajectories, `K` SDE steps.
 """
@@ -13,14 +13,14 @@ from torch import Tensor
 from .credit import step_rewards
 
 
-TOLERANCE = 2  # samples (the paper's number), or a standard deviation where that is more
+TOLERANCE = 2  # samples (the paper's number), or one standard deviation if that is larger
 
 
 def is_balanced(rewards: Tensor) -> Tensor:
-    """Say of each step whether about as many of its rewards are positive as negative: bool, (K,) from (B, K + 1).
+    """Check for each step whether positive and negative step rewards are balanced: bool, (K,) from (B, K + 1).
 
-    That is `|n+ - n-| < max(2, sqrt(n+ + n-))` for `n+` positive and `n-` negative ones; 0 and NaN are neither. The
-    square root is the standard deviation of the difference where both signs are equally likely.
+    The condition is `|n+ - n-| < max(2, sqrt(n+ + n-))` for `n+` positive and `n-` negative ones; 0 and NaN do not
+    count. The square root is the standard deviation of the difference if both signs are equally likely.
     """
     gained = step_rewards(rewards)
     positive, negative = (gained > 0).sum(0), (gained < 0).sum(0)
@@ -30,14 +30,15 @@ def is_balanced(rewards: Tensor) -> Tensor:
 def calibrate(
     measure: Callable[[Tensor, int], Tensor], noise_levels: Tensor, step: float, highest: float, num_iterations: int
 ) -> Tensor:
-    """Return the noise (K,) up to which the signs of each SDE step's rewards are balanced.
+    """Return noise levels (K,) at which positive and negative rewards of each SDE step are balanced.
 
-    An iteration raises the noise of balanced steps by `step` and lowers that of the others, from `step` to `highest`.
+    Each iteration raises the noise of balanced steps by `step` and lowers that of the others, within `step` and
+    `highest`.
 
     Args:
-        measure: Function of the noise (K,) and the iteration's number, from 0, to the rewards (B, K + 1) along
-            trajectories that are sampled with it.
-        noise_levels: (K,), the noise at the start.
+        measure: Function of the noise levels (K,) and the iteration (from 0) that returns the rewards (B, K + 1)
+            along trajectories sampled with them.
+        noise_levels: (K,), the initial noise levels.
     """
     for iteration in range(num_iterations):
         direction = 2 * is_balanced(measure(noise_levels, iteration)).to(noise_levels) - 1

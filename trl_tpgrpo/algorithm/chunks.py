@@ -1,6 +1,6 @@
-"""Chunks of neighbouring SDE steps whose probability ratios are taken together (GCPO, arXiv 2510.21583).
+"""Chunks of neighbouring SDE steps that share one probability ratio (GCPO, arXiv 2510.21583).
 
-Shapes: `B` trajectories, `K` SDE steps. A partition is the sizes of its chunks, first steps first, which sum to K.
+Shapes: `B` trajectories, `K` SDE steps. A partition is a list of chunk sizes in step order that sum to K.
 """
 
 from itertools import groupby, pairwise
@@ -19,7 +19,7 @@ def chunk_means(log_ratios: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 
 def step_weights(sizes: tuple[int, ...]) -> list[float]:
-    """Return the weight of each of K steps in the mean over them, such that chunks weigh equally (equation 14)."""
+    """Return weights (K,) for the mean over steps that give every chunk the same weight (equation 14)."""
     return [sum(sizes) / (len(sizes) * size) for size in sizes for _ in range(size)]
 
 
@@ -33,10 +33,10 @@ def relative_change(states: Tensor) -> Tensor:
 
 
 def chunks_by_change(change: Tensor) -> tuple[int, ...]:
-    """Cut K steps where the relative change (K,) of their latents turns from falling to rising or back (section 4.3).
+    """Cut K steps where the relative change (K,) of the latents switches between falling and rising (section 4.3).
 
-    A chunk of more than half of the steps, and of more than two, is cut again where the slope of its change turns, and
-    so on. One that never turns is halved.
+    A chunk with more than half of the steps (and more than two) is cut again where the slope of its change changes
+    sign, and so on. A chunk without such a point is halved.
     """
     return tuple(_cut(change.tolist(), longest=max(2, len(change) // 2)))
 

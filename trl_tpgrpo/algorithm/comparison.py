@@ -1,4 +1,4 @@
-"""What an evaluation says of rewards: their mean, how sure it is, and the difference to another model's."""
+"""Statistics of an evaluation: mean reward, standard error, and the paired difference from another model."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rewards of a model and their paired difference to a base, which has none to itself."""
+    """Rewards of a model and their paired difference from a base model (none for the base itself)."""
 
     num_prompts: int
     num_images: int
@@ -22,9 +22,9 @@ class Comparison:
 def compare(rewards: Tensor, base: Tensor | None = None) -> Comparison:
     """Compare rewards (P, G) of G images of each of P prompts with those of the same images of another model.
 
-    The mean is that of all images. Prompts are what is sampled, so the standard error is that of the P prompts' means,
-    and the interval Student's with one degree of freedom less than there are prompts. Rewards that are NaN, which do
-    not apply, are left out. With fewer than two prompts nothing is known of either: NaN.
+    The mean is over all images. The standard error is that of the P prompt means, because prompts are the sampled
+    unit; the interval is Student's with P - 1 degrees of freedom. Rewards of NaN (not applicable) are left out. With
+    fewer than two prompts, both are NaN.
     """
     means = rewards.double().nanmean(1)  # (P,)
     num_prompts, error = _standard_error(means)
@@ -41,7 +41,7 @@ def compare(rewards: Tensor, base: Tensor | None = None) -> Comparison:
 def student_quantile(probability: float, freedom: int) -> float:
     """Compute a quantile of Student's t distribution by Abramowitz and Stegun's 26.7.5; NaN without freedom.
 
-    At 0.975 it is too small by 0.3% with 4 degrees of freedom, and by 24%, 3% and 0.7% with 1, 2 and 3.
+    At 0.975, its error is -24%, -3%, -0.7% and -0.3% with 1, 2, 3 and 4 degrees of freedom.
     """
     if freedom < 1:
         return math.nan
@@ -51,6 +51,6 @@ def student_quantile(probability: float, freedom: int) -> float:
 
 
 def _standard_error(values: Tensor) -> tuple[int, float]:
-    """Return how many values (P,) are not NaN, and the standard error of their mean."""
+    """Return the number of values (P,) that are not NaN, and the standard error of their mean."""
     known = values[~values.isnan()]
     return len(known), (known.std() / math.sqrt(len(known))).item() if len(known) > 1 else math.nan

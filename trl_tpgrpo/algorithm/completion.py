@@ -1,7 +1,7 @@
-"""How the ODE completes a state to an image: over all the sigmas that are left, or more cheaply over some of them.
+"""ODE completions: finish a latent with the deterministic sampler, over all remaining sigmas or over some of them.
 
-A cheap completion stops at some of the sampler's own sigmas, so that the model evaluates it with the trajectories. It
-approximates the exact completion, the image of the sampler's own Euler steps, not the true end of the ODE.
+A cheap completion uses some of the sampler's sigmas, so it is batched with the trajectories. It approximates the exact
+completion (the image of the sampler's own Euler steps), not the exact solution of the ODE.
 """
 
 import re
@@ -17,18 +17,18 @@ FORM = re.compile(r"(exact|one_step|(euler|ab2)_([1-9]\d*)|at((?:_\d+)+))(?:_eve
 
 @dataclass(frozen=True)
 class CompletionRule:
-    """Which states are completed, and before which steps a completion evaluates the model.
+    """Selects the latents to complete, and the steps at which a completion calls the model.
 
     For example, `parse("at_1_2_5_every_2")` is `CompletionRule(at=(1, 2, 5), extrapolate=True, every=2)`. It completes
     the states x_0, x_2, x_4 and so on, and with T = 10 steps the completion of x_2 has `stops(2, 10) == [2, 5, 10]`.
-    Over steps without an evaluation the velocity is that of the last one (Euler) or, with `extrapolate`, linear in the
-    last two (Adams-Bashforth). With a stride `every` above 1, credit is that of blocks of so many steps.
+    At steps without a model call, the velocity is the last one (Euler) or, with `extrapolate`, a linear extrapolation
+    of the last two (Adams-Bashforth). With `every` above 1, credit is assigned to blocks of `every` steps.
 
-    With `first` = 1 (`parse("exact_from_1")`) x_0 is not completed: the mean reward of its group stands for R_0.
+    With `first` = 1 (`parse("exact_from_1")`), x_0 is not completed and the mean reward of its group replaces R_0.
     """
 
-    num_steps: int | None = None  # largest number of evaluations, evenly spaced; None: no limit; 0: stay at the state
-    at: tuple[int, ...] | None = None  # steps that alone are evaluated, beside the state's own; None: no such limit
+    num_steps: int | None = None  # largest number of model calls; None: no limit; 0: none of its own
+    at: tuple[int, ...] | None = None  # the only steps with a model call, besides the latent's own; None: all
     extrapolate: bool = False
     every: int = 1  # stride n: the states before every n-th SDE step are completed
     first: int = 0  # the first state of the window that is completed: x_0 or x_1
@@ -39,9 +39,9 @@ class CompletionRule:
         match = FORM.fullmatch(name)
         if match is None:
             raise ValueError(
-                "completion must be 'exact', 'at_P_Q_...' (evaluate at steps P, Q, ... alone), 'ab2_N' or 'euler_N' "
-                "(N evaluations) or 'one_step', each also with '_every_M' (complete every M-th state) or '_from_1' "
-                f"(all but the first), got {name!r}."
+                "completion must be 'exact', 'at_P_Q_...' (evaluate only at steps P, Q, ...), 'ab2_N' or 'euler_N' "
+                "(at most N) or 'one_step', also with the suffix '_every_M' (complete every M-th latent) or '_from_1' "
+                f"(not the first), got {name!r}."
             )
         whole, kind, number, steps, every, first = match.groups()
         num_steps = 1 if whole == "one_step" else int(number) if number else None
@@ -51,11 +51,11 @@ class CompletionRule:
         )
 
     def states(self, num_sde_steps: int) -> range:
-        """Return the states that are completed, by their index in the window."""
+        """Return the indices in the window of the latents to complete."""
         return range(self.first, num_sde_steps, self.every)
 
     def stops(self, start: int, num_inference_steps: int) -> list[int]:
-        """Return the steps before which a completion from step `start` on is evaluated, and last where it ends."""
+        """Return the steps at which a completion from step `start` calls the model, followed by the end."""
         left = num_inference_steps - start
         if self.at is not None:
             return [start, *(step for step in self.at if start < step < num_inference_steps), num_inference_steps]
@@ -65,13 +65,13 @@ class CompletionRule:
 
 @dataclass
 class Branch:
-    """Latents on their way to images: the trajectories, or the completions of their states before one step."""
+    """A batch of latents that is integrated: the trajectories, or the completions that start at one step."""
 
     latents: Tensor  # float32, (N, ...)
     rows: Tensor  # (N,), on the CPU, indices of the trajectories
-    stops: list[int]  # steps before which the model is still to be evaluated, the present one first, and last the end
+    stops: list[int]  # remaining steps with a model call, starting with the current one, then the end
     extrapolate: bool = False
-    previous: tuple[Tensor, Tensor] | None = None  # velocity and sigma of the last evaluation, where extrapolated
+    previous: tuple[Tensor, Tensor] | None = None  # velocity and sigma of the last model call, if extrapolated
 
     def advance(self, velocity: Tensor, sigmas: Tensor) -> None:
         """Integrate the ODE to the next stop with the velocity (N, ...) at this one."""

@@ -1,8 +1,8 @@
-"""Rewards along a trajectory, turned into the credit of each step, and credit into advantages.
+"""Step-level credit from the rewards along a trajectory, and advantages from credit.
 
 Shapes: `B` trajectories (groups of G with the same prompt, one after the other), `K` SDE steps, `F` reward functions.
-`rewards[:, j]` is R_j, the reward of the image reached by j SDE steps and then the ODE: column 0 is the ODE's own
-image, column K the trajectory's. The equations are TurningPoint-GRPO's (arXiv 2602.06422).
+`rewards[:, j]` is R_j, the reward of the ODE completion of latent j: column 0 is the image of the ODE alone, column K
+the trajectory's own image. The equations are those of TurningPoint-GRPO (arXiv 2602.06422).
 """
 
 from collections.abc import Callable
@@ -24,44 +24,44 @@ EPSILON = 1e-4
 
 @dataclass(frozen=True)
 class CreditBatch:
-    """What a rule from outside may read besides the rewards of N trajectories of K SDE steps; all is on the CPU."""
+    """Input of a custom credit rule besides the rewards of N trajectories with K SDE steps; all on the CPU."""
 
-    num_generations: int  # G: each G neighbours have the same prompt
+    num_generations: int  # G: G neighbouring rows share a prompt
     prompts: list[str]  # N
-    sigmas: Tensor  # float32, (K + 1,), of the states, falling
-    log_probs: Tensor  # float32, (N, K), of the steps, when they were sampled
-    every: int = 1  # SDE steps between two states with a reward: one credit is that of so many steps
+    sigmas: Tensor  # float32, (K + 1,), of the latents, decreasing
+    log_probs: Tensor  # float32, (N, K), of the steps at sampling time
+    every: int = 1  # SDE steps between two latents with a reward, which share one credit
 
 
 @dataclass(frozen=True)
 class CreditRule:
     """How rewards along a trajectory become advantages; the defaults are the paper's.
 
-    The credit of a step is that of a function in `RULES`, or of one from outside, with its import path as `credit`.
+    `credit` names a function in `RULES`, or the import path of a custom one.
     """
 
     credit: str = "consistent"
     lambda_: float = 0.0  # decay of "lambda": 0 is "incremental", 1 is A_j everywhere
-    trend: str = "remaining"  # gain with whose sign turning points agree: from the step on, or "global", of all steps
-    first_step: bool = True  # whether the first step, which has none before it, may be a turning point (Remark 5.2)
-    deadzone: float = 0.0  # largest step reward that counts as 0 in the search for turning points
+    trend: str = "remaining"  # gain whose sign turning points must match: from the step on, or "global" over all steps
+    first_step: bool = True  # whether the first step can be a turning point (Remark 5.2)
+    deadzone: float = 0.0  # step rewards up to this size count as 0 when turning points are detected
     balanced: bool = True  # whether to apply `balance`
-    baseline: str = "group"  # what to subtract: the mean of the group, none ("completion"), or see `fitted_credit`
-    scale: str = "group"  # spread to divide by: within the group, within the "batch", or none ("none")
-    scope: str = "step"  # steps over which mean and spread are taken: each on its own, or all of them ("joint")
+    baseline: str = "group"  # subtract the mean of the group, nothing ("completion"), or see `fitted_credit`
+    scale: str = "group"  # standard deviation to divide by: of the "group", of the "batch", or "none"
+    scope: str = "step"  # mean and standard deviation over each "step", or over all steps ("joint")
     aggregation: str = "sum_then_normalize"  # of several reward functions; or "normalize_then_sum" (GDPO)
     clip: float | None = None  # largest size of an advantage; `None`: no limit
-    share: float | None = None  # of the transitions that are trained on, see `draw_transitions`; `None`: all
-    function: Callable[[Tensor, "CreditRule"], Tensor] | None = None  # from outside; `None`: that of `RULES`
-    batch: CreditBatch | None = field(default=None, compare=False)  # where a rule from outside is applied to one
+    share: float | None = None  # share of transitions to train on, see `draw_transitions`; `None`: all
+    function: Callable[[Tensor, "CreditRule"], Tensor] | None = None  # custom function; `None`: the one in `RULES`
+    batch: CreditBatch | None = field(default=None, compare=False)  # if a custom rule is applied to one
 
     @property
     def needs_completions(self) -> bool:
-        """Whether the rule reads rewards of completed states, and not those of the trajectories' own images alone."""
+        """Whether the rule needs rewards of ODE completions, not only those of the trajectories' own images."""
         return getattr(self.function or RULES.get(self.credit), "needs_completions", True)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the function out, so that a checkpoint names no code to run; its credit has been computed by then."""
+        """Leave the function out, so that a checkpoint names no code; its credit is already computed."""
         return {**vars(self), "function": None}
 
     def __deepcopy__(self, memo: dict) -> "CreditRule":
@@ -80,10 +80,10 @@ def aggregated_rewards(rewards: Tensor) -> Tensor:
 
 
 def turning_points(rewards: Tensor, rule: CreditRule) -> Tensor:
-    """Find the steps that turn their trajectory around, before they are balanced: bool, (B, K) from (B, K + 1).
+    """Find turning points before they are balanced: bool, (B, K) from (B, K + 1).
 
-    Unless the credit is `"turning_point"`, the gain after the step must agree: `|A_j| > |r_j|` (Definition 5.1).
-    The sign of 0 is 0: a zero neither flips nor agrees.
+    Unless the credit is `"turning_point"`, the condition `|A_j| > |r_j|` must hold too (Definition 5.1). The sign of 0
+    is 0: a zero neither flips nor agrees.
     """
     gained, remaining = step_rewards(rewards), aggregated_rewards(rewards)
     direction = torch.where(gained.abs() <= rule.deadzone, 0.0, gained).sign()
@@ -108,7 +108,7 @@ def balance(turning: Tensor, aggregated: Tensor) -> Tensor:
 
 
 def kept_turning_points(rewards: Tensor, rule: CreditRule) -> Tensor:
-    """Return the turning points that are left when they are balanced: bool, (B, K) from (B, K + 1)."""
+    """Return the turning points that remain after balancing: bool, (B, K) from (B, K + 1)."""
     turning = turning_points(rewards, rule)
     return balance(turning, aggregated_rewards(rewards)) if rule.balanced else turning
 
@@ -154,17 +154,17 @@ CREDITS = tuple(RULES)
 
 
 def credited_turning_points(rewards: Tensor, rule: CreditRule, num_steps: int) -> Tensor:
-    """Return the steps that a rule credits as turning points: bool, (B, K); none where it knows no such."""
+    """Return the steps that a rule credits as turning points: bool, (B, K); none if the rule has no turning points."""
     if rule.function is not None or RULES[rule.credit] is not turning_point_credit:
         return torch.zeros(len(rewards), num_steps, dtype=torch.bool)
     return kept_turning_points(rewards, rule)
 
 
 def assign_credit(rewards: Tensor, rule: CreditRule, num_steps: int) -> tuple[Tensor, Tensor]:
-    """Return the credit of each of K = `num_steps` steps and whether as a turning point (bool): both (B, K).
+    """Return the credit of K = `num_steps` steps, and whether each is a turning point (bool): both (B, K).
 
-    Rewards are (B, K + 1); for a rule that needs no completions the last column is enough: (B, 1). A rule from
-    outside that raises, or returns anything but such a credit, is a `ValueError`.
+    Rewards are (B, K + 1), or (B, 1) (the last column) for a rule that needs no completions. A custom rule that raises
+    an error, or returns anything else, is a `ValueError`.
     """
     credits = RULES[rule.credit](rewards, rule) if rule.function is None else _from_outside(rewards, rule, num_steps)
     return credits.expand(-1, num_steps), credited_turning_points(rewards, rule, num_steps)
@@ -172,7 +172,7 @@ def assign_credit(rewards: Tensor, rule: CreditRule, num_steps: int) -> tuple[Te
 
 @torch.no_grad()
 def _from_outside(rewards: Tensor, rule: CreditRule, num_steps: int) -> Tensor:
-    """Return what a rule from outside makes of a copy of the rewards, with NaN where a trajectory is left out."""
+    """Return the credit of a custom rule for a copy of the rewards, with NaN where a trajectory is left out."""
     assert rule.function is not None
     what, left_out = f"The credit rule {rule.credit!r}", rewards.isnan().all(1)
     try:
@@ -197,10 +197,10 @@ def _from_outside(rewards: Tensor, rule: CreditRule, num_steps: int) -> Tensor:
 def fitted_credit(credits: Tensor, rewards: Tensor, num_generations: int) -> Tensor:
     """Return `c_j + (1 - b_j) R_j`, the credit with the baseline `b_j R_j` instead of `R_j`: (B, K).
 
-    `R_j` is a noisy value of the state before step j: the more of it chance decides, the less should be subtracted.
-    `b_j` is the slope of the least squares of `c_j + R_j` on `R_j`, both without their groups' means, over the batch,
-    0 where R_j has no spread. Credits are (B, K), rewards (B, K + 1). As a function of the state alone, any multiple
-    of R_j leaves the gradient's mean as it is.
+    `R_j` is a noisy estimate of the value of the latent before step j: the noisier it is, the less should be
+    subtracted. `b_j` is the least-squares slope of `c_j + R_j` on `R_j` over the batch, both without their group
+    means; 0 if R_j has no spread. Credits are (B, K), rewards (B, K + 1). Any multiple of R_j depends on the latent
+    only, so the expected gradient is unchanged.
     """
     values = rewards[:, :-1].double()
     x, y = (_centred(one, num_generations) for one in (values, credits + values))
@@ -215,11 +215,11 @@ def _centred(values: Tensor, num_generations: int) -> Tensor:
 
 
 def normalize(credits: Tensor, num_generations: int, rule: CreditRule) -> Tensor:
-    """Standardise credit (B, K) within the prompts' groups of `num_generations` adjacent rows: (B, K).
+    """Standardise credit (B, K) within groups of `num_generations` adjacent rows: (B, K).
 
-    The spread is the standard deviation of the population, or without a baseline the root mean square. A group without
-    spread gets 0. A row that is NaN (the function does not apply) stays so and is left out of every mean. In float64,
-    as the rounding of a mean in float32 would not be small against the `EPSILON` that is added to a spread of 0.
+    Credit is divided by the population standard deviation or, without a baseline, by the root mean square. A group
+    without spread gets 0. Rows of NaN (the function does not apply) stay NaN and are left out of every mean. This is
+    computed in float64, because float32 rounding of a mean is not small compared with `EPSILON`.
     """
     grouped = credits.double().unflatten(0, (-1, num_generations))  # (B / G, G, K)
     dims = (1,) if rule.scope == "step" else (1, 2)
@@ -231,11 +231,11 @@ def normalize(credits: Tensor, num_generations: int, rule: CreditRule) -> Tensor
 
 
 def draw_transitions(advantages: Tensor, share: float, seed: int) -> Tensor:
-    """Draw a share of the transitions by the size of their advantage, and weight them by the inverse: (B, K).
+    """Draw a share of the transitions by absolute advantage, and weight them by the inverse probability: (B, K).
 
-    A transition is kept with probability `p = min(1, c |a|)`, with `c` such that `share` of all that have an advantage
-    are expected, and gets `a / p`; others get 0. So each advantage has its own mean, and with it the gradient (Horvitz
-    and Thompson). Sampling is systematic: the number kept is the expected one, rounded up or down.
+    A transition is kept with probability `p = min(1, c |a|)` and gets `a / p`; others get 0. `c` is set so that
+    `share` of those with an advantage are kept on average. The expected gradient is unchanged (Horvitz and Thompson).
+    Sampling is systematic: the number kept is the expected number, rounded up or down.
     """
     sizes = advantages.abs().double().flatten()
     wanted, certain = share * int((sizes > 0).sum()), torch.zeros_like(sizes, dtype=torch.bool)
@@ -268,9 +268,9 @@ class RewardTable:
     `step_rewards = [[2, 1], [-2, 3]]`. `CreditRule("incremental", scale="none")` subtracts the mean of each column:
     `advantages = [[2, -1], [-2, 1]]`.
 
-    Rewards are NaN where a function does not apply. A trajectory that is NaN throughout is left out of means and has
-    advantages of 0. With a stride `every` of n only the states before every n-th SDE step have a reward, C in all:
-    each step gets the credit of the block of n steps that it is in, and shapes with K + 1 have C + 1.
+    Rewards are NaN where a function does not apply. A trajectory with NaN only is left out of means and has advantages
+    of 0. With `every` = n, only the latents before every n-th SDE step have a reward, C in all. Each step then gets
+    the credit of its block of n steps, and shapes with K + 1 have C + 1.
     """
 
     rewards_per_func: Tensor  # float32, (B, F, K + 1), or (B, F, 1) of the trajectories' own images alone
@@ -279,12 +279,12 @@ class RewardTable:
     num_steps: int  # K
     rule: CreditRule
     every: int = 1
-    first: int = 0  # 1: x_0 has no reward either, and C is K - 1; that of its group's trajectories stands for it
-    seed: int = 0  # of the transitions that are drawn, where the rule has a share
+    first: int = 0  # 1: x_0 has no reward, C is K - 1, and the mean reward of its group is used instead
+    seed: int = 0  # seed for drawing transitions, if the rule has a share
 
     @property
     def states(self) -> list[int]:
-        """The number of SDE steps before the ODE made each of the C + 1 images; K for the trajectory's own."""
+        """Number of SDE steps before the ODE completion of each of the C + 1 images; K for the trajectory's own."""
         completed = self.rewards_per_func.shape[2] > 1
         return [*(range(self.first, self.num_steps, self.every) if completed else ()), self.num_steps]
 
@@ -302,7 +302,7 @@ class RewardTable:
 
     @cached_property
     def left_out(self) -> Tensor:
-        """Trajectories that no function has a reward for: bool, (B,)."""
+        """Trajectories without a reward of any function: bool, (B,)."""
         return self.rewards_per_func.isnan().flatten(1).all(1)
 
     @cached_property
@@ -325,12 +325,12 @@ class RewardTable:
 
     @cached_property
     def trained_advantages(self) -> Tensor:
-        """Advantages, or 0 where a transition is not drawn, and then weighted: (B, K)."""
+        """Weighted advantages of the drawn transitions, 0 for the others: (B, K)."""
         share = self.rule.share
         return self.advantages if share is None else draw_transitions(self.advantages, share, self.seed)
 
     def from_the_first(self, rewards: Tensor) -> Tensor:
-        """Return rewards (B, C + 1) of all states that credit is made of, where x_0 is not completed: (B, C + 2)."""
+        """Return rewards (B, C + 1) with that of x_0 in front, if it is not completed: (B, C + 2)."""
         if not self.first:
             return rewards
         means = rewards[:, -1].unflatten(0, (-1, self.num_generations)).nanmean(1)
@@ -371,7 +371,7 @@ def step_reward_variances(rewards: Tensor, num_generations: int) -> Tensor:
 
 
 def shortest_window(variances: Tensor, share: float) -> tuple[int, int]:
-    """Find the fewest, earliest neighbouring steps [start, stop) with `share` of the sum of variances (K,)."""
+    """Find the shortest (then earliest) window [start, stop) with `share` of the sum of variances (K,)."""
     total = torch.cat([variances.new_zeros(1), variances.cumsum(0)])
     for length in range(1, len(variances)):
         enough = total[length:] - total[:-length] >= share * total[-1]

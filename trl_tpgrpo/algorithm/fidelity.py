@@ -1,4 +1,4 @@
-"""How faithful cheap completions are: their step rewards and turning points against those of exact ones."""
+"""Fidelity of cheap completions: agreement of their step rewards and turning points with exact completions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from .credit import CreditRule, step_rewards, turning_points
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Agreement with exact completions: (K + 1,) tensors, of each of K steps and then of all as one population.
+    """Agreement with exact completions: tensors (K + 1,), for each of K steps, then for all steps pooled.
 
-    A number is NaN where there is nothing to compare: a correlation without spread, an F1 without turning points.
+    A value is NaN if it is undefined: a correlation without spread, an F1 without turning points.
     """
 
     correlation: Tensor  # Pearson's, of the step rewards
-    sign_agreement: Tensor  # share of the step rewards with the same sign, of which 0 is one
-    f1: Tensor  # twice the turning points found by both over the sum of those found by each, before they are balanced
+    sign_agreement: Tensor  # share of the step rewards with the same sign; 0 is a sign of its own
+    f1: Tensor  # F1 of the turning points, before they are balanced
 
     def overall(self) -> dict[str, float]:
         """Return the three numbers over all steps."""
@@ -29,9 +29,9 @@ class Fidelity:
 def compare(exact: Tensor, cheap: Tensor, completion: CompletionRule, rule: CreditRule) -> Fidelity:
     """Compare rewards along the same B trajectories of K SDE steps.
 
-    With exact completions of all states they are (B, K + 1), with those of the C states of a `completion` rule (B,
-    C + 1). What comes before the first of them is left out, and K is less. Under credits without turning points the
-    paper's consistent ones are compared.
+    Exact rewards are (B, K + 1); those of a `completion` rule with C completed latents are (B, C + 1). Steps before
+    the first completed latent are left out. For credits without turning points, consistent turning points are
+    compared.
     """
     exact = exact[:, completion.first :]
     block = torch.arange(exact.shape[1] - 1) // completion.every

@@ -1,4 +1,4 @@
-"""Trajectories and the ODE completions of their states, as one sweep over the sigmas.
+"""Trajectories and the ODE completions of their latents, in one sweep over the sigmas.
 
 With T = 4 steps and an SDE window of K = 3, where x_j is a trajectory after j SDE steps and c_j the completion of x_j:
 
@@ -7,11 +7,11 @@ With T = 4 steps and an SDE window of K = 3, where x_j is a trajectory after j S
      `--------- c_0 ------- c_0 ------- c_0 ------- image of R_0
                  `--------- c_1 ------- c_1 ------- image of R_1
                              `--------- c_2 ------- image of R_2
-    1           2           3           4           function evaluations a trajectory, in one model call a column
+    1           2           3           4           function evaluations per trajectory, one model call per column
 
-Pending completions are at the trajectory's sigma, so T model calls are enough, and their first evaluation is that of
-the trajectory. Each distinct pair of state and sigma is evaluated once, the least that an exact scheme can take: 55
-times a trajectory for T = 10, K = 9. Trajectories with the same initial noise are one until their first SDE step.
+All latents at the same sigma are batched into one forward pass, so T model calls are enough. Trajectory and completion
+share the first velocity. Each distinct pair of latent and sigma is evaluated once, the minimum for exact completions:
+NFE = 55 per trajectory for T = 10, K = 9. Trajectories with the same initial noise are one up to their first SDE step.
 
 Shapes: `B` trajectories, `K` SDE steps in the window, `C` completed states (K unless the rule says fewer), `M` images,
 `...` the dimensions of a latent. States are kept in float32, in which every dtype of a model fits without loss.
@@ -43,11 +43,11 @@ class Window:
     start: int
     stop: int
     sde_type: str
-    noise_level: float | tuple[float, ...]  # of all steps, or of each
+    noise_level: float | tuple[float, ...]  # one for all steps, or one per step
     log_prob_type: str
 
     def noise_of(self, step: int) -> float:
-        """Return the noise level of a step of the schedule, one of the window's."""
+        """Return the noise level of a step of the schedule that is in the window."""
         return self.noise_level[step - self.start] if isinstance(self.noise_level, tuple) else self.noise_level
 
     def __len__(self) -> int:
@@ -66,13 +66,13 @@ class Rollout:
     """
 
     states: Tensor  # float32, (B, K + 1, ...): the trajectory before each SDE step and after the last
-    log_probs: Tensor  # float32, (B, K): of the SDE steps
+    log_probs: Tensor  # float32, (B, K), of the SDE steps
     means: Tensor | None  # float32, (B, K, ...), of the states after the SDE steps, if they are kept
     final_latents: Tensor  # float32, (M, ...): ends of completions, in the order of the states, then of trajectories
     image_of: Tensor  # on the CPU, (B, C + 1): indices of the images of a trajectory's completions and of its own
-    rows: Tensor  # on the CPU, (M,): index of the trajectory of an image, the first if several share it
-    num_evaluations: int  # function evaluations (NFE), counted in samples
-    num_calls: int  # model calls, counted in batches
+    rows: Tensor  # on the CPU, (M,): index of the trajectory of an image (the first, if several share it)
+    nfe: int  # function evaluations: a model call on B latents counts B
+    num_calls: int  # model calls
 
     @property
     def columns(self) -> Tensor:
@@ -82,12 +82,12 @@ class Rollout:
         return columns
 
     def group_sizes(self, num_generations: int) -> list[int]:
-        """Return how many neighbouring images are of one state and of one group of so many trajectories."""
+        """Return the numbers of neighbouring images that have the same state and the same group of trajectories."""
         keys = torch.stack([self.columns, self.rows // num_generations], 1)
         return torch.unique_consecutive(keys, dim=0, return_counts=True)[1].tolist()
 
     def noisy_latents(self, sigmas: Tensor, start: int, states: range) -> tuple[Tensor, Tensor]:
-        """Return the state that each image was made from, (M, ...), and its sigma, (M,); of trajectories their end, 0.
+        """Return the latent from which each image was completed, (M, ...), and its sigma, (M,); 0 for own images.
 
         `sigmas` are the schedule's, whose window begins at step `start`; `states` are those in it that have an image.
         """
@@ -114,22 +114,23 @@ def roll_out(
     offload_states: bool = False,
     keep_means: bool = False,
 ) -> Rollout:
-    """Sample trajectories and, from states in the window, the images that the ODE makes of them.
+    """Sample trajectories and the ODE completions of latents in the window.
 
     Args:
         velocity: Model, see `Velocity`.
-        initial_noise: (N, ...), each for B / N neighbouring trajectories and the completions of their first state.
+        initial_noise: (N, ...), each shared by B / N neighbouring trajectories and the completion of their first
+            state.
         sigmas: float32 on the CPU, (T + 1,), falling to 0.
-        window: SDE steps; `None` takes ODE steps alone, as the model's pipeline does, and B is N.
+        window: SDE steps; `None`: ODE steps only, as in the pipeline; B is then N.
         generators: B generators of the SDE steps' noise; needed with a window.
-        completion: Rule by which states in the window are completed; `None`: not at all.
+        completion: Rule for completing latents in the window; `None`: no completions.
         batch_size: Largest number of samples in a model call; `None`: no limit.
         on_step: Function called after each step, for a progress bar.
         offload_states: Whether `states` and `means` are on the CPU, in pinned memory if there is a GPU.
-        keep_means: Whether the result has the means of the SDE steps' transitions.
+        keep_means: Whether to keep the means of the SDE transitions.
 
     Raises:
-        ValueError: If the window does not lie in the schedule, or takes steps without noise, or B is no multiple of N.
+        ValueError: If the window is outside the schedule, has a step without noise, or B is not a multiple of N.
         FloatingPointError: If a prediction is not finite.
     """
     if window is not None:
@@ -174,20 +175,20 @@ class _Sweep:
         self.completions: list[Branch] = []
         self.log_probs: list[Tensor] = []
         self.finite: list[Tensor] = []
-        self.num_evaluations = self.num_calls = 0
+        self.nfe = self.num_calls = 0
         shape = (num_states, number, *noise.shape[1:])  # a state is contiguous, so that it is one copy
         device, pin_memory = ("cpu", torch.cuda.is_available()) if offload else (noise.device, False)
         self.states = torch.empty(shape, device=device, pin_memory=pin_memory)
         self.means = torch.empty_like(self.states[1:], pin_memory=pin_memory) if means else None
 
     def evaluate(self, velocity: Velocity, step: int, batch_size: int | None) -> Tensor:
-        """Evaluate all that is at `step`, advance the completions, return the trajectories' velocity."""
+        """Evaluate all latents at `step`, advance the completions, and return the trajectories' velocity."""
         branches = [self.trajectories, *(branch for branch in self.completions if branch.stops[0] == step)]
         latents, rows = torch.cat([one.latents for one in branches]), torch.cat([one.rows for one in branches])
         num_chunks = -(-len(latents) // (batch_size or len(latents)))
         chunks = zip(latents.chunk(num_chunks), rows.chunk(num_chunks), strict=True)
         predictions = [velocity(chunk, step, chunk_rows) for chunk, chunk_rows in chunks]
-        self.num_evaluations += len(latents)
+        self.nfe += len(latents)
         self.num_calls += len(predictions)
         predicted = torch.cat(predictions)
         self.finite.append(torch.isfinite(predicted).all())
@@ -205,7 +206,7 @@ class _Sweep:
             if len(stops) > 1:
                 completion.advance(velocity, self.sigmas)
             self.completions.append(completion)
-        if position == 0:  # trajectories with the same initial noise part ways
+        if position == 0:  # trajectories with the same initial noise separate here
             shared = len(self.generators) // len(velocity)
             velocity = velocity.repeat_interleave(shared, 0)
             trajectories.latents = trajectories.latents.repeat_interleave(shared, 0)
@@ -221,8 +222,8 @@ class _Sweep:
             self.means[position].copy_(drawn.mean, non_blocking=True)
 
     def result(self) -> Rollout:
-        """Return the rollout, once all branches are at their end, or raise if a prediction was not finite."""
-        finite = torch.stack(self.finite)  # the one wait for the device, also for the copies of the states
+        """Return the rollout when all branches are finished; raise if a prediction was not finite."""
+        finite = torch.stack(self.finite)  # the only wait for the device, also for copies
         if not finite.all():
             raise FloatingPointError(
                 f"The model's prediction at sampling step {int((~finite).nonzero()[0])} is not finite. Usual causes: "
@@ -235,14 +236,14 @@ class _Sweep:
         log_probs = torch.stack(self.log_probs, 1) if self.log_probs else last.new_empty(len(last), 0)
         ends = torch.cat([branch.latents for branch in branches])
         states, means = self.states.transpose(0, 1), None if self.means is None else self.means.transpose(0, 1)
-        return Rollout(states, log_probs, means, ends, image_of, rows, self.num_evaluations, self.num_calls)
+        return Rollout(states, log_probs, means, ends, image_of, rows, self.nfe, self.num_calls)
 
 
 def fastest_batch_size(seconds: Callable[[int], float], largest: int) -> int:
-    """Return the largest batch size at which a sample takes at most 5% longer than at the best.
+    """Return the largest batch size whose time per sample is at most 5% above the minimum.
 
-    `seconds` measures a batch of size 1, 2, 3, 4, 6, 8, 12 and so on to `largest`, until three in a row are no better
-    than the best before, and then of each size again, as other work on the machine may have disturbed the first.
+    `seconds` measures batch sizes 1, 2, 3, 4, 6, 8, 12 and so on up to `largest`, until three in a row bring no
+    improvement. Each size is then measured again, because other work on the machine may have disturbed the first.
     """
     sizes = sorted(n for power in range(largest.bit_length()) for n in (2**power, 3 * 2**power) if n <= largest)
     times: dict[int, float] = {}

@@ -1,8 +1,8 @@
-"""One step of a sampler: the distribution of the next state, a draw from it, and the log-probability of a given one.
+"""One sampler step: the distribution of the next latent, a sample from it, and the log-probability of a given latent.
 
 Shapes: `B` samples, `...` the dimensions of a latent. `sigma` and `sigma_next`, the noise levels before and after the
-step (1 is pure noise), are 0-dimensional float32 tensors on the CPU, so that no step waits for the device. Densities
-are computed in float32, by one function for rollout and loss: a policy that has not moved has a ratio of exactly 1.
+step (1 is pure noise), are 0-dimensional float32 tensors on the CPU, so that no step waits for the device. Rollout and
+loss compute densities in float32 with the same function: before the first update, the ratio is exactly 1.
 """
 
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ from torch import Tensor
 
 SDE_TYPES = ("flow_sde", "cps", "dance_sde")
 LOG_PROB_TYPES = ("gaussian", "squared_error")
-PURE_NOISE = 1 - 1e-6  # from here on sigma counts as 1: schedulers that shift their sigmas round the first one
+PURE_NOISE = 1 - 1e-6  # sigmas above count as 1, because schedulers that shift sigmas round the first one
 
 
 @dataclass(frozen=True)
 class Transition:
-    """The Gaussian from which an SDE step draws the next state, in float32."""
+    """The Gaussian distribution of the next latent in an SDE step, in float32."""
 
     mean: Tensor  # (B, ...)
     std: Tensor  # 0-dimensional; 0 where the step is deterministic and has no density
 
 
 def ode_step(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """Return latents (B, ...) after an Euler step, to the bit as diffusers' `FlowMatchEulerDiscreteScheduler.step`.
+    """Return latents (B, ...) after an Euler step, bit-identical to diffusers' `FlowMatchEulerDiscreteScheduler.step`.
 
-    Step, product and result have the dtype of the velocity (B, ...): a bfloat16 model is rounded wherever its pipeline
-    rounds, on a GPU too, where a float32 scalar from the CPU would not be.
+    Step, product and result have the dtype of the velocity (B, ...), so rounding is that of the pipeline in bfloat16,
+    on a GPU too, where a float32 scalar from the CPU would not be rounded.
     """
     return (latents.float() + (sigma_next - sigma).to(velocity.dtype) * velocity).to(velocity.dtype)
 
@@ -37,10 +37,10 @@ def ode_step(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tenso
 def extrapolated_steps(
     latents: Tensor, velocity: Tensor, velocity_before: Tensor, sigma_before: Tensor, sigmas: Tensor
 ) -> Tensor:
-    """Return latents (B, ...) after Euler steps over several sigmas, the velocity extrapolated from two evaluations.
+    """Return latents (B, ...) after Euler steps over several sigmas, with a velocity extrapolated from the last two.
 
-    This is the two-step rule of Adams and Bashforth for the sampler's own Euler steps rather than the ODE: over one
-    step it equals `ode_step`. Latents and velocity (B, ...) are at `sigmas[0]`, the result is at `sigmas[-1]` in the
+    This is the two-step Adams-Bashforth rule for the sampler's own Euler steps, not for the ODE: over one step it
+    equals `ode_step`. Latents and velocity (B, ...) are at `sigmas[0]`, the result is at `sigmas[-1]` in the
     velocity's dtype, and `velocity_before` was evaluated at `sigma_before`, above `sigmas[0]`.
     """
     lever = ((sigmas[:-1] - sigmas[0]) * sigmas.diff()).sum() / (sigmas[0] - sigma_before)
@@ -51,7 +51,7 @@ def extrapolated_steps(
 def transition(
     sde_type: str, latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, noise_level: float
 ) -> Transition:
-    """Return the distribution of the state after an SDE step that has the marginals of the ODE.
+    """Return the distribution of the latent after an SDE step with the marginals of the ODE.
 
     Args:
         sde_type: `"flow_sde"` (Flow-GRPO, arXiv 2505.05470), `"cps"` (coefficients-preserving sampling, arXiv
@@ -59,7 +59,7 @@ def transition(
         latents: (B, ...).
         velocity: (B, ...), the model's prediction at `latents` and `sigma`.
         sigma: Sigma at `latents`. At 1, `flow_sde` divides by `1 - sigma_next` instead of 0.
-        noise_level: Strength of the noise; 0 gives the ODE step.
+        noise_level: Noise level; with 0, the step is the ODE step.
 
     Raises:
         ValueError: If `sde_type` is not one of the three.
@@ -81,15 +81,15 @@ def transition(
 
 
 def sample(step: Transition, noise: Tensor) -> Tensor:
-    """Return the state that `noise` (standard normal, (B, ...)) draws from `step`: float32, (B, ...)."""
+    """Return the sample of `step` for standard normal `noise` (B, ...): float32, (B, ...)."""
     return step.mean + step.std * noise
 
 
 def log_prob(step: Transition, latents: Tensor, log_prob_type: str = "gaussian") -> Tensor:
-    """Return the log-probability of arriving at `latents`, averaged over all but the batch dimension: (B,).
+    """Return the log-probability of `latents`, averaged over all but the batch dimension: (B,).
 
-    `"gaussian"` is the log-density. `"squared_error"` is `-(latents - mean)**2`, without variance and constants, as
-    the published code computes it under `cps`; it weighs the steps differently.
+    `"gaussian"` is the log-density. `"squared_error"` is `-(latents - mean)**2`, without variance and constants, as in
+    the published code for `cps`; it weights the steps differently.
 
     Raises:
         ValueError: If `log_prob_type` is neither.

@@ -1,1 +1,1 @@
-"""What a person sees of a run: a progress display, samples, pictures for trackers, figures."""
+"""Progress display, samples, images for trackers, figures, guard rails and checkpoints."""

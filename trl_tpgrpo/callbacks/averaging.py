@@ -1,4 +1,4 @@
-"""The moving average of the trained weights, which the paper evaluates and saves."""
+"""The moving average of the trained weights, which is evaluated and saved as in the paper."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from transformers import TrainerCallback, TrainerState
 
 
 class AveragedWeights(TrainerCallback):
-    """diffusers' `EMAModel` of trained weights, begun at update `every`; before it the weights themselves are used.
+    """diffusers' `EMAModel` of the trained weights, from update `every` on; before that, the weights are used.
 
-    The average moves after every `every`-th update, by a decay that rises as (1 + n) / (10 + n) with the number n of
-    earlier moves, up to `decay` in [0, 1). With `None` for `decay` there is never an average.
+    The average is updated after every `every`-th model update. Its decay is (1 + n) / (10 + n) after n earlier updates
+    of the average, up to `decay` in [0, 1). With `decay=None`, there is no average.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float | None, every: int):
@@ -27,20 +27,20 @@ class AveragedWeights(TrainerCallback):
         (self.average or self.start()).step(self._trained())
 
     def start(self) -> EMAModel:
-        """Begin the average with the weights that the model has now, and return it."""
+        """Start the average with the current weights, and return it."""
         self.average = EMAModel(self._trained(), decay=self.decay)
         return self.average
 
     @property
     def num_moves(self) -> int:
-        """Number of the average's moves so far."""
+        """Number of updates of the average."""
         return 0 if self.average is None else self.average.optimization_step
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Give the model the averaged weights inside, and afterwards its own again, to the bit."""
+        """Use the averaged weights inside the context; afterwards the model's own weights are restored exactly."""
         average = self.average
-        if average is None or self._is_in_use:  # an evaluation of several datasets is one of each, inside
+        if average is None or self._is_in_use:  # nested in an evaluation of several datasets
             yield
             return
         self._is_in_use = True

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not taken for one, what a run goes on from, and runs that save before they stop."""
+"""Complete checkpoints, resuming, and saving before a run stops."""
 
 import faulthandler
 import json
@@ -31,24 +31,24 @@ from .terminal import show
 logger = logging.getLogger(__name__)
 
 INCOMPLETE = "checkpoint-is-incomplete.txt"  # in a checkpoint while it is written, as transformers has it too
-PROGRESS = "rollout_{}.pt"  # what the process of that number goes on from
+PROGRESS = "rollout_{}.pt"  # state of the process with that number
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-LAUNCHER_REPEATS = 2.0  # seconds in which a launcher hands on what a terminal has sent to its processes already
-PATIENCE = 300.0  # seconds after a signal in which something moves on, or twice the longest pause if that is more
-LAST = "last"  # folder of the weights that training goes on from, where those beside it are averaged
+LAUNCHER_REPEATS = 2.0  # seconds in which a launcher repeats a signal that the terminal has already sent
+PATIENCE = 300.0  # seconds without progress after a signal, or twice the longest pause if longer
+LAST = "last"  # folder of the trained weights, if those next to it are averaged
 
 
 def is_complete(checkpoint: str | Path) -> bool:
-    """Say whether all of a checkpoint has been written."""
+    """Check whether a checkpoint is complete."""
     return not (Path(checkpoint) / INCOMPLETE).exists() and (Path(checkpoint) / TRAINER_STATE_NAME).exists()
 
 
 def refuse_used_folder(output_dir: str | Path) -> None:
-    """Raise a `ValueError` if a folder holds checkpoints, which a run that begins anew would mix with its own."""
+    """Raise a `ValueError` if a folder has checkpoints, which a new run would mix with its own."""
     used = [path.name for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(path)]
     if used:
-        what = f"output_dir={str(output_dir)!r} holds checkpoints of an earlier run ({', '.join(sorted(used)[:3])})"
-        raise ValueError(f"{what}: go on with it by resume_from_checkpoint=True, or choose another folder.")
+        what = f"output_dir={str(output_dir)!r} has checkpoints of an earlier run ({', '.join(sorted(used)[:3])})"
+        raise ValueError(f"{what}: resume it by resume_from_checkpoint=True, or choose another folder.")
 
 
 def numbered(output_dir: str | Path) -> list[tuple[int, Path]]:
@@ -58,29 +58,29 @@ def numbered(output_dir: str | Path) -> list[tuple[int, Path]]:
 
 
 def last_complete(output_dir: str | Path) -> Path:
-    """Return the latest checkpoint that is whole; raise FileNotFoundError if there is none."""
+    """Return the latest complete checkpoint; raise FileNotFoundError if there is none."""
     for _, path in reversed(numbered(output_dir)):
         if is_complete(path):
             return path
-        logger.warning("%s was not written to its end and is passed over.", path)
-    raise FileNotFoundError(f"{output_dir} holds no complete checkpoint to resume from.")
+        logger.warning("%s is incomplete and is skipped.", path)
+    raise FileNotFoundError(f"{output_dir} has no complete checkpoint to resume from.")
 
 
 def to_resume(trainer: Any, resume_from_checkpoint: str | bool | None) -> Path | None:
-    """Return the checkpoint that a run goes on from, once its settings have been compared; `None`: it begins anew."""
+    """Return the checkpoint to resume from, after comparing settings; `None`: a new run."""
     folder, accepted = trainer.args.output_dir, trainer.args.resume_with_changes
     if not resume_from_checkpoint:
         refuse_used_folder(folder)
         if accepted:
-            raise ValueError("resume_with_changes is for a run that is resumed: set resume_from_checkpoint too.")
+            raise ValueError("resume_with_changes is for a resumed run: set resume_from_checkpoint too.")
         return None
     checkpoint = last_complete(folder) if resume_from_checkpoint is True else Path(resume_from_checkpoint).absolute()
     if not is_complete(checkpoint):
-        raise FileNotFoundError(f"{checkpoint} is no checkpoint, or was not written to its end.")
+        raise FileNotFoundError(f"{checkpoint} is not a checkpoint, or is incomplete.")
     in_main_process(trainer.accelerator, lambda: check_files(checkpoint))
     unpickled = [*checkpoint.rglob(".metadata"), *checkpoint.rglob("*_states.pt")]  # of sharded FSDP2, and DeepSpeed
     if unpickled and Path(folder) not in checkpoint.parents:
-        logger.warning("%s: reading it runs what code is in it, whoever wrote it. See SECURITY.md.", unpickled[0])
+        logger.warning("%s: reading it runs any code in it. Use only trusted files. See SECURITY.md.", unpickled[0])
     now, hide = trainer.describe_run(), trainer.args.without_secrets
     for name, value in check_settings(checkpoint, now, accepted, hide).items():
         setattr(trainer.args, name, value)
@@ -90,12 +90,12 @@ def to_resume(trainer: Any, resume_from_checkpoint: str | bool | None) -> Path |
 
 
 def saved_state(checkpoint: Path) -> TrainerState:
-    """Read transformers' state of a run from its checkpoint."""
+    """Read transformers' trainer state from a checkpoint."""
     return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 def is_finished(checkpoint: Path, args: Any) -> bool:
-    """Say whether the run of a checkpoint has made all updates that the settings ask for."""
+    """Check whether the run of a checkpoint has made all updates of the settings."""
     state = saved_state(checkpoint)
     if args.max_steps > 0:
         return state.global_step >= args.max_steps
@@ -103,9 +103,9 @@ def is_finished(checkpoint: Path, args: Any) -> bool:
 
 
 def restore_finished(trainer: Any, checkpoint: Path) -> TrainOutput:
-    """Take up the weights and the log of a run that has made all its updates; there is nothing to train."""
+    """Restore the weights and log of a finished run; there is nothing to train."""
     if trainer.is_world_process_zero():
-        show(f"{checkpoint} has made all updates: nothing is left to train.")
+        show(f"{checkpoint} has made all updates: there is nothing to train.")
     trainer.state = saved_state(checkpoint)
     trainer.state.is_local_process_zero = trainer.is_local_process_zero()
     trainer.state.is_world_process_zero = trainer.is_world_process_zero()
@@ -117,15 +117,15 @@ def restore_finished(trainer: Any, checkpoint: Path) -> TrainOutput:
 
 @contextmanager
 def being_written(trainer: Any, checkpoint: Path) -> Iterator[None]:
-    """Mark a checkpoint as incomplete until all processes have written their part; delete none before it is whole."""
+    """Mark a checkpoint as incomplete until all processes have written their parts; delete none before."""
     accelerator, args, limit = trainer.accelerator, trainer.args, trainer.args.save_total_limit
     args.save_total_limit = None
     try:
         if accelerator.is_main_process:
-            if checkpoint != trainer._saved:  # at the end of an update that ends an epoch too
+            if checkpoint != trainer._saved:  # also at the end of an epoch
                 set_aside(checkpoint.parent, trainer.state.global_step)
             checkpoint.mkdir(parents=True, exist_ok=True)
-            (checkpoint / INCOMPLETE).write_text("This checkpoint has not been written to its end.\n")
+            (checkpoint / INCOMPLETE).write_text("This checkpoint is incomplete.\n")
         accelerator.wait_for_everyone()
         yield
         accelerator.wait_for_everyone()
@@ -142,10 +142,10 @@ def being_written(trainer: Any, checkpoint: Path) -> Iterator[None]:
 
 
 def set_aside(run: Path, step: int) -> None:
-    """Move checkpoints of update `step` and later, made before the run went on from an earlier one, out of the way.
+    """Move checkpoints of update `step` and later to another folder, after resuming from an earlier one.
 
-    Rotation, and a run that is resumed, go by the updates: they would take these for the newest. What was not written
-    to its end is deleted.
+    Rotation and resuming compare update numbers, so they would treat these as the newest. Incomplete checkpoints are
+    deleted.
     """
     later = [path for number, path in numbered(run) if number >= step]
     for path in [path for path in later if (path / INCOMPLETE).exists()]:
@@ -155,12 +155,12 @@ def set_aside(run: Path, step: int) -> None:
         target = next(path for number in count(1) if not (path := run / f"abandoned-{number}").exists())
         target.mkdir()
         names = ", ".join(path.rename(target / path.name).name for path in later)
-        logger.warning("%s is now in %s: the run has gone on from an earlier checkpoint.", names, target)
+        logger.warning("%s was moved to %s: the run was resumed from an earlier checkpoint.", names, target)
 
 
 @contextmanager
 def room(folder: str | Path, output_dir: str | Path) -> Iterator[None]:
-    """Raise an OSError that says so where something fails since the disk of `folder` is full, and what is kept."""
+    """Raise an OSError for errors of a full disk of `folder`, with a list of complete checkpoints."""
     try:
         yield
     except NoRoom:
@@ -170,20 +170,20 @@ def room(folder: str | Path, output_dir: str | Path) -> Iterator[None]:
             raise
         whole = [path.name for _, path in numbered(output_dir) if is_complete(path)]
         kept = f"Complete checkpoints in {output_dir}: {', '.join(whole) or 'none'}"
-        remedy = "Make room (save_total_limit keeps fewer), and go on by resume_from_checkpoint=True"
-        raise NoRoom(f"The disk of {folder} is full ({error}). {kept}. {remedy if whole else 'Make room'}.") from error
+        remedy = "Free space (or set save_total_limit), and resume by resume_from_checkpoint=True"
+        raise NoRoom(f"The disk of {folder} is full ({error}). {kept}. {remedy if whole else 'Free it'}.") from error
 
 
 def rotate(trainer: Any) -> None:
-    """Delete the oldest checkpoints over `save_total_limit`, unless one may still be being pushed."""
+    """Delete the oldest checkpoints over `save_total_limit`, unless a push may still need them."""
     if trainer.args.should_save and not trainer.hub.is_busy:
         run, best = trainer._get_output_dir(trial=None), trainer.state.best_model_checkpoint
-        best = best and str(Path(run) / Path(best).name)  # whose path may be of a folder that was moved since
+        best = best and str(Path(run) / Path(best).name)  # whose folder may have moved
         rotate_checkpoints(run, trainer.args.save_total_limit, best)
 
 
 def save_progress(trainer: Any, checkpoint: Path) -> None:
-    """Write what this process of a `TPGRPOTrainer` goes on from, besides what transformers saves and the weights."""
+    """Save the state of this process of a `TPGRPOTrainer`, in addition to transformers' files and the weights."""
     is_used_up = trainer._step % trainer._generate_every == 0
     progress = {
         "step": trainer._step,
@@ -199,23 +199,23 @@ def save_progress(trainer: Any, checkpoint: Path) -> None:
 
 
 def load_progress(trainer: Any, checkpoint: Path) -> None:
-    """Go on from what `save_progress` wrote, if all parts are there and the layout is the same; execute nothing."""
+    """Restore the state of `save_progress`, if it is complete and the layout is the same; execute nothing."""
     for part in () if trainer.is_deepspeed_enabled else ("optimizer", "scheduler"):
         if not any(checkpoint.glob(f"*{part}*")):
             hint = "(saved with save_only_model?): it cannot be resumed"
-            raise FileNotFoundError(f"{checkpoint} holds no {part} {hint}.")
+            raise FileNotFoundError(f"{checkpoint} has no {part} {hint}.")
     path = checkpoint / PROGRESS.format(trainer.accelerator.process_index)
     if not path.exists():
-        hint = "A run is resumed on the number of processes that it was saved on."
-        raise FileNotFoundError(f"{path} is missing: the rollout in use when the checkpoint was saved. ({hint})")
+        hint = "Resume on the number of processes of the saved run."
+        raise FileNotFoundError(f"{path} is missing. It has the rollout in use at the checkpoint. ({hint})")
     with torch.serialization.safe_globals([*SAVED_CLASSES, (_as_list, "collections.deque")]):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     for name, value in layout(trainer.args, trainer.accelerator.num_processes).items():
         if (before := saved["layout"][name]) != value:
-            hint = "a run is resumed with the batches, processes and seed that it was begun with"
+            hint = "resume with the batch sizes, processes and seed of the saved run"
             raise ValueError(f"{checkpoint} was saved with {before} for {name}, and this run has {value}: {hint}.")
     if saved["num_moves_of_average"] and not (checkpoint / LAST).exists():
-        raise FileNotFoundError(f"{checkpoint / LAST} is missing: the weights that training goes on from.")
+        raise FileNotFoundError(f"{checkpoint / LAST} is missing. It has the trained weights (not the average).")
     trainer._step = saved["step"]
     if trainer.averaged.average is not None:
         trainer.averaged.average.optimization_step = saved["num_moves_of_average"]
@@ -230,12 +230,12 @@ def load_progress(trainer: Any, checkpoint: Path) -> None:
 
 
 def layout(args: Any, num_processes: int) -> dict[str, int]:
-    """Return what a resumed run must have in common with the one before."""
+    """Return the values that must be equal in a resumed run."""
     return {"processes": num_processes} | {name: getattr(args, name) for name in LAYOUT}
 
 
 def _as_list(values: Iterable = (), maxlen: int | None = None) -> list:
-    """Stand in for the deque that the guard rails of version 0.1.0 have saved, which torch does not read."""
+    """Replace the deque in guard rails saved by version 0.1.0, which torch does not load."""
     return list(values)
 
 
@@ -253,7 +253,7 @@ def _let_signals_come() -> None:
 
 
 def _in_forked_process() -> None:
-    """Let a process that a reward function, say, has forked end by SIGTERM, which is not the run's."""
+    """Let a forked process (of a reward function, for example) end by SIGTERM."""
     if _is_listening.is_set():
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -264,20 +264,20 @@ os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals_come, aft
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM or Ctrl-C to any process, all finish their update, save a checkpoint and stop; twice ends at once.
+    """On SIGTERM or Ctrl-C, all processes finish the update, save a checkpoint and stop; a second signal ends at once.
 
-    Where nothing moves on any more, such as for a reward function that never returns, the process is ended.
+    If there is no progress, for example because a reward function never returns, the process is ended.
     """
 
     def __init__(self, accelerator: Accelerator, progress: ProgressDisplay):
         self.accelerator, self._progress = accelerator, progress
-        self.stopped: signal.Signals | None = None  # the signal that has stopped the run
+        self.stopped: signal.Signals | None = None  # signal that stopped the run
         self._received, self._received_at = 0, 0.0
         self._former: dict[signal.Signals, Any] = {}
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Wait for signals inside. Python can do so in the main thread alone; in another, nothing happens."""
+        """Handle signals inside the context, in the main thread only (a limit of Python)."""
         self.stopped, self._received, self._former = None, 0, {}
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -304,10 +304,10 @@ class StopOnSignal(TrainerCallback):
             os.close(writer)
 
     def _watch(self, reader: int, is_over: threading.Event) -> None:
-        """End the process, with the lines where it hangs, when nothing has moved on for too long after a signal.
+        """End the process, and print where it hangs, if there is no progress for too long after a signal.
 
-        This is another thread's work: the main one may hang in native code, which Python's handlers wait for. While
-        the last checkpoint is saved, which may take long, no time is counted.
+        This runs in another thread, because Python's handlers wait while the main one hangs in native code. The time
+        to save the last checkpoint is not counted.
         """
         while (received := os.read(reader, 1)[0]) not in SIGNALS and not is_over.is_set():
             pass
@@ -330,9 +330,9 @@ class StopOnSignal(TrainerCallback):
     def _receive(self, number: int, frame: Any) -> None:
         if not self._received:
             self._received, self._received_at = number, time.monotonic()
-            what = "%s: the run stops after this update, with a checkpoint; once more ends it at once"
+            what = "%s: the run stops after this update, with a checkpoint. A second signal ends it at once"
             name = signal.Signals(number).name
-            logger.warning(f"{what}, as does a pause of %.0f seconds in which nothing moves on.", name, self._patience)
+            logger.warning(f"{what}, as do %.0f seconds without progress.", name, self._patience)
         elif time.monotonic() - self._received_at > LAUNCHER_REPEATS:
             signal.signal(number, self._former[signal.Signals(number)])
             signal.raise_signal(number)

@@ -1,4 +1,4 @@
-"""Figures by Matplotlib: a trajectory for trackers, and what `trl-tpgrpo demo` and `trl-tpgrpo fidelity` draw."""
+"""Matplotlib figures: a trajectory for trackers, and the figures of `trl-tpgrpo demo` and `trl-tpgrpo fidelity`."""
 
 from io import BytesIO
 from pathlib import Path
@@ -92,18 +92,20 @@ def reward_figure(log_history: list[dict[str, Any]], evaluations: dict[int, floa
     return figure
 
 
-def save_pareto(path: Path, names: list[str], evaluations: list[float], correlations: list[float]) -> None:
-    """Draw function evaluations a trajectory against the correlation of N completion rules; the best are joined."""
-    title = "Completions: what they take and how faithful they are"
-    figure, axis = _axis(xlabel="model evaluations a trajectory", ylabel="correlation of step rewards", title=title)
-    order = sorted(range(len(names)), key=lambda i: (evaluations[i], -correlations[i]))
+def save_pareto(path: Path, names: list[str], nfe: list[float], correlations: list[float]) -> None:
+    """Draw function evaluations per trajectory against the correlation of N completion rules; the best are joined."""
+    title = "Completions: cost and fidelity"
+    figure, axis = _axis(
+        xlabel="function evaluations per trajectory", ylabel="correlation of step rewards", title=title
+    )
+    order = sorted(range(len(names)), key=lambda i: (nfe[i], -correlations[i]))
     best = [i for rank, i in enumerate(order) if all(correlations[i] > correlations[j] for j in order[:rank])]
-    axis.plot([evaluations[i] for i in best], [correlations[i] for i in best], color=BLUE, linewidth=1, zorder=1)
-    axis.scatter(evaluations, correlations, color=[BLUE if i in best else GREY for i in range(len(names))], zorder=2)
+    axis.plot([nfe[i] for i in best], [correlations[i] for i in best], color=BLUE, linewidth=1, zorder=1)
+    axis.scatter(nfe, correlations, color=[BLUE if i in best else GREY for i in range(len(names))], zorder=2)
     for i, name in enumerate(names):
-        above = any(evaluations[i] == evaluations[j] and correlations[i] > correlations[j] for j in range(len(names)))
+        above = any(nfe[i] == nfe[j] and correlations[i] > correlations[j] for j in range(len(names)))
         offset, side = ((-6, 4), "right") if i in best else ((6, 3 if above else -9), "left")
-        point = (evaluations[i], correlations[i])
+        point = (nfe[i], correlations[i])
         axis.annotate(name, point, xytext=offset, textcoords="offset points", ha=side, fontsize=7)
     axis.margins(x=0.12)
     figure.savefig(path, dpi=150, bbox_inches="tight")

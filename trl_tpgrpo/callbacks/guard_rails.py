@@ -1,6 +1,6 @@
-"""What goes wrong in reinforcement learning of images, noticed before the update that makes it worse.
+"""Guard rails: detect failures of a run before the update that makes them worse.
 
-The limits were set between healthy runs of the testbed and runs with planted collapses: see docs/guard_rails.md.
+The limits lie between healthy testbed runs and runs with deliberate failures: see docs/guard_rails.md.
 """
 
 import logging
@@ -20,60 +20,60 @@ from ..algorithm.credit import EPSILON
 logger = logging.getLogger(__name__)
 
 ACTIONS = ("warn", "skip", "stop")
-FEWEST_PROMPTS = 8  # in a rollout whose mean reward and groups without spread say something about the policy
-FEWEST_STEPS = 8  # between float32 numbers, in a spread of rewards that says something
-FEWEST_TRANSITIONS = 32  # in an update in which the share of ratios above 1 says something
-FEWEST_NORMS, MOST_NORMS = 3, 50  # of earlier updates that a gradient is compared with
-FIRST_ROLLOUTS = 5  # whose images' variety later ones are compared with
+FEWEST_PROMPTS = 8  # in a rollout, for checks of its mean reward and of groups without spread
+FEWEST_STEPS = 8  # between float32 numbers, for a meaningful spread of rewards
+FEWEST_TRANSITIONS = 32  # in an update, for checks of the share of ratios above 1
+FEWEST_NORMS, MOST_NORMS = 3, 50  # of earlier updates, for comparing gradients
+FIRST_ROLLOUTS = 5  # first rollouts, for comparing image variety
 MEMORY = 0.9  # decay of the average of earlier rollouts' rewards
-MOST_SKIPPED = 10  # updates in a row; then the run, which gets nowhere, ends
-REPEAT_AFTER = 100  # updates until a warning that still holds is given again
+MOST_SKIPPED = 10  # skipped updates in a row until the run is stopped
+REPEAT_AFTER = 100  # updates until a warning is repeated
 
 MESSAGES = {
-    "on_policy_ratio": "the probability ratio is off 1 by {deviation:.1e} in the first update on a rollout, for a "
-    "clip range of {limit:.1e}: sampling and training do not compute the same. Set recompute_old_log_probs=True, "
-    "or leave per_device_rollout_batch_size out, and use no dropout.",
-    "on_policy_divergence": "a transition's KL divergence is {deviation:.1e} in the first update on a rollout, for a "
-    "kl_mask_threshold of {limit:.1e}: sampling and training do not compute the same. Set "
-    "recompute_old_log_probs=True, or leave per_device_rollout_batch_size out, and use no dropout.",
-    "one_sided_ratio": "{share:.0%} of the probability ratios lie on one side of 1: the policy has moved so far "
-    "within one rollout that the clip acts on one sign of the advantages alone. Lower learning_rate, or make fewer "
-    "updates a rollout (gradient_accumulation_steps=steps_per_generation).",
+    "on_policy_ratio": "the probability ratio differs from 1 by {deviation:.1e} in the first update on a rollout "
+    "(clip range {limit:.1e}): sampling and training compute different values. Set recompute_old_log_probs=True, or "
+    "leave out per_device_rollout_batch_size, and use no dropout.",
+    "on_policy_divergence": "a transition's KL divergence is {deviation:.1e} in the first update on a rollout "
+    "(kl_mask_threshold {limit:.1e}): sampling and training compute different values. Set "
+    "recompute_old_log_probs=True, or leave out per_device_rollout_batch_size, and use no dropout.",
+    "one_sided_ratio": "{share:.0%} of the probability ratios are on one side of 1: the policy moved so far within "
+    "one rollout that clipping affects only one sign of the advantages. Lower learning_rate, or make fewer updates "
+    "per rollout (gradient_accumulation_steps=steps_per_generation).",
     "reference_drift": "the predicted velocity differs from the reference's by {drift:.2g} of its square (healthy "
-    "runs stay far below {limit}): the images are probably falling apart. Lower learning_rate, raise beta, or go back "
-    "to an earlier checkpoint.",
-    "grad_norm": "the gradient's norm is {norm:.2g}, and has been {usual:.2g} in the median before: set max_grad_norm "
+    "runs: far below {limit}): the images are probably degrading. Lower learning_rate, raise beta, or go back to an "
+    "earlier checkpoint.",
+    "grad_norm": "the gradient norm is {norm:.2g}, and the median of earlier norms is {usual:.2g}: set max_grad_norm "
     "to about {limit:.1g}, or lower learning_rate.",
-    "zero_spread": "{share:.0%} of the groups have the same reward for all their images: they teach little or "
-    "nothing. Either the prompts are solved (take harder ones), or the images all fail (lower learning_rate, take "
-    "easier prompts), or the reward is too coarse (take a graded one).",
+    "zero_spread": "{share:.0%} of the groups have equal rewards for all their images and contribute little or "
+    "nothing. Either the prompts are solved (use harder ones), or all images fail (lower learning_rate, use easier "
+    "prompts), or the reward is too coarse (use a graded one).",
     "nothing_trained": "the advantages of {number} groups in a row are all 0: nothing is trained{besides}. {why}",
-    "reward_offset": "the rewards of a prompt's images differ by {spread:.2g} (standard deviation), but float32 keeps "
-    "numbers of about {reward:.3g} in steps of {step:.2g}. Subtract a constant from the rewards.",
+    "reward_offset": "the rewards of a prompt's images differ by {spread:.2g} (standard deviation), but the step "
+    "between float32 numbers is {step:.2g} at about {reward:.3g}. Subtract a constant from the rewards.",
     "reward_drop": "the reward has fallen to {reward:.3g}, from {usual:.3g} on average before (standard deviation of "
     "an image's {spread:.2g}): the policy has probably collapsed. Lower learning_rate, and go back to an earlier "
     "checkpoint.",
-    "solved_or_hacked": "the rewards of a prompt's images differ by {spread:.2g} (standard deviation) and differed by "
-    "{first:.2g} at first, while the mean has risen from {before:.3g} to {reward:.3g}: all images please the reward "
-    "alike. Look at them: either the prompts are solved, or the reward is satisfied by something that was not meant. "
-    "Go back to an earlier checkpoint, and add a reward that such images do not get.",
-    "image_variety": "the images of a prompt differ by {variety:.2g} in a pixel's value, and differed by {first:.2g} "
-    "at first: they become all alike. Raise beta or noise_level, lower learning_rate, or look whether the reward "
-    "favours one kind of image.",
-    "reward_hacking": "since the first evaluation the reward that is trained on has risen by {rise:.3g}, and {name}, "
-    "which is not, has fallen by {fall:.3g}: the former is probably being hacked. Add {name} to reward_funcs, raise "
+    "solved_or_hacked": "the rewards of a prompt's images differ by {spread:.2g} (standard deviation; {first:.2g} at "
+    "first), while the mean has risen from {before:.3g} to {reward:.3g}: all images get similar rewards. Look at "
+    "them: either the prompts are solved, or this is reward hacking. In that case, go back to an earlier checkpoint "
+    "and add a reward that is low for such images.",
+    "image_variety": "the images of a prompt differ by {variety:.2g} in pixel values ({first:.2g} at first): they "
+    "become similar. Raise beta or noise_level, lower learning_rate, or check whether the reward favours one kind of "
+    "image.",
+    "reward_hacking": "since the first evaluation, the training reward has risen by {rise:.3g} and {name}, which is "
+    "not trained on, has fallen by {fall:.3g}: this is probably reward hacking. Add {name} to reward_funcs, raise "
     "beta, or stop earlier.",
 }
-"""What was seen, its likely cause, and what to do, by check."""
+"""For each check: the observation, its likely cause and a remedy."""
 
 WHY_NOTHING = {
-    "offset": "The rewards are about {reward:.3g}, and float32 keeps such numbers in steps of {step:.2g}: if images "
+    "offset": "The rewards are about {reward:.3g}, where the step between float32 numbers is {step:.2g}: if images "
     "differ by less, subtract a constant from the rewards.",
-    "same": "All images of a prompt have the same reward: either the prompts are solved (take harder ones), or the "
-    "images all fail (lower learning_rate, take easier prompts), or the reward is too coarse (take a graded one).",
-    "credit": "The rewards of a prompt's images differ by {spread:.2g} (standard deviation), but the credit of each "
-    "step is the same for all: look at credit={credit!r}, turning_point_deadzone, and whether noise_level is enough "
-    "to change an image.",
+    "same": "All images of a prompt have equal rewards: either the prompts are solved (use harder ones), or all "
+    "images fail (lower learning_rate, use easier prompts), or the reward is too coarse (use a graded one).",
+    "credit": "The rewards of a prompt's images differ by {spread:.2g} (standard deviation), but each step has equal "
+    "credit: check credit={credit!r}, turning_point_deadzone, and whether noise_level is large enough to change an "
+    "image.",
 }
 
 REMEMBERED = (
@@ -85,39 +85,39 @@ REMEMBERED = (
     "num_skipped",
     "num_idle",
     "warned",
-)  # in checkpoints
+)  # saved in checkpoints
 
 
 class GuardRailError(RuntimeError):
-    """A run was stopped by its guard rails."""
+    """Raised by the guard rails to stop a run."""
 
 
 class Problem:
-    """Something that a healthy run does not show."""
+    """A sign of a failing run."""
 
     def __init__(self, check: str, **seen: Any):
         self.name, self.message = check, MESSAGES[check].format(**seen)
 
 
-@dataclass(eq=False)  # transformers compares callbacks and looks them up
+@dataclass(eq=False)  # transformers compares callbacks
 class GuardRails(TrainerCallback):
     """
-    Looks at each update before it is made, and at each evaluation, and warns, skips the update or stops the run.
+    Checks each update before it is made, and each evaluation; warns, skips the update or stops the run.
 
-    The trainer adds one by itself, with `action=args.guard_rails`; pass another in `callbacks` to change the limits.
-    Each problem is logged as `guard_rails/{name}` too.
+    The trainer adds one with `action=args.guard_rails`. To change the limits, pass another one in `callbacks`. Each
+    problem is also logged as `guard_rails/{name}`.
 
     Args:
-        action: `"warn"`; `"skip"`, warn and leave the update out; or `"stop"`, raise a [`GuardRailError`] before it.
-        max_on_policy_deviation: Distance of the ratio from 1 in the first update on a rollout, in clip ranges; under
-            `loss_type="dppo"` the divergence, in thresholds.
+        action: `"warn"`; `"skip"`: warn and skip the update; `"stop"`: raise a [`GuardRailError`] before the update.
+        max_on_policy_deviation: Distance of the ratio from 1 in the first update on a rollout, in clip ranges; with
+            `loss_type="dppo"`, the divergence in thresholds.
         max_one_sided: Share of the ratios of a later update on one side of 1.
         max_frac_reward_zero_std: Share of the groups without spread in their final rewards.
         max_grad_norm_factor: Norm of the gradient, in medians of earlier norms.
         max_reference_drift: Distance of the predicted velocity from the reference's, `|v - v_ref|^2 / |v_ref|^2`.
-        min_image_variety: Share of the variety of the first rollouts' images that must be left.
-        min_reward_spread: Share of the first rollouts' spread of rewards within groups that must be left, unless the
-            mean reward has not risen.
+        min_image_variety: Smallest image variety, as a share of that of the first rollouts.
+        min_reward_spread: Smallest within-group spread of rewards, as a share of that of the first rollouts; checked
+            if the mean reward has risen.
         max_reward_drop: Fall of a rollout's mean reward below that of earlier ones, in a reward's standard deviations.
         max_evaluation_errors: Fall of a held-out reward while the trained one rises, in standard errors.
     """
@@ -142,7 +142,7 @@ class GuardRails(TrainerCallback):
         self.forget()
 
     def forget(self) -> None:
-        """Forget earlier updates, as for another run."""
+        """Forget earlier updates, for a new run."""
         self.grad_norms: list[float] = []
         self.varieties: list[float] = []
         self.rewards: tuple[float, float] | None = None  # mean and standard deviation, averaged over earlier rollouts
@@ -153,11 +153,11 @@ class GuardRails(TrainerCallback):
         self.warned: dict[str, int] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is remembered of earlier updates, for a checkpoint."""
+        """Return the state for a checkpoint."""
         return {name: getattr(self, name) for name in REMEMBERED}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Remember what `state_dict` returned."""
+        """Restore the state of `state_dict`."""
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -174,8 +174,8 @@ class GuardRails(TrainerCallback):
             return
         if self.num_skipped > MOST_SKIPPED:
             seen = problems[0].message
-            raise GuardRailError(f"{MOST_SKIPPED} updates in a row were skipped; the last problem: {seen}")
-        model.zero_grad()  # the optimizer passes over parameters without gradient
+            raise GuardRailError(f"{MOST_SKIPPED} updates in a row were skipped. The last problem: {seen}")
+        model.zero_grad()  # the optimizer skips parameters without gradient
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         self._report(list(self.problems_of_evaluation(metrics)), state)
@@ -212,7 +212,7 @@ class GuardRails(TrainerCallback):
         yield from self._grad_norm(metrics.get("grad_norm", math.nan))
 
     def _grad_norm(self, norm: float) -> Iterator[Problem]:
-        if not math.isfinite(norm):  # float16 overflows now and then, and its scaler leaves the update out
+        if not math.isfinite(norm):  # float16 may overflow; its scaler then skips the update
             return
         usual = median(self.grad_norms) if len(self.grad_norms) >= FEWEST_NORMS else math.inf
         self.grad_norms = [*self.grad_norms, norm][-MOST_NORMS:]
@@ -235,7 +235,7 @@ class GuardRails(TrainerCallback):
             yield Problem("image_variety", variety=variety, first=max(self.varieties))
 
     def _nothing_trained(self, metrics: dict[str, float], args: Any) -> Iterator[Problem]:
-        """Check for advantages of 0, and for rewards whose differences float32 swallows where they would count."""
+        """Check for advantages of 0, and for reward differences lost in float32."""
         reward, spread = metrics["reward"], metrics["reward_group_std"]
         step, groups = float(np.spacing(np.float32(abs(reward)))), args.prompts_per_generation
         self.num_idle = self.num_idle + groups if metrics.get("advantages/frac_zero") == 1 else 0
@@ -243,7 +243,7 @@ class GuardRails(TrainerCallback):
         seen = {"reward": reward, "spread": spread, "step": step, "credit": args.credit}
         if self.num_idle >= FEWEST_PROMPTS:
             why = "offset" if swallows else "credit" if metrics["frac_reward_zero_std"] < 1 else "same"
-            besides = " but by the KL divergence" if args.beta else ""
+            besides = " except by the KL divergence" if args.beta else ""
             yield Problem(
                 "nothing_trained", number=self.num_idle, besides=besides, why=WHY_NOTHING[why].format(**seen)
             )
@@ -263,10 +263,10 @@ class GuardRails(TrainerCallback):
             yield Problem("solved_or_hacked", spread=spread, first=first, before=before, reward=reward)
 
     def problems_of_evaluation(self, metrics: dict[str, float]) -> Iterator[Problem]:
-        """Check for held-out rewards that fell since a dataset's first evaluation, while the trained one has risen."""
+        """Check for held-out rewards that fell since a dataset's first evaluation while the trained one rose."""
         for prefix in (name.removesuffix("_reward") for name in metrics if name.endswith("_reward")):
             reward, images = metrics[f"{prefix}_reward"], metrics.get(f"{prefix}_num_scored_images", 0.0)
-            if math.isnan(reward) or not images:  # reward functions have failed on all of it
+            if math.isnan(reward) or not images:  # reward functions failed on all images
                 continue
             first = self.first_evaluations.setdefault(prefix, dict(metrics))
             rise, errors = reward - first[f"{prefix}_reward"], self.max_evaluation_errors / math.sqrt(images)
@@ -280,10 +280,10 @@ class GuardRails(TrainerCallback):
 def watch_over(
     trainer: Any, metrics_of_update: Callable[[], dict[str, float]], record: Callable[[str, float], None]
 ) -> GuardRails | None:
-    """Connect the guard rails among a `TPGRPOTrainer`'s callbacks, or those that `args.guard_rails` asks for.
+    """Connect the guard rails among a `TPGRPOTrainer`'s callbacks, or those set by `args.guard_rails`.
 
-    `metrics_of_update` returns what the update under way has recorded, the same on all processes: metrics,
-    `grad_norm`, and `is_on_policy`, 1 in the first update on a rollout. `record` adds a metric to the log.
+    `metrics_of_update` returns the metrics of the current update, the same on all processes, with `grad_norm` and
+    `is_on_policy` (1 in the first update on a rollout). `record` adds a metric to the log.
     """
     guard = next((one for one in trainer.callback_handler.callbacks if isinstance(one, GuardRails)), None)
     if guard is None and trainer.args.guard_rails != "off":
@@ -292,7 +292,7 @@ def watch_over(
     if guard is None:
         return None
     if guard.action == "skip" and trainer.is_deepspeed_enabled:
-        raise ValueError("guard_rails='skip' cannot hold back an update of DeepSpeed: use 'warn' or 'stop'.")
+        raise ValueError("guard_rails='skip' cannot skip an update under DeepSpeed: use 'warn' or 'stop'.")
     guard.metrics_of_update, guard.record = metrics_of_update, record
     guard.held_out = trainer.eval_reward_func_names[len(trainer.reward_funcs) :]
     return guard

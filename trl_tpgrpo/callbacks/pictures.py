@@ -1,6 +1,6 @@
 """Images, trajectory figures and histograms for TensorBoard, W&B and trackio, and grids of evaluations on disk.
 
-Grids are drawn by diffusers and Pillow, since Matplotlib is an extra.
+Grids are drawn by diffusers and Pillow, because Matplotlib is optional.
 """
 
 import importlib
@@ -23,29 +23,29 @@ from .samples import EvaluationSample, RolloutSample, SampleCallback
 logger = logging.getLogger(__name__)
 
 LIBRARIES = {WandbCallback: "wandb", TrackioCallback: "trackio"}
-SMALLEST, LARGEST = 112, 256  # pixels of an image's longer side in a grid, to which others are scaled
+SMALLEST, LARGEST = 112, 256  # pixels of the longer side of images in a grid
 GAP, CAPTION, TITLE, TITLE_WIDTH = 6, 18, 24, 360
 INK, GREY, PAPER = "#22262b", "#6b7280", "#ffffff"
 
 
 @dataclass
 class Pictures:
-    """What is sent to trackers, by name."""
+    """Pictures for trackers, by name."""
 
     images: dict[str, Image.Image] = field(default_factory=dict)
-    # Images with captions, and the grid that has both for a tracker without captions
+    # Images with captions, and a grid of both for trackers without captions
     captioned: dict[str, tuple[list[tuple[Image.Image, str]], Image.Image]] = field(default_factory=dict)
     histograms: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class PictureCallback(SampleCallback):
-    """Sends pictures to the trackers among `handler.callbacks`, which may be added and removed at any time."""
+    """Sends pictures to the trackers among `handler.callbacks`, which may change at any time."""
 
     def __init__(self, handler: CallbackHandler) -> None:
         self._handler, self._last_shown, self._warned = handler, -1, False
 
     def wants_rollout(self, args: Any, state: TrainerState) -> bool:
-        """Return whether it is the first rollout, or the first after every `log_images_steps` updates."""
+        """Return whether this is the first rollout, or the first after `log_images_steps` more updates."""
         is_on = args.log_images_steps is not None and len(self._trackers()) > 0
         return is_on and state.global_step // args.log_images_steps > self._last_shown
 
@@ -61,9 +61,9 @@ class PictureCallback(SampleCallback):
         if sample.rewards.shape[1] > 1:
             try:
                 pictures.images["rollout/trajectory"] = trajectory_image(sample)
-            except ImportError as error:  # Matplotlib is an extra
+            except ImportError as error:  # Matplotlib is optional
                 if not self._warned:
-                    logger.warning("%s. Images go without trajectory figures.", error)
+                    logger.warning("%s. Images are sent without trajectory figures.", error)
                 self._warned = True
         self._send(pictures, state.global_step)
 
@@ -88,7 +88,7 @@ class PictureCallback(SampleCallback):
 
 
 def rollout_pictures(sample: RolloutSample) -> Pictures:
-    """Return the sample's images with prompts and rewards, and what the histograms of the whole rollout show."""
+    """Return the sample's images with prompts and rewards, and histograms of the whole rollout."""
     own, rewards = [images[-1] for images in sample.images], sample.rewards[:, -1].tolist()
     scored, size = list(zip(own, rewards, strict=True)), sample.table.num_generations
     groups = [(sample.prompts[first], scored[first : first + size]) for first in range(0, len(scored), size)]
@@ -103,19 +103,19 @@ def rollout_pictures(sample: RolloutSample) -> Pictures:
 
 
 def trajectory_image(sample: RolloutSample) -> Image.Image:
-    """Draw the trajectory whose turning points gain or lose most, or, where none turns, whose rewards spread most."""
+    """Draw the trajectory with the largest turning points or, without any, with the largest spread of rewards."""
     from .figures import as_image, trajectory_figure  # raises ImportError without Matplotlib
 
     rewards, turning = sample.rewards, sample.turning_points
     gained = ((rewards[:, -1:] - rewards[:, :-1]).abs() * turning).sum(1)
     scores = gained if turning.any() else rewards.std(1, correction=0)
-    chosen = int(scores.nan_to_num(-1.0).argmax())  # not one that a reward function has failed on
+    chosen = int(scores.nan_to_num(-1.0).argmax())  # not a failed one
     values, turns = rewards[chosen].numpy(), turning[chosen].numpy()
     return as_image(trajectory_figure(sample.prompts[chosen], sample.images[chosen], values, turns, sample.states))
 
 
 def to_tensorboard(writer: Any, pictures: Pictures, step: int) -> None:
-    """Send pictures through TensorBoard's writer; captions are in the grids."""
+    """Send pictures to TensorBoard's writer; captions are in the grids."""
     grids = {name: whole for name, (_, whole) in pictures.captioned.items()}
     for name, image in (pictures.images | grids).items():
         writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
@@ -125,22 +125,22 @@ def to_tensorboard(writer: Any, pictures: Pictures, step: int) -> None:
 
 
 def to_library(library: str, pictures: Pictures, step: int) -> None:
-    """Send pictures to the run that a callback has begun, by the classes that W&B and trackio both have."""
+    """Send pictures to the run of a callback, by the classes of W&B and trackio."""
     module = importlib.import_module(library)
     media = {name: module.Image(image) for name, image in pictures.images.items()}
     media |= {name: module.Histogram(values) for name, values in pictures.histograms.items()}
     for name, (images, _) in pictures.captioned.items():
         captioned = [module.Image(image, caption=caption) for image, caption in images]
-        # trackio has no lists of images, so that each has a name.
+        # trackio has no lists of images, so each image has a name.
         named = {f"{name}_{number:02d}": image for number, image in enumerate(captioned)}
         media |= {name: captioned} if library == "wandb" else named
     module.log(media | {"train/global_step": step})
 
 
 def grid(shown: list[tuple[str, list[tuple[Image.Image, float]]]], names: Sequence[str] = ()) -> Image.Image:
-    """Draw each prompt above its images, with rewards below these, in rows of 4 (more if images are narrow).
+    """Draw each prompt above its images, with rewards below them, in rows of 4 (more for narrow images).
 
-    `names` of the images of a prompt stand before the rewards.
+    `names` of the images are shown before the rewards.
     """
     labels = [f"{name} " for name in names] + [""] * max(len(images) for _, images in shown)
     rows = [
@@ -163,7 +163,7 @@ def grid(shown: list[tuple[str, list[tuple[Image.Image, float]]]], names: Sequen
 
 
 def resized(image: Image.Image) -> Image.Image:
-    """Return an image of a size that can be seen: small ones keep their pixels, large ones are averaged."""
+    """Return an image at a visible size: nearest neighbour for small images, averaging for large ones."""
     if max(image.size) > LARGEST:
         return ImageOps.contain(image, (LARGEST, LARGEST), Image.Resampling.LANCZOS)
     return ImageOps.scale(image, -(-SMALLEST // max(image.size)), Image.Resampling.NEAREST)

@@ -1,4 +1,4 @@
-"""What a terminal shows of a run: one line for each rollout, and one live bar with the phase under way."""
+"""Terminal output of a run: one line per rollout, and a live bar with the current phase."""
 
 import shutil
 import sys
@@ -22,7 +22,7 @@ ITEMS = {
     "seconds/decode": "decode {:.1f} s", "seconds/encode": "encode {:.1f} s",
     "ratio/max_deviation": "|ratio-1| {:.2g}", "learning_rate": "lr {:.2g}",
 }  # fmt: skip
-"""What a line shows after the rewards, if it has been logged; the last ones are left out where a line is too long."""
+"""Items of a line after the rewards, if logged; the last ones are left out if the line is too long."""
 
 BAR = "update {n_fmt}/{total_fmt} |{bar:16}| {desc}{postfix} | {rate_inv_fmt}, {remaining} left"
 
@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
 
 
 def log_line(logs: dict[str, Any], state: TrainerState, left: str = "", num_updates: int = 1) -> str:
-    """Return the line of a log: of the last updates, with the time `left`, of an evaluation or of the end."""
+    """Return the line of a log: of the last updates (with the time `left`), of an evaluation, or of the end."""
     kind = next((name.removesuffix("runtime") for name in logs if name.endswith("_runtime")), "")
     if kind == "train_":
         ended = "finished" if state.global_step >= state.max_steps else "stopped"
@@ -55,19 +55,19 @@ def log_line(logs: dict[str, Any], state: TrainerState, left: str = "", num_upda
 
 
 def merged(logs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Merge the logs of several updates: seconds are added up, of maxima the largest is taken, else the mean."""
+    """Merge the logs of several updates: sum of seconds, maximum of maxima, mean of other values."""
     values = {name: [log[name] for log in logs if name in log] for name in chain(*logs)}
     kinds = [sum if name.startswith("seconds/") else max if "max" in name else fmean for name in values]
     return {name: kind(values[name]) for name, kind in zip(values, kinds, strict=True)}
 
 
 class LogLines(PrinterCallback):
-    """A line for all updates on a rollout, without what has not changed since the first line, and each evaluation."""
+    """Prints one line for all updates on a rollout, without constant values, and one per evaluation."""
 
     def __init__(self, shows_time_left: bool = True) -> None:
         self._shows_time_left, self._began, self._first_step = shows_time_left, time.perf_counter(), 0
         self._pending: list[dict[str, Any]] = []  # logs of updates on a rollout that has more of them
-        self._constant: dict[str, Any] = {}  # values in the first line; None: there was another one since
+        self._constant: dict[str, Any] = {}  # values in the first line; None: changed since
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._began, self._first_step = time.perf_counter(), state.global_step
@@ -95,29 +95,29 @@ class LogLines(PrinterCallback):
 
 
 class ProgressDisplay(ProgressCallback):
-    """A live bar with the phase under way, and `LogLines`, in place of transformers' ProgressCallback."""
+    """A live bar with the current phase, and `LogLines`, instead of transformers' ProgressCallback."""
 
     def __init__(self, shows_bar: bool | None = None) -> None:
         super().__init__()
-        shows_bar = sys.stderr.isatty() if shows_bar is None else shows_bar  # on terminals, unless said otherwise
+        shows_bar = sys.stderr.isatty() if shows_bar is None else shows_bar  # on terminals by default
         self._lines = LogLines(shows_time_left=not shows_bar)
-        # Without smoothing, which would take each redraw for an update.
+        # Without smoothing, which would count each redraw as an update.
         self._new_bar = partial(
             tqdm, disable=not shows_bar, leave=False, dynamic_ncols=True, miniters=0, smoothing=0,
             file=Stream(sys.stderr),
         )  # fmt: skip
         self._bar = tqdm(disable=True)  # as a bar that has been closed
-        self._part, self._index = "", 0  # the sweep, micro-batch or batch of an evaluation under way
+        self._part, self._index = "", 0  # the current sweep, micro-batch or evaluation batch
         self.is_evaluating = False
         self.watch()
 
     def watch(self) -> None:
-        """Note from now on when something has moved on last, and the most seconds in which nothing has."""
+        """Record from now on the time of the last progress and the longest pause."""
         self.moved_at, self.longest_pause = time.monotonic(), 0.0
 
     @contextmanager
     def phase(self, name: str, total: int, alone: bool = False) -> Iterator[Callable[..., None]]:
-        """Show a phase of `total` units; give the function to call with the number that have just been done, or 1."""
+        """Show a phase of `total` units; yield the function to call with the number of finished units (default: 1)."""
         if alone:  # outside of training and evaluation
             with self._new_bar(desc=name, total=total) as bar:
                 yield bar.update
@@ -130,13 +130,13 @@ class ProgressDisplay(ProgressCallback):
             now = time.monotonic()
             self.moved_at, self.longest_pause = now, max(self.longest_pause, now - self.moved_at)
             self._bar.set_description_str(f"{self._part}{name} {done}/{total}", refresh=number == 0)
-            self._bar.update(0)  # draws the bar, unless tqdm has done so less than 0.1 seconds ago
+            self._bar.update(0)  # draws the bar, at most every 0.1 seconds
 
         advance(0)
         yield advance
 
     def sweeps(self, parts: list[slice], title: str = "") -> Iterator[slice]:
-        """Yield the parts of a rollout one after the other, and show which one is under way, after a title."""
+        """Yield the parts of a rollout one after another, and show the current one after a title."""
         before = self._part
         for number, part in enumerate(parts, start=1):
             self._part = title + (f"sweep {number}/{len(parts)}, " if len(parts) > 1 else "")
@@ -145,7 +145,7 @@ class ProgressDisplay(ProgressCallback):
 
     @contextmanager
     def evaluation(self, state: TrainerState) -> Iterator[None]:
-        """Show that an evaluation is under way; transformers tells of batches that are done, not of the beginning."""
+        """Show that an evaluation is running, from its beginning on."""
         part, bar = self._part, self._bar
         self._part, self._index, self.is_evaluating = "evaluation, ", 0, True
         if self._bar.disable and state.is_world_process_zero:

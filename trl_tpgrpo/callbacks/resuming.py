@@ -1,4 +1,4 @@
-"""What a checkpoint and the run that goes on from it must have in common: settings, adapter, model, data, rewards."""
+"""Comparison of a checkpoint with the resumed run: settings, adapter, model, data, rewards."""
 
 import json
 import logging
@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = "settings.json"  # in a checkpoint: what its run was given
-SAMPLED = 4096  # numbers of each weight by which a model is recognised, and bytes of an image
+SETTINGS = "settings.json"  # in a checkpoint: settings and parts of its run
+SAMPLED = 4096  # sampled numbers per weight, and bytes per image, that identify a model or dataset
 READ_AT_ONCE = 100  # rows with images, which a selection of a dataset copies
-# What says how a run is carried out, watched and stored, or how long it is: it may change without being accepted.
+# Settings of execution, logging, storage and length of a run: they may change.
 FREE = (
     "max_steps", "num_train_epochs", "disable_tqdm", "log_*", "logging_*", "eval_*", "*_eval", "*_eval_*", "save_*",
     "push_to_hub", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "prediction_loss_only",
@@ -29,11 +29,11 @@ FREE = (
     "num_completions_to_print", "use_cpu", "activation_checkpointing*", "gradient_checkpointing*",
     "per_device_rollout_batch_size", "derived",
 )  # fmt: skip
-# What is of one machine or person only: not told.
+# Settings of one machine or person: not reported.
 PERSONAL = ("*_token", "*_dir", "hub_*", "trackio_*", "run_name", "project", "report_to", "local_rank", "resume_*")
-# What an optimizer takes from its saved state, whatever it is created with.
+# Values that an optimizer restores from its saved state.
 NOT_APPLIED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-# What must be the same, see `checkpoints.load_progress`: the batches of a rollout under way are cut by it.
+# Settings that must be equal, see `checkpoints.load_progress`: they define the batches of a rollout.
 LAYOUT = ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps", "num_iterations",
           "num_generations", "num_inference_steps", "seed")  # fmt: skip
 ADAPTER = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora",
@@ -41,9 +41,9 @@ ADAPTER = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern
 
 
 def describe_settings(args: Any, guidance: Any) -> dict[str, Any]:
-    """Return a run's settings but tokens, and the names of those that were given: others follow from these.
+    """Return a run's settings (except tokens), and the names of the given ones, from which others follow.
 
-    `guidance`, a [`~trl_tpgrpo.policies.base.Guidance`], has the scales that are the family's where none was given.
+    `guidance`, a [`~trl_tpgrpo.policies.base.Guidance`], has the family's scales if none was given.
     """
     settings = {name: value for name, value in args.to_dict().items() if not _matches(name, PERSONAL)}
     settings |= {name: getattr(guidance, name) for name in ("guidance_scale", "true_cfg_scale")}
@@ -51,7 +51,7 @@ def describe_settings(args: Any, guidance: Any) -> dict[str, Any]:
 
 
 def describe_parts(model: nn.Module, policy: Any, rewards: list[str], train: Any) -> dict[str, Any]:
-    """Return what a run consists of besides its settings: adapter, models of `policy`, prompts of `train`, rewards."""
+    """Return the parts of a run besides settings: adapter, models of `policy`, prompts of `train`, rewards."""
     adapter = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else {}
     models = {name: part for name, part in policy.pipeline.components.items() if isinstance(part, nn.Module)}
     prompts = json.dumps([] if train is None else list(train["prompt"]))
@@ -65,7 +65,7 @@ def describe_parts(model: nn.Module, policy: Any, rewards: list[str], train: Any
 
 
 def image_digest(dataset: Any, column: str) -> str:
-    """Hash the lengths and ends of a dataset's encoded images; `""` for a column that is not of `datasets.Image`."""
+    """Hash the lengths and ends of a dataset's encoded images; `""` for a column without `datasets.Image`."""
     if not isinstance(dataset.features.get(column), Image):
         return ""
     digest = sha256()
@@ -86,7 +86,7 @@ def _encoded(image: Any) -> Any:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Hash a sample of each weight that is not an adapter's, by which two models of one architecture differ."""
+    """Hash a sample of each weight (except an adapter's), to identify a model."""
     digest = sha256()
     for name, value in module.named_parameters():
         if "lora_" not in name:
@@ -97,7 +97,7 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def _plain_tensors(value: Tensor) -> list[Tensor]:
-    """Return the tensors that a quantised one consists of."""
+    """Return the tensors of a quantised tensor."""
     if not is_traceable_wrapper_subclass(value):
         return [value]
     return [tensor for name in value.__tensor_flatten__()[0] for tensor in _plain_tensors(getattr(value, name))]
@@ -110,13 +110,13 @@ def _plain(value: Any) -> Any:
 def check_settings(
     checkpoint: Path, now: dict[str, Any], accepted: list[str] | None, without_secrets: Callable[[Any], Any]
 ) -> dict[str, Any]:
-    """Compare a checkpoint's run with this one, as `describe_*` return them, and warn of what differs.
+    """Compare the descriptions of a checkpoint's run and this one, and warn about differences.
 
-    Return the former values of settings that are not applied. An earlier version may have saved `model_init_kwargs`
-    with a token.
+    Return the former values of settings that are not applied. Earlier versions may have saved a token in
+    `model_init_kwargs`.
 
     Raises:
-        ValueError: If something differs that changes the meaning of the run and is not `accepted` by its name.
+        ValueError: If a difference changes the meaning of the run and its name is not `accepted`.
     """
     path = checkpoint / SETTINGS
     if not path.exists():
@@ -125,27 +125,27 @@ def check_settings(
     before, now = without_secrets(json.loads(path.read_text())), json.loads(json.dumps(now, default=str))
     differing = _differences(before, now)
     if "peft_config" in differing:
-        raise ValueError(f"{checkpoint} has another adapter ({differing['peft_config']}): resume with the former.")
+        raise ValueError(f"{checkpoint} has another adapter ({differing['peft_config']}): resume with the former one.")
     unknown = set(accepted or ()) - set(differing)
     if unknown:
-        raise ValueError(f"resume_with_changes: {sorted(unknown)} are the same in {checkpoint}: leave them out.")
+        raise ValueError(f"resume_with_changes: {sorted(unknown)} are equal in {checkpoint}: leave them out.")
     refused = []
     for name, values in differing.items():
         if name in NOT_APPLIED:
-            logger.warning("%s: %s. It is not applied: the optimizer goes on with its saved state.", name, values)
+            logger.warning("%s: %s. It is not applied: the optimizer continues with its saved state.", name, values)
         elif _matches(name, FREE) or name in (accepted or ()):
-            logger.warning("%s: %s. The run goes on with the latter.", name, values)
+            logger.warning("%s: %s. The run continues with the new value.", name, values)
         else:
             refused.append(f"{name} ({values})")
     if refused:
         names = " ".join(name.partition(" ")[0] for name in refused)
-        what = f"{checkpoint} belongs to a run with other settings: {', '.join(refused)}"
-        raise ValueError(f"{what}. Give their former values, or accept the new by resume_with_changes: {names}")
+        what = f"{checkpoint} is from a run with other settings: {', '.join(refused)}"
+        raise ValueError(f"{what}. Use their former values, or accept the new ones by resume_with_changes: {names}")
     return {name: before["settings"][name] for name in differing if name in NOT_APPLIED}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Return `former, now other` by the name of what differs; of an adapter and a model by the parts that do."""
+    """Return `former, now other` for each difference; of an adapter or model, for its parts."""
     given = [name for name in sorted({*before["given"], *now["given"]}) if not _matches(name, PERSONAL)]
     pairs = {name: (before["settings"].get(name), now["settings"].get(name)) for name in given}
     pairs |= {name: (before[name], now[name]) for name in ("peft_config", "train_dataset", "reward_funcs")}

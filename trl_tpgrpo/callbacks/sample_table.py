@@ -1,7 +1,7 @@
-"""`log_completions`: with each log a table of a few samples, and their images in a folder.
+"""`log_completions`: a table of samples with each log, and their images in a folder.
 
-The setting's name is TRL's, where a completion is what a language model writes. Here it is about the trajectories' own
-images; everywhere else in this package a completion is the image that the ODE makes of a state.
+The setting's name is TRL's, for the output of a language model. Here it refers to the trajectories' own images.
+Elsewhere in this package, a completion is an ODE completion of a latent.
 """
 
 import io
@@ -46,7 +46,7 @@ class SamplePrinter(SampleCallback):
 
 
 def table(sample: RolloutSample) -> Table:
-    """Return for each sample: image file, prompt, rewards, mean advantage over the steps, trajectory."""
+    """Return for each sample: image file, prompt, rewards, mean advantage over steps, trajectory."""
     titles = ["image", "prompt", *sample.reward_names, *sample.extra, "advantage"]
     shown = Table(*titles, "rewards along the trajectory (* turns)")
     for index, prompt in enumerate(sample.prompts):
@@ -54,12 +54,12 @@ def table(sample: RolloutSample) -> Table:
         extra = [str(values[index]) for values in sample.extra.values()]
         advantage = f"{sample.advantages[index].mean():+.2f}"
         row = [f"{index:02d}.png", prompt, *rewards, *extra, advantage, trajectory(sample, index)]
-        shown.add_row(*map(Text, row))  # a prompt may hold what looks like markup
+        shown.add_row(*map(Text, row))  # a prompt may contain markup
     return shown
 
 
 def trajectory(sample: RolloutSample, index: int) -> str:
-    """Return the rewards of the states' images, a `*` where a turning point starts: `0.21 0.35 0.80* 0.78`."""
+    """Return the rewards along a trajectory, with a `*` where a turning point starts: `0.21 0.35 0.80* 0.78`."""
     turns = [*sample.turning_points[index].tolist(), False]
     rewards = sample.rewards[index].tolist()
     return " ".join(f"{reward:.2f}{'*' if turning else ''}" for reward, turning in zip(rewards, turns, strict=True))

@@ -1,4 +1,4 @@
-"""Samples of a run for callbacks that want to see some: their interface, and what is kept for them until then."""
+"""Samples of a run for callbacks: the interface, and storage until the callbacks are called."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -13,16 +13,16 @@ from ..algorithm.credit import RewardTable
 from ..batches import Sampled
 
 
-NUM_EVALUATION_PROMPTS, NUM_EVALUATION_IMAGES = 8, 4  # what is kept: first prompts, and first images of each
+NUM_EVALUATION_PROMPTS, NUM_EVALUATION_IMAGES = 8, 4  # number of first prompts, and of first images of each
 
 
 @dataclass(frozen=True)
 class RolloutSample:
     """The first n trajectories of a rollout, whole groups where they fit, and the rewards of all N.
 
-    Shapes: `K` SDE steps, `F` reward functions, `C + 1` images of a trajectory: what the ODE makes of C of its states,
-    and last its own. C is 0 where there are no completions, and K where every state has one. Where all reward
-    functions score noisy states, which are not completed, the C images are these states, decoded as they are.
+    Shapes: `K` SDE steps, `F` reward functions, `C + 1` images of a trajectory: the ODE completions of C latents, then
+    its own. C is 0 without completions, and K if every latent is completed. If all reward functions score noisy
+    states, the C images are these states, decoded without completion.
     """
 
     prompts: list[str]  # n
@@ -48,30 +48,30 @@ class RolloutSample:
 
     @property
     def turning_points(self) -> Tensor:
-        """Whether the steps from an image's state to the next one's are a turning point: bool, (n, C)."""
+        """Whether the steps from one image's latent to the next are a turning point: bool, (n, C)."""
         return self.table.turning_points[: len(self.prompts), self.states[:-1]] > 0
 
     @property
     def states(self) -> list[int]:
-        """The number of SDE steps before the ODE made each of the C + 1 images; K for the trajectory's own."""
+        """Number of SDE steps before the ODE completion of each of the C + 1 images; K for the trajectory's own."""
         return self.table.states
 
 
 @dataclass(frozen=True)
 class EvaluationSample:
-    """The first images of an evaluation: of the same P prompts from the same noise each time."""
+    """The first images of an evaluation, for the same P prompts and noise each time."""
 
     prefix: str  # "eval", or "eval_{name}" for one of several datasets
     prompts: list[str]  # P
     images: list[list[Image.Image]]  # P lists
-    rewards: list[list[float]]  # P lists of the images' weighted rewards, of the functions that are trained on
+    rewards: list[list[float]]  # P lists of the images' weighted training rewards
 
 
 class SampleCallback(TrainerCallback):
-    """Base class of callbacks that look at samples. Its methods are called on the main process, and change nothing."""
+    """Base class of callbacks that receive samples. Its methods are called on the main process only."""
 
     def wants_rollout(self, args: Any, state: TrainerState) -> bool:
-        """Return whether to keep a sample of the rollout that begins; images that nobody wants are dropped."""
+        """Return whether to keep a sample of the next rollout; unused images are dropped."""
         return True
 
     def wants_evaluation(self, args: Any) -> bool:
@@ -81,16 +81,16 @@ class SampleCallback(TrainerCallback):
     def on_rollout_end(
         self, args: Any, state: TrainerState, control: TrainerControl, sample: RolloutSample, **kwargs: Any
     ) -> None:
-        """Look at a rollout that has been scored; `state.global_step` updates have been made before it."""
+        """Receive a scored rollout, after `state.global_step` updates."""
 
     def on_evaluation_end(
         self, args: Any, state: TrainerState, control: TrainerControl, sample: EvaluationSample, **kwargs: Any
     ) -> None:
-        """Look at an evaluation that has been scored and logged."""
+        """Receive an evaluation that was scored and logged."""
 
 
 class Samples:
-    """Keeper of images on the main process, until the callbacks that have asked for them get them."""
+    """Keeps images on the main process until the callbacks receive them."""
 
     def __init__(self, handler: CallbackHandler, args: Any, reward_names: list[str], is_main_process: bool):
         self._handler, self._args, self._reward_names, self._is_main = handler, args, reward_names, is_main_process
@@ -103,14 +103,14 @@ class Samples:
         return [one for one in self._handler.callbacks if self._is_main and isinstance(one, SampleCallback)]
 
     def rollout_begins(self, state: TrainerState) -> None:
-        """Ask which callbacks want to see the rollout."""
+        """Ask which callbacks want a sample of the rollout."""
         self._waiting = [one for one in self._callbacks() if one.wants_rollout(self._args, state)]
         self._images, self._extra = [], []
 
     def keep(self, sampled: Sampled, images_of: Callable[[list[int]], list[Image.Image]]) -> None:
-        """Keep the images of the rollout's first trajectories, if a callback waits for them.
+        """Keep the images of the rollout's first trajectories, if a callback wants them.
 
-        `images_of` returns those of some indices, for which it may have to decode them.
+        `images_of` returns the images of some indices, which it may have to decode.
         """
         wanted = (self._args.num_completions_to_print or self._args.num_generations) if self._waiting else 0
         chosen = sampled.rollout.image_of[: max(0, wanted - len(self._images))]
@@ -122,7 +122,7 @@ class Samples:
     def rollout_ends(
         self, prompts: list[str], table: RewardTable, state: TrainerState, control: TrainerControl
     ) -> None:
-        """Hand the sample out: `prompts` of this process's trajectories, and the `table` of all processes' rewards."""
+        """Pass the sample to callbacks, with `prompts` of this process and the `table` of all rewards."""
         columns = {name: [one.get(name) for one in self._extra] for logged in self._extra for name in logged}
         sample = RolloutSample(prompts[: len(self._images)], self._images, table, self._reward_names, columns)
         for callback in self._waiting:
@@ -133,7 +133,7 @@ class Samples:
         return [one for one in self._callbacks() if one.wants_evaluation(self._args)]
 
     def evaluation_begins(self) -> None:
-        """Forget the evaluation before."""
+        """Forget the previous evaluation."""
         self._evaluated = {}
 
     def keep_evaluated(
@@ -145,7 +145,7 @@ class Samples:
     ) -> None:
         """Keep the first images of the first prompts of an evaluation, with their weighted rewards (B,).
 
-        `keys` tell prompts apart that come with different images; `images_of` is as for `keep`.
+        `keys` distinguish prompts with different input images; `images_of` is as in `keep`.
         """
         scored = enumerate(zip(keys, prompts, rewards.tolist(), strict=True))
         for index, (key, prompt, reward) in scored if self._evaluation_callbacks() else ():
@@ -156,7 +156,7 @@ class Samples:
                 kept.append((images_of([index])[0], reward))
 
     def evaluation_ends(self, prefix: str, state: TrainerState, control: TrainerControl) -> None:
-        """Hand the sample out; a dictionary of datasets ends after the last of them, with nothing of its own."""
+        """Pass the sample to callbacks (nothing at the end of a dictionary of datasets)."""
         evaluated, self._evaluated = self._evaluated, {}
         if evaluated:
             prompts = [prompt for prompt, _ in evaluated.values()]

@@ -1,4 +1,4 @@
-"""What a disk may do to a run: a second run in its folder, no room, and files that are not as they were written."""
+"""Safety of files: a lock against a second run in a folder, full disks, and checksums."""
 
 import errno
 import json
@@ -28,17 +28,17 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"  # in a checkpoint: size and CRC-32 of each of its files
-LOCK = "run.lock"  # in a folder that a run writes to; it stays, and says nothing by being there
+LOCK = "run.lock"  # in a folder that a run writes to; it stays there after the run
 FULL = (errno.ENOSPC, errno.EDQUOT)
-BLOCK, PROBE = 2**22, 2**20  # bytes that are read at once, and that a disk with room takes
+BLOCK, PROBE = 2**22, 2**20  # bytes read at once, and bytes that must fit on the disk
 
 
 class NoRoom(OSError):
-    """A disk is full; the message says what is kept."""
+    """A disk is full; the message lists complete checkpoints."""
 
 
 def in_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> None:
-    """Do something in the main process; what it raises is raised in all."""
+    """Run a function in the main process; its exception is raised in all processes."""
     failure: list[Exception | None] = [None]
     if accelerator.is_main_process:
         try:
@@ -52,16 +52,16 @@ def in_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> None
 
 @contextmanager
 def locked(accelerator: Accelerator, folder: str | Path) -> Iterator[None]:
-    """Hold the lock of a folder inside; the system frees it when the main process ends, however it does.
+    """Hold the lock of a folder inside the context; the system frees it when the main process ends.
 
-    A `ValueError` names the process that holds it. Where a file system has no locks, a warning says so.
+    Raises a `ValueError` that names the process with the lock. On a file system without locks, there is a warning.
     """
     with ExitStack() as stack:
         in_main_process(accelerator, lambda: stack.enter_context(_hold(Path(folder) / LOCK)))
         yield
 
 
-def _hold(path: Path) -> Any:  # a file: as long as it is open
+def _hold(path: Path) -> Any:  # a file: locked while it is open
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+")
     try:
@@ -72,10 +72,10 @@ def _hold(path: Path) -> Any:  # a file: as long as it is open
         file.seek(0)
         holder = file.read().strip() or "another process"
         raise ValueError(
-            f"{path.parent} is in use by {holder}: wait for its end, or choose another folder."
+            f"{path.parent} is in use by {holder}: wait until it ends, or choose another folder."
         ) from error
     except OSError as error:
-        logger.warning("Nothing keeps a second run out of %s: its file system has no locks (%s).", path.parent, error)
+        logger.warning("%s is not protected from a second run: its file system has no locks (%s).", path.parent, error)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -83,7 +83,7 @@ def _hold(path: Path) -> Any:  # a file: as long as it is open
 
 
 def is_full(folder: str | Path, error: BaseException) -> bool:
-    """Say whether an error comes from a disk or quota without room, which torch and safetensors do not say."""
+    """Check whether an error comes from a full disk or quota; torch and safetensors do not report it."""
     if isinstance(error, OSError):
         return isinstance(error, NoRoom) or error.errno in FULL
     if not isinstance(error, RuntimeError | SafetensorError):
@@ -97,7 +97,7 @@ def is_full(folder: str | Path, error: BaseException) -> bool:
 
 
 def write_checksums(checkpoint: Path, besides: str) -> None:
-    """Write the checksums of all files of a checkpoint, but of the one named `besides`."""
+    """Write the checksums of all files of a checkpoint, except the one named `besides`."""
     files = [str(path.relative_to(checkpoint).as_posix()) for path in checkpoint.rglob("*") if path.is_file()]
     names = sorted({*files} - {besides, CHECKSUMS})
     (checkpoint / CHECKSUMS).write_text(json.dumps(checksums(checkpoint, names), indent=1))
@@ -120,9 +120,9 @@ def _checksum(path: Path) -> str:
 
 
 def check_files(checkpoint: Path) -> None:
-    """Compare a checkpoint with its checksums; without any, of an earlier version, see that its files can be opened.
+    """Compare a checkpoint with its checksums; without checksums (earlier versions), check that files can be opened.
 
-    A `ValueError` names the file that is missing, empty, truncated or changed.
+    Raises a `ValueError` that names the missing, empty, truncated or changed file.
     """
     path = checkpoint / CHECKSUMS
     if not path.exists():
@@ -139,7 +139,7 @@ def check_files(checkpoint: Path) -> None:
 
 
 def _open(path: Path) -> None:
-    """Raise a `ValueError` for a file of a kind that cannot be empty, or that shows that its end is missing."""
+    """Raise a `ValueError` for a file that is empty or truncated, if its format shows it."""
     try:
         if path.suffix == ".json":
             json.loads(path.read_text())
@@ -148,4 +148,4 @@ def _open(path: Path) -> None:
         elif path.suffix == ".safetensors":
             safe_open(path, framework="pt").keys()
     except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged: it is empty, or not whole ({error}).") from error
+        raise ValueError(f"{path} is damaged: it is empty or incomplete ({error}).") from error

@@ -1,4 +1,4 @@
-"""Printing that never ends a run, whatever the terminal: one that is gone, or one that cannot show a character."""
+"""Printing that never ends a run, even if the terminal is closed or cannot show a character."""
 
 import sys
 from contextlib import suppress
@@ -8,26 +8,26 @@ from tqdm.utils import ObjectWrapper
 
 
 def show(text: str) -> None:
-    """Print a text above the progress bars; characters that the terminal does not have are escaped."""
+    """Print a text above progress bars; escape characters that the terminal does not support."""
     encoding = sys.stdout.encoding or "utf-8"
-    with suppress(OSError, ValueError):  # a pipe that nobody reads any more, a file that has been closed
+    with suppress(OSError, ValueError):  # a pipe without reader, a closed file
         tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 class Stream(ObjectWrapper):
-    """Stream of a progress bar, which tqdm leaves to fail where a pipe is broken."""
+    """Stream of a progress bar that ignores broken pipes."""
 
     def __eq__(self, other: object) -> bool:
-        return self._wrapped == getattr(other, "_wrapped", other)  # by which tqdm clears the bar before a line
+        return self._wrapped == getattr(other, "_wrapped", other)  # used by tqdm to clear the bar before a line
 
     __hash__ = ObjectWrapper.__hash__
 
     def write(self, text: str) -> None:
-        """Write what can be written."""
+        """Write, if possible."""
         with suppress(OSError, ValueError):
             self._wrapped.write(text)
 
     def flush(self) -> None:
-        """Write what has been held back, if it can be written."""
+        """Flush, if possible."""
         with suppress(OSError, ValueError):
             self._wrapped.flush()

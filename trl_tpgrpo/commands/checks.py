@@ -1,4 +1,4 @@
-"""Mistakes in a call that arguments and files alone show: they are found before PyTorch is imported."""
+"""Checks of arguments and files, before PyTorch is imported."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ NO = ("no", "off", "false")
 
 
 def check_training(command: str, argv: list[str]) -> None:
-    """Raise a `ValueError` or `FileNotFoundError` for the first mistake in the arguments of a training's command."""
+    """Raise a `ValueError` or `FileNotFoundError` for the first mistake in the arguments of a training command."""
     call = given(argv)
     recipe = read_recipes(call.get("config", []))
     known = [*read_options(command), "config", "env"]
@@ -48,7 +48,7 @@ def check_training(command: str, argv: list[str]) -> None:
 
 
 def tell_code(recipe: dict[str, Any], files: list[str]) -> None:
-    """Log what a recipe, which may be another person's, runs besides this package, before it is imported."""
+    """Log the custom code that a recipe runs, before it is imported."""
     found = []
     for name in ("reward_funcs", "eval_reward_funcs", "credit", "policy_class"):
         values = recipe.get(name) or []
@@ -58,18 +58,18 @@ def tell_code(recipe: dict[str, Any], files: list[str]) -> None:
     if "trust_remote_code" in str(recipe.get("model_init_kwargs")):
         found.append("trust_remote_code (of the model's repository)")
     if found:
-        logger.warning("Code that %s runs: %s. Read it first, if it is not yours.", ", ".join(files), "; ".join(found))
+        logger.warning("Custom code in %s: %s. Read it first unless it is yours.", ", ".join(files), "; ".join(found))
 
 
 def _origin(path: str) -> str:
-    """Return the file or folder of a module, which is not imported."""
+    """Return the file or folder of a module without importing it."""
     name = path.split(".")[0]
     spec = PathFinder.find_spec(name, [os.getcwd(), *sys.path])
     return str(spec.origin or next(iter(spec.submodule_search_locations or []), name)) if spec else "not found"
 
 
 def given(argv: list[str]) -> dict[str, list[str]]:
-    """Return the options of a command line, by their names in Python, with their values as they are written."""
+    """Return the options of a command line by Python name, with unparsed values."""
     found: dict[str, list[str]] = {}
     values: list[str] = []
     for item in argv:
@@ -84,8 +84,8 @@ def given(argv: list[str]) -> dict[str, list[str]]:
 def _check_output_dir(output_dir: Path, resumed: str) -> None:
     found = sorted(path.parent.name for path in output_dir.glob("checkpoint-*/trainer_state.json"))
     if found and resumed.lower() in ("", *NO) and "LOCAL_RANK" not in os.environ:
-        what = f"--output_dir: {output_dir} holds checkpoints of an earlier run ({', '.join(found[:3])})"
-        raise ValueError(f"{what}: go on with it by --resume_from_checkpoint true, or choose another folder.")
+        what = f"--output_dir: {output_dir} has checkpoints of an earlier run ({', '.join(found[:3])})"
+        raise ValueError(f"{what}: resume it by --resume_from_checkpoint true, or choose another folder.")
     is_there = bool(found) if resumed.lower() == "true" else Path(resumed).is_dir()
     if resumed.lower() not in ("", *NO) and not is_there:
         raise FileNotFoundError(f"--resume_from_checkpoint {resumed}: there is none (output_dir: {output_dir}).")
@@ -97,10 +97,10 @@ def _check_what_is_needed(command: str, values: dict[str, list[str]], first: def
         raise ValueError("--model_name_or_path is missing: a Hub id, a folder, a file, or 'testbed'.")
     model, is_hub_id = Path(name), re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.gguf)", name)
     if model.is_dir() and not (model / "model_index.json").exists():
-        raise ValueError(f"--model_name_or_path: {name} holds no diffusers pipeline, as it has no model_index.json.")
+        raise ValueError(f"--model_name_or_path: {name} is not a diffusers pipeline: it has no model_index.json.")
     if not (is_hub_id or model.exists() or name == "testbed"):
         hint = near(model.name, ["testbed", *(other.name for other in model.parent.glob("*"))])
-        raise FileNotFoundError(f"--model_name_or_path: {name} is no folder, file or Hub id (owner/name){hint}")
+        raise FileNotFoundError(f"--model_name_or_path: {name} is not a folder, file or Hub id (owner/name){hint}")
     if not values.get("reward_funcs"):
         raise ValueError(f"--reward_funcs is missing: any of {list(BUILT_IN_REWARDS)}, import paths, or URLs.")
     if "datasets" not in values:
@@ -115,7 +115,7 @@ def _check_what_is_needed(command: str, values: dict[str, list[str]], first: def
 def _check_server(url: str) -> None:
     parts = urlsplit(url)
     try:
-        if not getproxies():  # which may know servers that this machine does not
+        if not getproxies():  # which may reach servers that this machine cannot
             address = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
             socket.create_connection(address, timeout=3).close()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`trl-tpgrpo demo`: train the embedded tiny model on the shapes world and show what it learned."""
+"""`trl-tpgrpo demo`: train the bundled toy model on the shapes world and show the results."""
 
 import argparse
 import time
@@ -33,17 +33,17 @@ SETTINGS: dict[str, Any] = {
     "sde_type": "flow_sde", "epsilon": 1e-3, "beta": 0.0, "ema_decay": None, "activation_checkpointing": False,
     "save_strategy": "no",
 }  # fmt: skip
-"""For a model this small; the study of benchmarks/study.py trains with them too."""
+"""Settings for a model of this size, also used by benchmarks/study.py."""
 LARGER_BATCHES: dict[str, Any] = {
     "gradient_accumulation_steps": 8, "sde_type": "cps", "noise_level": 0.5, "sde_window_size": 3,
     "completion": "at_1_2_3_5", "advantage_baseline": "completion", "scale_rewards": "batch",
     "advantage_scope": "joint",
 }  # fmt: skip
-"""512 trajectories an update, three SDE steps of less noise, cheap completions, and one scale for all steps."""
+"""512 trajectories per update, three SDE steps with less noise, cheap completions, and one scale for all steps."""
 
 
 def main(argv: list[str]) -> int:
-    """Measure, train, measure again, draw, and prove that the saved weights are the trained model."""
+    """Evaluate, train, evaluate again, draw figures, and verify the saved weights."""
     args = make_parser().parse_args(argv)
     torch.set_num_threads(args.num_threads)
     started = time.perf_counter()
@@ -77,24 +77,24 @@ def distinct(dataset: Dataset) -> Dataset:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    description = "Train the embedded tiny model and show what it learned, on the CPU."
+    description = "Train the bundled toy model on the CPU and show the results."
     parser = argparse.ArgumentParser(prog="trl-tpgrpo demo", description=description)
     add, shown = parser.add_argument, "(default: %(default)s)"
     add("--output_dir", type=Path, default=Path("demo"), help=f"folder for the weights and the pictures {shown}")
-    add("--max_steps", type=int, default=20, help="updates (default: %(default)s, some minutes of one core)")
+    add("--max_steps", type=int, default=20, help="updates (default: %(default)s, a few minutes on one core)")
     add("--num_eval_prompts", type=int, help="held-out captions, 4 images each (default: all 90)")
     add("--seed", type=int, default=0, help=f"seed of the training {shown}")
-    threads = "PyTorch's threads; more are faster, but round differently"
+    threads = "PyTorch threads; more are faster, but change rounding"
     add("--num_threads", type=int, default=1, help=f"{threads} {shown}")
     return parser
 
 
 def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
-    """Return the demo's trainer: the paper's credit, with what the study of docs/reproduction.md found for this model.
+    """Return the demo's trainer: the paper's credit, with settings for this model from docs/reproduction.md.
 
-    All weights are trained: so small a model learns less from an adapter.
+    All weights are trained, because a model of this size learns less with an adapter.
     """
-    # The rate falls to 0, which does what an average of the weights would.
+    # The learning rate decays to 0, with the effect of an average of the weights.
     run: dict[str, Any] = {"learning_rate": 3e-4, "lr_scheduler_type": "linear", "max_steps": max_steps, "seed": seed}
     shown: dict[str, Any] = {"disable_tqdm": False, "logging_steps": max(1, max_steps // 10)}
     config = TPGRPOConfig(str(output_dir), **{**SETTINGS, **LARGER_BATCHES}, **run, **shown)
@@ -102,12 +102,12 @@ def build_trainer(output_dir: Path, max_steps: int, seed: int) -> TPGRPOTrainer:
 
 
 def repeated(dataset: Dataset) -> list[str]:
-    """Return the dataset's prompts, each as often as there are images of it."""
+    """Return the dataset's prompts, repeated for each image."""
     return [prompt for prompt in dataset["prompt"] for _ in range(IMAGES_PER_PROMPT)]
 
 
 def sample_heldout(pipeline: DiffusionPipeline, dataset: Dataset, description: str) -> Images:
-    """Sample the dataset's prompts by the pipeline's own `__call__`, from noise that depends on their index only."""
+    """Sample the dataset's prompts by the pipeline's `__call__`, from noise that depends only on their index."""
     pipeline.set_progress_bar_config(disable=True)
     prompts, images = repeated(dataset), []
     for start in tqdm(range(0, len(prompts), 32), desc=description, disable=None):
@@ -130,9 +130,7 @@ def report(dataset: Dataset, scores: list[list[Score]]) -> str:
         lines.append(f"  {kind:<32}{_row(strict[:, chosen])}")
     lines.append(f"  {'all, graded score':<32}{_row(graded)}")
     change, error = _change(strict)
-    verdict = (
-        "better" if change > 2 * error else "worse" if change < -2 * error else "not told from before by these images"
-    )
+    verdict = "better" if change > 2 * error else "worse" if change < -2 * error else "no significant difference"
     return "\n".join([*lines, "", f"Verdict: {verdict} ({change:+.3f}, standard error {error:.3f})."]) + "\n"
 
 
@@ -149,7 +147,7 @@ def _change(scores: np.ndarray) -> tuple[float, float]:
 
 
 def draw_figures(trainer: TPGRPOTrainer, dataset: Dataset, images: list[Images], scores: list[list[Score]]) -> None:
-    """Write the three pictures; images and scores are those before and after training."""
+    """Draw the three figures, from images and scores before and after training."""
     rows = [row for kind, number in PICTURED.items() for row in _of_kind(dataset, kind)[:number]]
     before, after = ([side[row * IMAGES_PER_PROMPT :][:IMAGES_PER_PROMPT] for row in rows] for side in images)
     strict = np.array([[score.strict for score in side] for side in scores], bool)
@@ -169,7 +167,7 @@ def _of_kind(dataset: Dataset, kind: str) -> list[int]:
 
 
 def draw_trajectory(trainer: TPGRPOTrainer, rows: list[dict[str, Any]]) -> Figure:
-    """Sample a trajectory of each row, all steps but the last by the SDE; draw that whose turning points gain most."""
+    """Sample a trajectory of each row (the last step by the ODE); draw the one with the largest turning points."""
     generators = [torch.Generator().manual_seed(index) for index in range(len(rows))]
     window = trainer.args.window(0, trainer.args.num_inference_steps - 1)
     sampled = trainer.sample_and_score(rows, generators, window, EXACT)
@@ -182,7 +180,7 @@ def draw_trajectory(trainer: TPGRPOTrainer, rows: list[dict[str, Any]]) -> Figur
 
 
 def compare_with_plain_pipeline(weights: Path, dataset: Dataset, images: Images) -> int:
-    """Load the saved weights as any user of diffusers would; return the largest difference of a pixel."""
+    """Load the saved weights with diffusers; return the largest difference of a pixel."""
     pipeline = build_pipeline("testbed", str(weights), "float32", "cpu")
     again = sample_heldout(pipeline, dataset.take(min(8, len(dataset))), "The saved model's images")
     trained, loaded = (np.stack([np.asarray(image, int) for image in side]) for side in (images[: len(again)], again))

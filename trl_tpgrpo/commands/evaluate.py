@@ -1,4 +1,4 @@
-"""`trl-tpgrpo evaluate`: did it work? A model with and without what was trained, on the same prompts and noise."""
+"""`trl-tpgrpo evaluate`: compare a model with and without the trained weights, on the same prompts and noise."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ from .prompts import split_of
 from .results import BASE, Results, as_json
 
 
-NUM_SHOWN = 4  # gains, and losses, of each adapter in the picture
+NUM_SHOWN = 4  # largest gains, and losses, of each adapter in the picture
 PACKAGES = ("trl-tpgrpo", "torch", "diffusers", "transformers", "peft", "accelerate")
 SETTINGS = (
     "model_name_or_path", "model_init_kwargs", "policy_class", "use_peft", "quantization", "dataset_name",
@@ -39,7 +39,7 @@ SETTINGS = (
     "true_cfg_scale", "negative_prompt", "max_sequence_length", "per_device_eval_batch_size",
     "per_device_rollout_batch_size", "bf16", "fp16", "tf32", "attention_backend", "compile_backend", "vae_tiling",
 )  # fmt: skip
-"""What images and rewards depend on, besides the prompts and the weights."""
+"""Settings that change images and rewards, besides prompts and weights."""
 SDE_SETTINGS = ("num_inference_steps", "sde_type", "noise_level", "sde_window_size", "sde_window_range")
 
 
@@ -47,13 +47,13 @@ SDE_SETTINGS = ("num_inference_steps", "sde_type", "noise_level", "sde_window_si
 @dataclass
 class EvaluateArguments:
     """
-    Arguments of `trl-tpgrpo evaluate`, besides those of `trl-tpgrpo train`, which say what is sampled.
+    Arguments of `trl-tpgrpo evaluate`, in addition to those of `trl-tpgrpo train`.
 
     Parameters:
-        adapter (`list[str]`, *optional*): What was trained: folders or Hub ids of LoRAs, folders with a `transformer`,
-            or runs.
-        by (`str`, *optional*): Column by whose values results are given too.
-        num_prompts (`int`, *optional*): Prompts, from the first. `None`: all.
+        adapter (`list[str]`, *optional*): Trained weights: folders or Hub ids of LoRAs, folders with a `transformer`,
+            or output folders of runs.
+        by (`str`, *optional*): Column of the dataset; results are also reported for each of its values.
+        num_prompts (`int`, *optional*): Number of prompts, from the first. `None`: all.
         sampler (`str`, *optional*, defaults to `"ode"`): `"ode"` as in evaluation, or `"sde"` as in training.
     """
 
@@ -66,7 +66,7 @@ class EvaluateArguments:
 
 
 def main(argv: list[str]) -> int:
-    """Sample and score with each model, go on where an earlier call was interrupted, and report."""
+    """Sample and score with each model, continue an interrupted call, and report."""
     parser = train.make_parser("trl-tpgrpo evaluate", own_types=(EvaluateArguments,))
     options = train.launch("evaluate", parser, argv)
     if isinstance(options, int):
@@ -92,22 +92,22 @@ def main(argv: list[str]) -> int:
 def build_trainer(
     own: EvaluateArguments, adapters: list[str], script_args: Any, model_args: Any, dataset_args: Any, args: Any
 ) -> Any:  # a TPGRPOTrainer
-    """Return the trainer whose evaluation is used, with the prompts; raise ValueError for what does not fit."""
+    """Return the trainer for the evaluation, with the prompts; raise ValueError for unsupported options."""
     whole = [adapter for adapter in adapters if sample.is_whole(adapter)]
     if whole and (model_args.use_peft or len(whole) < len(adapters)):
-        remedy = "leave out --use_peft, and evaluate LoRAs by themselves: their base has another precision"
-        raise ValueError(f"--adapter {whole[0]} has all weights of a transformer: {remedy}.")
+        remedy = "leave out --use_peft, and evaluate LoRAs in another call: their base has another precision"
+        raise ValueError(f"--adapter {whole[0]} has the full weights of a transformer: {remedy}.")
     if own.num_prompts is not None and own.num_prompts < 1:
         raise ValueError(f"--num_prompts must be at least 1, got {own.num_prompts}.")
     for name in ("fp16_full_eval", "bf16_full_eval"):
         if getattr(args, name):
-            raise ValueError(f"{name} is not supported: models are evaluated in the precision that they train in.")
-    model_args.use_peft = not whole  # an adapter that has not been trained changes nothing, to the bit
+            raise ValueError(f"{name} is not supported: models are evaluated in the precision of training.")
+    model_args.use_peft = not whole  # an untrained adapter changes nothing
     args.push_to_hub = args.share_initial_noise = False  # both are for training
     args.allow_distilled = True
     split = split_of(script_args.dataset_name, script_args.dataset_test_split, dataset_args.test_split_size)
     if split != script_args.dataset_test_split:
-        tqdm.write(f"All prompts of {script_args.dataset_name} are evaluated on: it has no split of its own for that.")
+        tqdm.write(f"{script_args.dataset_name} has no split for evaluation: all its prompts are used.")
     script_args.dataset_train_split = script_args.dataset_test_split = split
     dataset: Any = train.load_prompts(script_args, dataset_args, evaluate=True)[1]
     if own.by is not None and own.by not in dataset.column_names:
@@ -115,7 +115,7 @@ def build_trainer(
     dataset = dataset.take(min(own.num_prompts or len(dataset), len(dataset)))
     trainer = train.build_trainer(script_args, model_args, dataset_args, args, prompts=(None, dataset))
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ValueError("evaluate needs whole weights in each process: launch it without FSDP and DeepSpeed.")
+        raise ValueError("evaluate needs whole weights in each process: launch it without FSDP or DeepSpeed.")
     trainer.model = trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True).eval()
     return trainer
 
@@ -123,7 +123,7 @@ def build_trainer(
 def settings_of(
     trainer: Any, own: EvaluateArguments, script_args: Any, model_args: Any, dataset_args: Any, args: Any
 ) -> dict[str, Any]:
-    """Return what images and rewards depend on by name, as JSON gives it back."""
+    """Return the settings that change images and rewards, by name, as JSON values."""
     known = {**vars(script_args), **vars(model_args), **vars(dataset_args), **vars(args), **vars(own)}
     found = {name: known[name] for name in (*SETTINGS, *(SDE_SETTINGS if own.sampler == "sde" else ()))}
     found |= {"height": args.eval_height or args.height, "width": args.eval_width or args.width}
@@ -136,23 +136,23 @@ def settings_of(
 
 
 def activate(trainer: Any, source: str, name: str) -> None:
-    """Put trained weights into the model: all of them, or a LoRA under a name beside those that are there."""
+    """Load trained weights into the model: full weights, or a LoRA under a new name."""
     pipeline = trainer.policy.pipeline
     if sample.is_whole(source):
         return load_weights(trainer.model, source)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of an adapter not in use then
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # about another adapter
         pipeline.load_lora_weights(source, adapter_name=name)
     pipeline.transformer.set_adapter(name)
     for part, module in pipeline.components.items():
         if part != "transformer" and name in getattr(module, "peft_config", {}):
-            raise ValueError(f"--adapter {source} changes {part} too, which is not supported: only the transformer.")
+            raise ValueError(f"--adapter {source} also changes {part}. Only the transformer is supported.")
     return None
 
 
 @torch.no_grad()
 def evaluate(trainer: Any, results: Results, name: str, window: Any) -> None:
-    """Sample and score what is missing of a model's images, batch by batch as `trainer.evaluate()` does."""
+    """Sample and score missing images of a model, batch by batch as in `trainer.evaluate()`."""
     process, batches = trainer.accelerator, trainer.get_eval_dataloader()
     whole = trainer.args.eval_batch_size * process.num_processes
     done, total = math.ceil(len(results.rewards[name]) / whole), len(batches)
@@ -171,10 +171,10 @@ def evaluate(trainer: Any, results: Results, name: str, window: Any) -> None:
 
 
 def report(trainer: Any, results: Results, by: str | None) -> None:
-    """Print the table, and write `evaluation.json` and, where models differ, `differences.png`."""
+    """Print the table; write `evaluation.json` and, if models differ, `differences.png`."""
     prompts, names, output_dir = trainer.eval_dataset, trainer.eval_reward_func_names, results.folder.parent
     rewards, number = results.rewards, len(trainer.reward_funcs)
-    if number > 1:  # the sum is a reward of its own
+    if number > 1:  # the weighted sum is another reward
         names = ["reward", *names]
         sums = {name: trainer.rollouts.weighted(values[:, :number]) for name, values in rewards.items()}
         rewards = {name: torch.cat([sums[name][:, None], values], 1) for name, values in rewards.items()}
@@ -198,14 +198,14 @@ def report(trainer: Any, results: Results, by: str | None) -> None:
 
 
 def without_images(row: dict[str, Any]) -> dict[str, Any]:
-    """Return what JSON can hold of a dataset's row."""
+    """Return the JSON values of a dataset's row."""
     return {name: value for name, value in row.items() if not isinstance(value, Image.Image)}
 
 
 def summarise(
     names: list[str], rewards: dict[str, Tensor], prompts: Dataset, by: str | None
 ) -> Iterator[dict[str, Any]]:
-    """Yield what the rewards (N, F) of each model say, of all prompts and by the values of a column."""
+    """Yield statistics of the rewards (N, F) of each model, for all prompts and by the values of a column."""
     values = list(map(str, prompts[by])) if by else []
     groups = {"all": torch.ones(len(prompts), dtype=torch.bool)}
     groups |= {value: torch.tensor([one == value for one in values]) for value in sorted(set(values))}
@@ -234,7 +234,7 @@ def table(summary: list[dict[str, Any]], by: str | None) -> str:
 def differences(
     results: Results, rewards: dict[str, Tensor], images: list[dict[str, Any]]
 ) -> dict[str, list[tuple[Image.Image, float]]]:
-    """Return by title the images, of the base and of another model, whose rewards (N,) gained and lost most."""
+    """Return, by title, images of the base and another model with the largest gains and losses in rewards (N,)."""
     shown: dict[str, list[tuple[Image.Image, float]]] = {}
     for name in list(rewards)[1:]:
         gains = (rewards[name] - rewards[BASE]).tolist()

@@ -1,4 +1,4 @@
-"""`trl-tpgrpo fidelity`: what cheap completions save, and how well they agree with exact ones."""
+"""`trl-tpgrpo fidelity`: cost of cheap completions, and their agreement with exact ones."""
 
 import json
 import math
@@ -21,13 +21,13 @@ from .train import build_trainer, make_parser
 @dataclass
 class FidelityArguments:
     """
-    Arguments of `trl-tpgrpo fidelity`, besides those of `trl-tpgrpo train`, which say what is sampled.
+    Arguments of `trl-tpgrpo fidelity`, in addition to those of `trl-tpgrpo train`.
 
     Parameters:
         completions (`list[str]`, *optional*): Rules to compare with `exact`, such as `euler_6`, `ab2_4`, `at_1_2_3_5`,
             `exact_every_2`. `None`: a selection for `num_inference_steps`.
-        num_prompts (`int`, *optional*, defaults to `16`): Prompts of the dataset, each with `num_generations`
-            trajectories.
+        num_prompts (`int`, *optional*, defaults to `16`): Number of prompts of the dataset, each with
+            `num_generations` trajectories.
     """
 
     _argument_group_name = "Fidelity"
@@ -38,16 +38,16 @@ class FidelityArguments:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a rule takes and what it gives."""
+    """Cost and fidelity of a completion rule."""
 
     name: str
-    evaluations: float  # of the model (NFE), per trajectory
-    images: float  # that are decoded and scored, per trajectory
+    nfe: float  # function evaluations per trajectory
+    images: float  # decoded and scored, per trajectory
     fidelity: Fidelity  # agreement with exact completions
 
 
 def main(argv: list[str]) -> int:
-    """Sample the same trajectories with every rule, compare their rewards, print a table and save it."""
+    """Complete the same trajectories with every rule, compare rewards, print a table and save it."""
     parser = make_parser("trl-tpgrpo fidelity", own_types=(FidelityArguments,))
     own, *training = parser.parse_args_and_config(argv, fail_with_unknown_args=True)[:5]
     names = own.completions or selection(training[-1].num_inference_steps)
@@ -60,12 +60,12 @@ def main(argv: list[str]) -> int:
     measured = measure(trainer, [dict(row) for row in chosen], names)
     print(table(measured))  # noqa: T201
     save(measured, Path(trainer.args.output_dir))
-    print(f"By step, and as a picture: {trainer.args.output_dir}/fidelity.json, fidelity.png")  # noqa: T201
+    print(f"Values by step, and a figure: {trainer.args.output_dir}/fidelity.json, fidelity.png")  # noqa: T201
     return 0
 
 
 def selection(num_inference_steps: int) -> list[str]:
-    """Return names of rules that are worth a look for so many denoising steps."""
+    """Return names of rules to compare for a number of denoising steps."""
     unit = max(1, round(num_inference_steps / 10))
     last = (num_inference_steps - 1) // unit
     dense = [list(range(1, stop)) for stop in range(max(2, last // 2), last + 1)]
@@ -81,7 +81,7 @@ def measure(trainer: TPGRPOTrainer, prompts: list[dict[str, Any]], names: list[s
     number = trainer.args.num_generations
     trainer.model.eval()
     rewards: dict[str, list[torch.Tensor]] = {name: [] for name in ["exact", *names]}
-    evaluations, images = dict.fromkeys(rewards, 0), dict.fromkeys(rewards, 0)
+    nfe, images = dict.fromkeys(rewards, 0), dict.fromkeys(rewards, 0)
     for (index, prompt), name in tqdm(list(product(enumerate(prompts), rewards)), desc="Prompts x rules"):
         window = trainer.rollouts.windows.draw(index)
         generators = trainer.rollouts.generators(NOISE, index, number)
@@ -89,24 +89,24 @@ def measure(trainer: TPGRPOTrainer, prompts: list[dict[str, Any]], names: list[s
             sampled = trainer.sample_and_score([prompt] * number, generators, window, CompletionRule.parse(name))
         weighted = (sampled.rewards * trainer.rollouts.reward_weights[:, None]).nansum(1)
         rewards[name].append(weighted.masked_fill(sampled.failed[:, None], torch.nan))
-        evaluations[name] += sampled.rollout.num_evaluations
+        nfe[name] += sampled.rollout.nfe
         images[name] += len(sampled.rollout.final_latents)
     total, measured, exact = len(prompts) * number, [], torch.cat(rewards["exact"])
     for name, cheap in ((name, torch.cat(parts)) for name, parts in rewards.items()):
-        both = ~(exact.isnan().any(1) | cheap.isnan().any(1))  # a reward function may have failed, if that is skipped
+        both = ~(exact.isnan().any(1) | cheap.isnan().any(1))  # a reward function may have failed and been skipped
         fidelity = compare(exact[both], cheap[both], CompletionRule.parse(name), trainer.args.credit_rule)
-        measured.append(Measured(name, evaluations[name] / total, images[name] / total, fidelity))
+        measured.append(Measured(name, nfe[name] / total, images[name] / total, fidelity))
     return measured
 
 
 def table(measured: list[Measured]) -> str:
-    """Return the rules, sorted by what they take, as a table in Markdown."""
-    lines = ["| completion | evaluations | images | correlation | sign agreement | turning points, F1 |",
+    """Return a Markdown table of the rules, sorted by NFE."""
+    lines = ["| completion | NFE | images | correlation | sign agreement | turning points, F1 |",
              "|---|---|---|---|---|---|"]  # fmt: skip
-    for one in sorted(measured, key=lambda one: one.evaluations):
+    for one in sorted(measured, key=lambda one: one.nfe):
         values = one.fidelity.overall()
         agreement = " | ".join(f"{values[name]:.3f}" for name in ("correlation", "sign_agreement", "f1"))
-        lines.append(f"| `{one.name}` | {one.evaluations:.1f} | {one.images:.1f} | {agreement} |")
+        lines.append(f"| `{one.name}` | {one.nfe:.1f} | {one.images:.1f} | {agreement} |")
     return "\n".join(lines)
 
 
@@ -117,12 +117,12 @@ def save(measured: list[Measured], output_dir: Path) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "fidelity.json").write_text(json.dumps([_row(one) for one in measured], indent=1))
     correlations = [one.fidelity.overall()["correlation"] for one in measured]
-    evaluations = [one.evaluations for one in measured]
-    save_pareto(output_dir / "fidelity.png", [one.name for one in measured], evaluations, correlations)
+    nfe = [one.nfe for one in measured]
+    save_pareto(output_dir / "fidelity.png", [one.name for one in measured], nfe, correlations)
 
 
 def _row(one: Measured) -> dict[str, Any]:
-    row: dict[str, Any] = {"completion": one.name, "evaluations": one.evaluations, "images": one.images}
+    row: dict[str, Any] = {"completion": one.name, "nfe": one.nfe, "images": one.images}
     row |= {name: _number(value) for name, value in one.fidelity.overall().items()}
     by_step = {name: values[:-1].tolist() for name, values in vars(one.fidelity).items()}
     return row | {f"{name}_by_step": list(map(_number, values)) for name, values in by_step.items()}

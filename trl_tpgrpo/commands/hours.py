@@ -1,4 +1,4 @@
-"""GPUs by name, and how long a run takes on them: FLOPs of the true architecture over a share of the card's peak."""
+"""GPUs by name, and hours of a run: FLOPs of the true architecture over a share of the card's peak."""
 
 import math
 import re
@@ -16,25 +16,25 @@ CARDS = {
 }  # fmt: skip
 """GiB, and TFLOPS of dense products in bfloat16 summed in float32: NVIDIA's data sheets and white papers (SXM)."""
 UTILISATION = 0.4
-"""Share of the peak that sampling, decoding and training are taken to reach: 38 to 43% is what Llama 3 reports of
-training on H100s (arXiv 2407.21783). This package with groups of 4 images reached 24 to 40% in
+"""Assumed share of the peak in sampling, decoding and training. Llama 3 reports 38 to 43% for training on H100s (arXiv
+2407.21783). This package with groups of 4 images reached 24 to 40% in
 rollouts and 10 to 26% in training on an H200 (docs/models.md)."""
-WITHOUT_UNIT = 300  # GiB; a larger number is a card's name, or megabytes
+WITHOUT_UNIT = 300  # GiB; larger numbers are names of cards, or megabytes
 
 
 class Flops(NamedTuple):
-    """FLOPs of a velocity at one latent, guidance included, of a decoded image, and of training on a transition."""
+    """FLOPs of a velocity for one latent (with guidance), of a decoded image, and of training on a transition."""
 
     evaluation: int
     image: int
     transition: int
 
     def of_rollout(self, counts: Any, num_iterations: int) -> dict[str, float]:
-        """Return FLOPs by phase over all processes, of the `Counts` of a rollout."""
+        """Return the FLOPs of a rollout's `Counts` by phase, over all processes."""
         trained = counts.mean("transitions trained on") * num_iterations
-        without_gradients = counts.mean("evaluations in training") - trained  # the reference's, old log-probabilities
+        without_gradients = counts.mean("NFE in training") - trained  # the reference's, old log-probabilities
         return {
-            "sampling": counts.mean("evaluations in sampling") * self.evaluation,
+            "sampling": counts.mean("NFE in sampling") * self.evaluation,
             "decoding": counts.mean("images decoded and scored") * self.image,
             "training": trained * self.transition + without_gradients * self.evaluation,
         }
@@ -42,10 +42,10 @@ class Flops(NamedTuple):
 
 @torch.no_grad()
 def count_flops(policy: Any, is_adapter: bool, recomputes: bool) -> Flops:
-    """Count what the architecture of a policy takes, whose weights are on PyTorch's meta device.
+    """Count the FLOPs of a policy's architecture, with weights on PyTorch's meta device.
 
-    A backward pass is one more forward pass for an adapter (counted: 1.07 to 1.12), two if all weights are trained,
-    and one more where activations are computed again.
+    A backward pass counts as one forward pass for an adapter (counted: 1.07 to 1.12), as two if all weights are
+    trained, and as one more if activations are recomputed.
     """
     meta, pipeline = torch.device("meta"), policy.pipeline
     latents, conditioning = policy.initial_noise([torch.Generator()]).to(meta), policy.empty_conditioning().to(meta)
@@ -58,12 +58,12 @@ def count_flops(policy: Any, is_adapter: bool, recomputes: bool) -> Flops:
 
 
 def flops_an_hour(card: str) -> float:
-    """Estimate what a card does in an hour."""
+    """Estimate the FLOPs of a card per hour."""
     return CARDS[card][1] * 1e12 * UTILISATION * 3600
 
 
 def count_evaluated(args: Any, num_updates: int | None, num_prompts: int | None) -> int | None:
-    """Count the images of all evaluations between updates, with so many prompts each (`None`: not known)."""
+    """Count the images of all evaluations between updates (`None`: unknown)."""
     if args.eval_strategy == "no":
         return (num_prompts or 0) * args.num_generations_eval * args.eval_on_start
     if num_updates is None or num_prompts is None or args.eval_strategy == "epoch":
@@ -74,16 +74,16 @@ def count_evaluated(args: Any, num_updates: int | None, num_prompts: int | None)
 
 
 def row(name: str, rollout: str, run: str, mark: str = "") -> str:
-    """Return a line of the table of what a rollout and the run take."""
+    """Return a line of the table of costs of a rollout and the run."""
     return f"{name:<28}{rollout:>24}{run:>20}  {mark}".rstrip()
 
 
 def time_rows(
     args: Any, counts: Any, num_images: int | None, flops: Flops, cards: list[str], evaluated: Flops
 ) -> Iterator[str]:
-    """Yield lines with the TFLOPs and the hours on each card; `num_images` are those of all evaluations.
+    """Yield lines with TFLOPs, and hours on each card; `num_images` is the number of images in evaluations.
 
-    `evaluated` are the FLOPs at the size of evaluations.
+    `evaluated` has the FLOPs at the image size of evaluations.
     """
     phases, number = flops.of_rollout(counts, args.num_iterations), counts.num_rollouts or 0
     rollout = sum(phases.values())
@@ -93,15 +93,15 @@ def time_rows(
     for name, unit in units.items():
         shown = [f"{cost:,.0f}" if cost >= 100 else f"{cost:.3g}" for cost in (rollout / unit, run / unit)]
         yield row(name, shown[0], shown[1] if number else "")
-    pace = f"{UTILISATION:.0%} of a card's peak in bfloat16" if cards else f"name one of {', '.join(CARDS)} for them"
+    pace = f"{UTILISATION:.0%} of a card's peak in bfloat16" if cards else f"for hours, use one of {', '.join(CARDS)}"
     shares = ", ".join(f"{name} {size / rollout:.0%}" for name, size in phases.items())
     yield f"Hours are estimated, not measured: {pace}. FLOPs of a rollout: {shares}."
 
 
 def find_gpu(given: str) -> tuple[float, list[str]]:
-    """Return the bytes of a GPU, named as in `CARDS` or by its memory (`24GB`), and the cards that have so much.
+    """Return the bytes of a GPU, given as in `CARDS` or by its memory (`24GB`), and the cards with this memory.
 
-    A `ValueError` says that it is neither, or a number too large for GiB.
+    Raises a `ValueError` if it is neither, or too large for GiB.
     """
     name = given.upper().replace("RTX", "").strip()
     if name in CARDS:

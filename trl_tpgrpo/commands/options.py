@@ -1,4 +1,4 @@
-"""The options of a training and its recipes, read without importing PyTorch, so that help and mistakes are quick."""
+"""Options and recipes, read without importing PyTorch, so that help and error messages are fast."""
 
 import argparse
 import ast
@@ -13,31 +13,31 @@ from typing import Any, NamedTuple
 import yaml
 
 
-TRAININGS = ("train", "evaluate", "fidelity", "plan")  # commands that take the options of a training
+TRAININGS = ("train", "evaluate", "fidelity", "plan")  # commands with the options of training
 
-# Classes whose fields are options, in the order of `--help`, with their heading there; the first with a field counts.
+# Classes whose fields are options, in the order of `--help`, with headings; the first with a field counts.
 CLASSES = {
     ("trl_tpgrpo/commands/train.py", "TPGRPOScriptArguments"): "Script",
     ("trl/scripts/utils.py", "ScriptArguments"): "Script",
     ("trl/scripts/utils.py", "DatasetMixtureConfig"): "Script",
     ("trl_tpgrpo/commands/train.py", "TPGRPOModelConfig"): "Model",
     ("trl/trainer/model_config.py", "ModelConfig"): "Model",
-    ("trl_tpgrpo/config/settings.py", "TPGRPOConfig"): "transformers.TrainingArguments",  # but for its own headings
+    ("trl_tpgrpo/config/settings.py", "TPGRPOConfig"): "transformers.TrainingArguments",  # except for its own headings
     ("trl/trainer/base_config.py", "_BaseConfig"): "transformers.TrainingArguments",
     ("transformers/training_args.py", "TrainingArguments"): "transformers.TrainingArguments",
 }
-# Options of TRL's that have another one here, or none
+# Options of TRL with a different option here, or none
 REFUSED = {
     "load_in_4bit": "is for language models: use --quantization nf4",
-    "load_in_8bit": "is LLM.int8, whose layers compute otherwise in training than in evaluation: use --quantization "
+    "load_in_8bit": "is LLM.int8, whose layers compute differently in training than in rollouts: use --quantization "
     "int8 (torchao, weights only) or nf4",
-    "trust_remote_code": "is for language models: a pipeline that brings Python along runs it with "
-    "--model_init_kwargs '{\"trust_remote_code\": true}' alone",
+    "trust_remote_code": "is for language models: for a pipeline with custom Python code, use "
+    "--model_init_kwargs '{\"trust_remote_code\": true}'",
     "attn_implementation": "is for language models: use --attention_backend",
-    "dataset_streaming": "is not supported: a rollout draws its prompts by number",
-    "streaming": "is not supported: a rollout draws its prompts by number",
+    "dataset_streaming": "is not supported: rollouts select prompts by index",
+    "streaming": "is not supported: rollouts select prompts by index",
 }
-# Others that are for language models, or of which the default alone works
+# Others for language models, or with only the default supported
 HIDDEN = ("bnb_4bit_quant_storage", "bnb_4bit_quant_type", "ignore_bias_buffers", "lora_dropout",
           "lora_modules_to_save", "lora_task_type", "use_bnb_nested_quant", "debug", "derived", "help",
           *REFUSED)  # fmt: skip
@@ -52,7 +52,7 @@ HELP = re.compile(r"""help'?[=:] ?('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")  # i
 
 
 class Option(NamedTuple):
-    """What `--help` says of an option."""
+    """An option in `--help`."""
 
     group: str
     kind: str
@@ -60,13 +60,13 @@ class Option(NamedTuple):
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """Return the end of a sentence: `: did you mean ...?` with the name that is most alike, or a full stop."""
+    """Return the end of a sentence: `: did you mean ...?` with the most similar name, or a full stop."""
     found = difflib.get_close_matches(name, list(names), n=1)
     return f": did you mean {found[0]}?" if found else "."
 
 
 def read_options(command: str) -> dict[str, Option]:
-    """Read the options of a command of `TRAININGS`, its own first and the launcher's last, from their sources."""
+    """Read the options of a command of `TRAININGS` from source code, its own first and the launcher's last."""
     found: dict[str, Option] = {}
     for node in _tree(f"trl_tpgrpo/commands/{command}.py").body:
         if command != "train" and isinstance(node, ast.ClassDef) and "_argument_group_name" in ast.unparse(node):
@@ -94,7 +94,7 @@ def _help(line: str) -> str:
 
 
 def _fields(node: ast.ClassDef, group: str) -> dict[str, Option]:
-    """Return the fields of a dataclass, with what its docstring or their own help says of them."""
+    """Return the fields of a dataclass, with help from its docstring or metadata."""
     documented, heading = {}, group
     for match in DOCUMENTED.finditer(inspect.cleandoc(ast.get_docstring(node) or "")):
         if match["heading"]:
@@ -108,12 +108,12 @@ def _fields(node: ast.ClassDef, group: str) -> dict[str, Option]:
 
 
 def help_text(command: str, description: str) -> str:
-    """Return what `--help` shows of a command of `TRAININGS`."""
+    """Return the `--help` text of a command of `TRAININGS`."""
     usage = "%(prog)s [--config RECIPE.yaml ...] [--option value ...]"
     parser = argparse.ArgumentParser(prog=f"trl-tpgrpo {command}", description=description, usage=usage)
-    recipes = "options in YAML files; later files override earlier ones, and the command line all of them"
+    recipes = "options in YAML files; later files override earlier ones, the command line overrides all"
     parser.add_argument("--config", metavar="RECIPE.yaml ...", help=recipes)
-    parser.add_argument("--debug", action="store_true", help="show a mistake's traceback")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     lines = [ast.unparse(node) for node in _tree("trl_tpgrpo/config/settings.py").body]
     unsupported = ast.literal_eval(next(line for line in lines if line.startswith("UNSUPPORTED")).partition("= ")[2])
     groups: dict[str, Any] = {}
@@ -132,7 +132,7 @@ def _plain(text: str) -> str:
 
 
 def read_recipes(paths: Iterable[str]) -> dict[str, Any]:
-    """Read recipes, later over earlier, with the words that are written for booleans; an error names the recipe."""
+    """Read recipes (later ones override earlier ones), with booleans as written; errors name the recipe."""
     merged: dict[str, Any] = {}
     for path in map(Path, paths):
         if not path.is_file():
@@ -142,7 +142,7 @@ def read_recipes(paths: Iterable[str]) -> dict[str, Any]:
         try:
             node, recipe = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ValueError(f"The recipe {path} is not written in YAML: {error}") from error
+            raise ValueError(f"The recipe {path} is not valid YAML: {error}") from error
         if not isinstance(recipe, dict):
             raise ValueError(f"The recipe {path} must be a mapping of options to values, got {type(recipe).__name__}.")
         words = {key.value: value.value.lower() for key, value in node.value if value.tag == "tag:yaml.org,2002:bool"}

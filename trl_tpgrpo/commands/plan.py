@@ -1,8 +1,7 @@
-"""`trl-tpgrpo plan`: what a run will cost, whether it fits into a GPU, and what to change if it does not.
+"""`trl-tpgrpo plan`: estimate the cost of a run, whether it fits on a GPU, and settings with which it fits.
 
-Counts come from the rollout itself, run on latents of one number, FLOPs from the model on tensors without values.
-Memory is arithmetic on the shapes that the config files of a model give, and on measured constants for what models
-keep while they compute.
+Counts come from running the rollout on latents of one number; FLOPs from the model on the meta device. Memory is
+computed from the shapes in the model's config files, and from measured constants for activations.
 """
 
 import copy
@@ -34,17 +33,17 @@ from .rewards import BUILT_IN_REWARDS, find_reward
 from .train import load_prompts, make_parser, model_path, split_options
 
 
-CONTEXT = GIB  # assumed for CUDA itself and what its allocator cannot use
-MARGIN = 0.95  # share of a GPU that is used: cards have a little less than their name says, and allocators gaps
+CONTEXT = GIB  # assumed for CUDA and unusable memory of its allocator
+MARGIN = 0.95  # usable share of a GPU: cards have a little less than their nominal memory, and allocators have gaps
 # Bytes a token (image and text) and unit of the transformer's width in bfloat16, 1.3 times as much in float32: the
 # larger of what SD3.5-medium and FLUX.1-dev take at 512 pixels. docs/models.md: how they were measured, how far off.
 EVALUATION = 57
-KEPT = {True: 53, False: 91}  # for the backward pass, by each layer: with an adapter, with all weights trained
-CHECKPOINTED = 82  # in the layer that is computed anew; of each layer the input is kept besides, 2 bytes
-ENCODING = 200_000  # bytes a text token
-# Bytes a weight of a linear layer, and a row of them; nf4 has scales of 64 weights each, in 8 bit and with scales too.
+KEPT = {True: 53, False: 91}  # for the backward pass, per layer: with an adapter, with all weights trained
+CHECKPOINTED = 82  # in the recomputed layer; the input of each layer is kept too, 2 bytes
+ENCODING = 200_000  # bytes per text token
+# Bytes per weight of a linear layer, and per row; nf4 has a scale for 64 weights, in 8 bit with scales of its own.
 QUANTIZED = {"nf4": (1 / 2 + 1 / 64 + 4 / (64 * 256), 0), "int8": (1, 2), "fp8": (1, 4)}
-# Bytes a trained weight: of the states that are kept, and of what the update needs for a moment.
+# Bytes per trained weight: of optimizer states, and of temporary tensors in the update.
 OPTIMIZERS = {
     "adamw_torch": (8, 4), "adamw_torch_fused": (8, 0), "adamw_torch_8bit": (2, 4), "adamw_torch_4bit": (1, 4),
     "adamw_bnb_8bit": (2, 0), "adamw_8bit": (2, 0), "paged_adamw_8bit": (2, 0), "paged_adamw_32bit": (8, 0),
@@ -55,19 +54,19 @@ REWARD_MODELS = {
     "aesthetic_score": 305e6, "clip_score": 428e6, "geneval": 497e6, "hps_v2": 986e6, "image_reward": 445e6,
     "pick_score": 986e6,
 }  # fmt: skip
-"""Weights in float32 of the built-in rewards that have any on the device."""
-OCR_SECONDS = 0.31  # of one thread for an image of 512 x 512 pixels: docs/rewards.md
+"""Float32 weights of the built-in rewards with a model on the device."""
+OCR_SECONDS = 0.31  # of one thread per image of 512 x 512 pixels: docs/rewards.md
 
 
 @described
 @dataclass
 class PlanArguments:
     """
-    Arguments of `trl-tpgrpo plan`, besides those of `trl-tpgrpo train`, which say what is planned.
+    Arguments of `trl-tpgrpo plan`, in addition to those of `trl-tpgrpo train`.
 
     Parameters:
-        gpu (`str`, *optional*): A card, such as 4090 or H100, or the memory of one, such as 24GB, to fit into; its
-            hours are estimated.
+        gpu (`str`, *optional*): Card, such as 4090 or H100, or its memory, such as 24GB. The plan says whether the run
+            fits, and estimates hours for a card.
     """
 
     _argument_group_name = "Plan"
@@ -77,7 +76,7 @@ class PlanArguments:
 
 @dataclass
 class PlannedConfig(TPGRPOConfig):
-    """The settings of a run on `num_processes` GPUs elsewhere, in bfloat16 if they leave the precision open."""
+    """The settings of a run on `num_processes` other GPUs, in bfloat16 if no precision is set."""
 
     num_processes: int = 1
     world_size = property(lambda self: self.num_processes)
@@ -85,12 +84,12 @@ class PlannedConfig(TPGRPOConfig):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu  # type: ignore[has-type]
-        self.use_cpu, self.tf32 = True, None  # or transformers would ask this machine for what the other one can
+        self.use_cpu, self.tf32 = True, None  # otherwise transformers would check the precision on this machine
         super().__post_init__()
 
 
 def changed(args: TPGRPOConfig, *changes: dict[str, Any]) -> TPGRPOConfig:
-    """Return a copy with other values, which are not checked."""
+    """Return a copy with other values, without checks."""
     args = copy.copy(args)
     for change in changes:
         args.__dict__.update(change)
@@ -98,7 +97,7 @@ def changed(args: TPGRPOConfig, *changes: dict[str, Any]) -> TPGRPOConfig:
 
 
 class PlannedModel:
-    """The model of a run on PyTorch's meta device, with shapes but no weights."""
+    """The model of a run on PyTorch's meta device (shapes only)."""
 
     def __init__(
         self,
@@ -133,12 +132,12 @@ class PlannedModel:
         self.layers = sum(type(module).__name__ in self.policy.repeated_blocks for module in transformer.modules())
 
     def _hidden(self) -> int:
-        """Return the numbers of a sample between two blocks: of an image's tokens, and of texts and images given."""
+        """Return the hidden numbers per sample between blocks: of image tokens, and of texts and input images."""
         given = sum(shape[0] for shape in self.policy.text_shapes().values() if len(shape) > 1)
         return (math.prod(self.policy.token_grid) + given) * self.policy.width
 
     def activations(self, args: Any, batch_size: int, trains: bool = False, hidden: int | None = None) -> float:
-        """Estimate the bytes of a model call besides the weights, with a backward pass if it `trains`."""
+        """Estimate the bytes of a model call without weights, with a backward pass if it `trains`."""
         half = run_dtype(args).itemsize == 2
         inputs, casts = (2 * self.layers, 2 * sum(self.trained)) if half else (3 * self.layers, 0)  # autocast's copies
         kept = inputs + CHECKPOINTED if args.activation_checkpointing else self.layers * KEPT[self.is_adapter]
@@ -146,18 +145,18 @@ class PlannedModel:
         return batch_size * (hidden or self.hidden) * each + casts + (self.largest if args.quantization else 0)
 
     def decoding(self, args: Any, height: int, width: int, batch_size: int) -> float:
-        """Estimate the bytes of a call of the VAE besides its weights."""
+        """Estimate the bytes of a VAE call without weights."""
         pixels = min(height * width, self.tile if args.vae_tiling else math.inf)
         return self.policy.decoding * self.dtype.itemsize * pixels * (1 if args.vae_slicing else batch_size)
 
     def evaluating(self, args: Any) -> float:
-        """Estimate the bytes of an evaluation's calls at its own size, of the model or the VAE, besides weights."""
+        """Estimate the bytes of an evaluation's calls at its image size, of the model or VAE, without weights."""
         batch, size = eval_batch_size(args) or 1, (args.eval_height or args.height, args.eval_width or args.width)
         return max(self.activations(args, batch, hidden=self.eval_hidden), self.decoding(args, *size, batch))
 
 
 def changes_size(args: Any) -> bool:
-    """Say whether evaluations have a size of their own."""
+    """Check whether evaluations have another image size."""
     return (args.eval_height or args.height, args.eval_width or args.width) != (args.height, args.width)
 
 
@@ -170,14 +169,14 @@ def weights_size(module: torch.nn.Module, quantization: str | None = None) -> fl
 
 
 def optimizer_size(name: str, sizes: list[int]) -> tuple[float, float]:
-    """Return the bytes of an optimizer's states and of what its update needs besides, for tensors of such sizes."""
+    """Return the bytes of an optimizer's states and of temporary tensors in its update, for tensors of these sizes."""
     states, update = OPTIMIZERS.get(name, (8, 4))
-    small = 4 if "8bit" in name and "torch" not in name else 1  # bitsandbytes keeps those of small tensors in float32
+    small = 4 if "8bit" in name and "torch" not in name else 1  # bitsandbytes keeps states of small tensors in float32
     return sum(states * size * (small if size < 4096 else 1) for size in sizes), update * sum(sizes)
 
 
 def estimate(args: Any, model: PlannedModel) -> dict[str, dict[str, float]]:
-    """Estimate the bytes that a run takes on each device by phase and purpose."""
+    """Estimate the bytes of a run on each device, by phase and purpose."""
     rows, offloads = args.generation_batch_size // args.world_size, args.offload_reference
     size, batch = args.per_device_train_batch_size, args.rollout_batch_size or args.per_device_train_batch_size
     latent, itemsize, trained = math.prod(model.latent_shape), model.dtype.itemsize, 4 * sum(model.trained)
@@ -194,7 +193,7 @@ def estimate(args: Any, model: PlannedModel) -> dict[str, dict[str, float]]:
     }
     alone = {"VAE": model.vae, "CUDA context": CONTEXT} if args.precompute_prompt_embeds else stays
     encoding = {"text encoders": model.encoders, "activations": ENCODING * model.num_text_tokens}
-    if model.policy.takes_image:  # which the VAE encodes; that takes no more than decoding
+    if model.policy.takes_image:  # encoded by the VAE, which needs no more than decoding
         largest = max(encoding["activations"], model.policy.decoding * itemsize * model.input_pixels)
         encoding |= {"VAE": model.vae, "activations": largest}
     prompts = {"prompt embeddings": model.prompt_size * math.ceil(rows / args.num_generations)}
@@ -224,12 +223,12 @@ def estimate(args: Any, model: PlannedModel) -> dict[str, dict[str, float]]:
 
 
 def num_states(args: Any) -> int:
-    """Count the latents that are kept of a trajectory: those before and after SDE steps, and means where needed."""
+    """Count the stored latents per trajectory: before and after SDE steps, and means if needed."""
     return (2 if args.loss_rule.needs_means else 1) * args.num_sde_steps + 1
 
 
 def elsewhere(args: Any, model: PlannedModel, num_prompts: int | None) -> dict[str, float]:
-    """Estimate the bytes that each process keeps off the device, and all on disk, with so many encoded prompts."""
+    """Estimate the bytes per process off the device, and on disk for all, with `num_prompts` encoded prompts."""
     rows, states = args.generation_batch_size // args.world_size, 4 * math.prod(model.latent_shape)
     on_disk, number = args.prompt_embeds_dir is not None, num_prompts or 0
     kept = {
@@ -244,14 +243,14 @@ def elsewhere(args: Any, model: PlannedModel, num_prompts: int | None) -> dict[s
 
 
 def peak(memory: dict[str, dict[str, float]]) -> float:
-    """Return the bytes of the phase that takes the most."""
+    """Return the bytes of the largest phase."""
     return max(sum(items.values()) for items in memory.values())
 
 
 def advise(args: Any, model: PlannedModel, limit: float) -> dict[str, Any] | None:
-    """Return settings under which the same rollouts and updates fit into `limit` bytes; `None` if there are none."""
+    """Return settings with which the same rollouts and updates fit in `limit` bytes; `None` if there are none."""
     taken = savings(args, model.is_adapter)
-    for change in [{}, *reversed(taken)]:  # with all of them, and without each, the most expensive first
+    for change in [{}, *reversed(taken)]:  # with all changes, and without each, starting with the most expensive
         others = [other for other in taken if other is not change]
         if peak(estimate(changed(args, *others), model)) <= limit:
             taken = others
@@ -261,7 +260,7 @@ def advise(args: Any, model: PlannedModel, limit: float) -> dict[str, Any] | Non
 
 
 def savings(args: Any, is_adapter: bool) -> list[dict[str, Any]]:
-    """List changes of the settings that may save memory, those that cost the least time and precision first."""
+    """List changes of settings that save memory, in order of their cost in time and precision."""
     size, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
     batch_size, rollout = args.rollout_batch_size or size, {"generation_batch_size": args.generation_batch_size}
     switches = ("precompute_prompt_embeds", "vae_slicing", "offload_between_phases", "offload_trajectories")
@@ -279,7 +278,7 @@ def savings(args: Any, is_adapter: bool) -> list[dict[str, Any]]:
 
 
 def read_options(argv: list[str]) -> tuple[Any, ...]:
-    """Return the options of the plan, the script, the model, the data and the run, and whether the run is sharded."""
+    """Return the options of plan, script, model, data and run, and whether the run is sharded."""
     parser = make_parser("trl-tpgrpo plan", own_types=(PlanArguments,))
     launch_options, own_options = split_options(parser, argv)
     launch = launch_command_parser().parse_args([*launch_options, "script"])
@@ -291,14 +290,14 @@ def read_options(argv: list[str]) -> tuple[Any, ...]:
 
 
 def main(argv: list[str]) -> int:
-    """Print what a run takes; nothing is trained, and no weights are loaded."""
+    """Print the cost of a run, without training and without loading weights."""
     own, script, chosen, data, args, is_sharded = read_options(argv)
     name, (limit, cards) = chosen.model_name_or_path, find_gpu(own.gpu) if own.gpu else (None, list(CARDS))
     if name is None:
         raise ValueError("--model_name_or_path is missing: a Hub id, a folder, or 'testbed'.")
     num_train, num_eval = _dataset_sizes(script, data, args)
     if num_train is not None and num_train < (needed := args.prompts_per_generation):
-        raise ValueError(f"The dataset has {num_train} prompts, but one rollout takes {needed}.")
+        raise ValueError(f"The dataset has {num_train} prompts, but one rollout needs {needed}.")
     trained, eval_only = ([*map(find_own, names or [])] for names in (script.reward_funcs, script.eval_reward_funcs))
     check_settings(trained, eval_only, args, evaluates=args.eval_strategy != "no" or args.eval_on_start)
     counts = count(args, num_train, trained)
@@ -330,19 +329,19 @@ def main(argv: list[str]) -> int:
 
 
 def of_images(images: list[Any], **columns: list) -> None:
-    """Stand for a reward function that is not looked at: built in, behind an URL, or not on this machine."""
+    """Replace a reward function that is built in, remote, or not on this machine."""
 
 
 def find_own(name: str) -> Any:
-    """Find a reward function of one's own, for what it declares."""
+    """Find a custom reward function, for its attributes."""
     try:
         return of_images if name in BUILT_IN_REWARDS or "://" in name else find_reward(name)
-    except ValueError:  # a note says so
+    except ValueError:  # reported in a note
         return of_images
 
 
 def _dataset_sizes(script: Any, data: Any, args: PlannedConfig) -> tuple[int | None, int | None]:
-    """Count the prompts to train on and to evaluate with, of a dataset that is on this machine."""
+    """Count the prompts for training and evaluation, of a dataset on this machine."""
     name = script.dataset_name
     if name is None or data.datasets or not (name == "testbed" or Path(name).exists()):
         return None, None
@@ -354,13 +353,13 @@ def _costs(args: PlannedConfig, counts: Counts, num_images: int | None) -> Itera
     number = counts.num_rollouts
     yield row("", "a rollout", "the run" if number else "")
     for name, values in counts.rollout.items():
-        shown = f"{counts.mean(name):,.0f}" if values else "not known"
+        shown = f"{counts.mean(name):,.0f}" if values else "unknown"
         spread = f" ({min(values):,}-{max(values):,})" if len(set(values)) > 1 else ""
         run = f"{counts.mean(name) * number:,.0f}" if number and values else ""
         bounded = args.sde_window_share and name != "trajectories" or args.beta == 0 and "train" in name
         yield row(name, shown + spread, run, "at most" if bounded else "")
     if num_images:
-        yield row("evaluations in evaluation", "", f"{num_images * args.num_inference_steps_eval:,}")
+        yield row("NFE in evaluation", "", f"{num_images * args.num_inference_steps_eval:,}")
     yield row("updates", f"{counts.updates:,g}", f"{counts.num_updates:,}" if number else "")
     if number:
         yield row("rollouts", "", f"{number:,}")
@@ -382,19 +381,19 @@ def _elsewhere(
     number = min((size for size in taken if size), default=0) + (num_eval or 0)
     sizes = [f"{name} {size / GIB:.1f}" for name, size in elsewhere(args, model, number).items()]
     if sizes:
-        yield f"GiB of each process elsewhere, {number:,} encoded prompts among them: {', '.join(sizes)}"
+        yield f"GiB per process off the device, with {number:,} encoded prompts: {', '.join(sizes)}"
 
 
 def _verdict(args: PlannedConfig, model: PlannedModel, memory: dict[str, dict[str, float]], limit: float) -> list[str]:
     phase = max(memory, key=lambda name: sum(memory[name].values()))
     changes = {} if peak(memory) <= MARGIN * limit else advise(args, model, MARGIN * limit)
-    fits = f"{'fits' if changes == {} else 'does not fit'} into {limit / GIB:g} GiB of which {MARGIN:.0%} are used"
-    answer = f"The most is {peak(memory) / GIB:.1f} GiB ({phase}): it {fits}"
+    fits = f"{'fits' if changes == {} else 'does not fit'} in {limit / GIB:g} GiB ({MARGIN:.0%} usable)"
+    answer = f"Peak memory is {peak(memory) / GIB:.1f} GiB ({phase}): it {fits}"
     if not changes:
-        hint = "" if model.is_adapter else " An adapter would take much less: use_peft: true."
-        return [f"{answer}, and no change of settings is enough.{hint}" if changes is None else f"{answer}."]
+        hint = "" if model.is_adapter else " An adapter needs much less: use_peft: true."
+        return [f"{answer}, and no change of settings is sufficient.{hint}" if changes is None else f"{answer}."]
     less, shown = estimate(changed(args, changes), model), yaml.safe_dump(changes, sort_keys=False).splitlines()
-    return [f"{answer}. With these settings it takes {peak(less) / GIB:.1f} GiB:", *(f"  {line}" for line in shown)]
+    return [f"{answer}. With these settings, it needs {peak(less) / GIB:.1f} GiB:", *(f"  {line}" for line in shown)]
 
 
 def _notes(
@@ -413,25 +412,24 @@ def _notes(
     own, absent = ", ".join(names), ", ".join(name for name in names if found.get(name) is of_images)
     reading = counts.mean("images decoded and scored") * OCR_SECONDS / args.world_size / 3600
     return {
-        "Classifier-free guidance: each evaluation is two rows of the model's batch, or two passes.": guided,
-        "beta=0: transitions whose advantage is 0 are not run, so that training may take less.": args.beta == 0,
-        "sde_window_share: numbers are those of the whole range, of which the window is a part. Measuring it adds "
-        f"{adds[0]} evaluations and {adds[1]} images, once.": args.sde_window_share is not None,
-        f"noise_calibration_iterations: each adds {adds[0]} evaluations and {adds[1]} images, {number} times.": number
-        > 0,
-        f"completion_check_every: {checks[0]} evaluations, {checks[1]} images more every {every}. rollout.": checked,
-        "per_device_rollout_batch_size=auto is measured on the device: calls are not known, and memory is that of "
+        "Classifier-free guidance: each function evaluation is two rows of the model's batch, or two passes.": guided,
+        "beta=0: transitions with an advantage of 0 are skipped, so training may need less.": args.beta == 0,
+        "sde_window_share: numbers are for the whole range, which is larger than the window. Measuring it adds "
+        f"{adds[0]} NFE and {adds[1]} images, once.": args.sde_window_share is not None,
+        f"noise_calibration_iterations: each adds {adds[0]} NFE and {adds[1]} images, {number} times.": number > 0,
+        f"completion_check_every: {checks[0]} NFE, {checks[1]} images more in one of {every} rollouts.": checked,
+        "per_device_rollout_batch_size=auto is measured on the device: calls are unknown, and memory is for "
         f"batches of {args.per_device_train_batch_size}.": args.rollout_batch_size is None,
-        "The length of the run is not known: set max_steps, or name a dataset that is on this machine.": unknown,
-        "Evaluations between updates are not counted: that needs eval_strategy=steps, and a dataset_name that is on "
-        "this machine.": num_images is None,
-        f"optim={args.optim.value}: unknown, taken for 8 bytes of states a weight.": args.optim not in OPTIMIZERS,
-        "FSDP and DeepSpeed are not modelled: memory is that of a run without them.": sharded,
-        f"What {own} needs is not known: its memory and time come on top.": bool(own),
-        f"{absent} cannot be imported here: taken to score images, not latents or noisy states.": bool(absent),
-        f"ocr reads on the CPU, beside the GPU: a rollout's images on each process take {reading:.2g} hours of a "
-        "thread, by the pace measured on one machine.": "ocr" in model.reward_names,
-        "Loading, encoding and scoring are not in the hours.": True,
-        "Activations are estimates by constants that were measured without compilation; workspaces of kernels and "
-        "what reward models compute with are not in the sum. CUDA's own GiB is an assumption.": True,
+        "The length of the run is unknown: set max_steps, or use a dataset on this machine.": unknown,
+        "Evaluations between updates are not counted: this needs eval_strategy=steps and a dataset on this "
+        "machine.": num_images is None,
+        f"optim={args.optim.value}: unknown, assumed 8 bytes of states per weight.": args.optim not in OPTIMIZERS,
+        "FSDP and DeepSpeed are not modelled: memory is for a run without them.": sharded,
+        f"Memory and time of {own} are unknown and not included.": bool(own),
+        f"{absent} cannot be imported here: assumed to score images, not latents or noisy states.": bool(absent),
+        f"ocr runs on the CPU, in parallel with the GPU: a rollout's images need {reading:.2g} hours of a thread on "
+        "each process, by a measurement on one machine.": "ocr" in model.reward_names,
+        "Hours do not include loading, encoding and scoring.": True,
+        "Activations are estimated from constants measured without compilation. Workspaces of kernels and "
+        "activations of reward models are not included. 1 GiB for CUDA is an assumption.": True,
     }

@@ -1,4 +1,4 @@
-"""Prompts from the Hub, a folder or a file, under the column that the trainer reads."""
+"""Prompts from the Hub, a folder or a file, in the column that the trainer reads."""
 
 from pathlib import Path
 
@@ -16,20 +16,20 @@ from .options import near
 
 
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-"""How `datasets` calls what a file's name ends in; a text file has a prompt a line."""
+"""Formats of `datasets` by file extension; a text file has one prompt per line."""
 
 SAVED = ("dataset_dict.json", "dataset_info.json")
-"""Files of a folder that `save_to_disk` has written."""
+"""Files in a folder written by `save_to_disk`."""
 
 
 def is_local(name: str) -> bool:
-    """Say whether a dataset's name is that of a file or folder, be it there or not."""
-    is_file_name = "." in name and "/" not in name  # as no Hub id is
+    """Check whether a dataset's name is that of a file or folder (existing or not)."""
+    is_file_name = "." in name and "/" not in name  # not a Hub id
     return Path(name).exists() or Path(name).suffix in FORMATS or name.startswith((".", "/", "~")) or is_file_name
 
 
 def split_of(name: str | None, split: str, test_size: float | None) -> str:
-    """Return the split to evaluate on: all of a file from which nothing is held out."""
+    """Return the split for evaluation: a whole file, if no prompts are held out."""
     return "train" if name and test_size is None and Path(name).expanduser().is_file() else split
 
 
@@ -38,11 +38,11 @@ def read_prompts(
 ) -> list[Dataset]:
     """Load splits of a dataset, with `column` renamed to `prompt`; an error names the file, split or column.
 
-    With a `test_size`, a share or a number of rows, a dataset of one split is cut into `train` and `test`.
+    With a `test_size` (share or number of rows), a dataset with one split is split into `train` and `test`.
     """
     found = _load_local(name, config) if is_local(name) else load_dataset(name, name=config)
     if test_size is not None and len(found) > 1:
-        raise ValueError(f"--test_split_size is for a dataset of one split, and this one has {list(found)}.")
+        raise ValueError(f"--test_split_size is for a dataset with one split, but this one has {list(found)}.")
     if test_size is not None:
         found = next(iter(found.values())).train_test_split(test_size, seed=0)
     return chosen(found, splits, column)
@@ -71,29 +71,27 @@ def _load_local(name: str, config: str | None) -> DatasetDict:
 
 
 def chosen(found: DatasetDict, splits: list[str], column: str | None = None) -> list[Dataset]:
-    """Return splits of what has been loaded, with prompts in the column `prompt`; raise ValueError if one lacks."""
+    """Return splits of a loaded dataset, with prompts in the column `prompt`; raise ValueError if one is missing."""
     for split in splits:
         if split not in found:
             remedy = "see --dataset_train_split and --dataset_test_split"
             if len(found) == 1 and split != splits[0]:
-                remedy = (
-                    "hold some prompts out by --test_split_size 0.1, or give --eval_strategy no --eval_on_start no"
-                )
+                remedy = "hold out prompts by --test_split_size 0.1, or set --eval_strategy no --eval_on_start no"
             raise ValueError(f"The dataset has no split {split!r}, only {list(found)}: {remedy}.")
     return [_with_prompts(found[split], column) for split in splits]
 
 
 def _with_prompts(dataset: Dataset, column: str | None) -> Dataset:
     names = dataset.column_names
-    if column is None and names == ["text"]:  # of a text file: a prompt a line
-        lines = [line.removeprefix("\ufeff") for line in dataset["text"]]  # the mark of some editors
+    if column is None and names == ["text"]:  # of a text file: one prompt per line
+        lines = [line.removeprefix("\ufeff") for line in dataset["text"]]  # byte order mark
         dataset, column = Dataset.from_dict({"prompt": [line for line in lines if line.strip()]}), "prompt"
     elif (column or "prompt") not in names:
-        hint = near(column or "prompt", names) + ("" if column else " Say it with --prompt_column.")
+        hint = near(column or "prompt", names) + ("" if column else " Set --prompt_column.")
         raise ValueError(f"The dataset has no column {column or 'prompt'!r}, only {names}{hint}")
     elif column not in (None, "prompt"):
         dataset = dataset.remove_columns([name for name in names if name == "prompt"]).rename_column(column, "prompt")
     if (kind := getattr(dataset.features["prompt"], "dtype", "list")) not in ("string", "large_string"):
-        what = f"The column {column or 'prompt'!r} must hold strings, and is of the type {kind}"
-        raise ValueError(f"{what}: look for rows whose prompt is a number, empty or a list.")
+        what = f"The column {column or 'prompt'!r} must contain strings, but has the type {kind}"
+        raise ValueError(f"{what}: check for prompts that are numbers, lists or empty.")
     return dataset

@@ -1,4 +1,4 @@
-"""What `trl-tpgrpo evaluate` has on disk as it goes, so that it can be interrupted."""
+"""Results of `trl-tpgrpo evaluate` on disk, so that it can be interrupted and continued."""
 
 import hashlib
 import json
@@ -16,10 +16,10 @@ BASE = "base"
 
 
 class Results:
-    """What has been sampled, on disk as it comes: images, and a file with a line for the rewards of each batch.
+    """Results on disk: images, and a file with one line of rewards per batch.
 
-    `rewards` has by model, of which the base is the first, those of its first N images: (N, F). If an earlier call
-    had other settings or other weights under a name, a ValueError names them.
+    `rewards` has, for each model (the base first), the rewards (N, F) of its first N images. If an earlier call had
+    other settings, or other weights under a name, a ValueError names them.
     """
 
     def __init__(self, output_dir: Path, settings: dict[str, Any], adapters: list[str], num_rewards: int) -> None:
@@ -31,7 +31,7 @@ class Results:
         for name in self.rewards:
             self.file(name, 0).parent.mkdir(parents=True, exist_ok=True)
         written = self._lines.read_text().splitlines(keepends=True) if self._lines.exists() else []
-        if written and not written[-1].endswith("\n"):  # a line that was interrupted
+        if written and not written[-1].endswith("\n"):  # an incomplete line
             self._lines.write_text("".join(written := written[:-1]))
         for line in map(json.loads, written):
             self._read(line)
@@ -41,15 +41,15 @@ class Results:
         now = self.settings if "settings" in line else self.digests
         for name in filter(now.__contains__, before):
             if before[name] != now[name]:
-                remedy = "choose another --output_dir, or delete that folder to begin anew"
-                difference = f"{name}={before[name]!r}, and now it is {now[name]!r}"
-                raise ValueError(f"The evaluation in {self.folder} was begun with {difference}: {remedy}.")
+                remedy = "choose another --output_dir, or delete that folder to start again"
+                difference = f"{name}={before[name]!r}, but it is now {now[name]!r}"
+                raise ValueError(f"The evaluation in {self.folder} was started with {difference}: {remedy}.")
         if line.get("model") in self.rewards:
             rewards = torch.from_numpy(np.array(line["rewards"], np.float32))  # null becomes NaN
             self.rewards[line["model"]] = torch.cat([self.rewards[line["model"]], rewards])
 
     def append(self, name: str, rewards: Tensor) -> None:
-        """Add the rewards (N, F) of a batch, whose images are on disk; called by the main process."""
+        """Append the rewards (N, F) of a batch whose images are saved; call it on the main process."""
         line = {"model": name, "digest": self.digests[name], "rewards": as_json(rewards.tolist())}
         self._read(line)
         with self._lines.open("a") as file:
@@ -58,17 +58,17 @@ class Results:
             file.write(json.dumps(line) + "\n")
 
     def file(self, name: str, index: int) -> Path:
-        """Return where an image of a model is."""
+        """Return the path of a model's image."""
         return self.folder / f"{Path(name).name}-{self.digests[name][:8]}".rstrip("-") / f"{index:05d}.png"
 
 
 def digest(source: str) -> str:
-    """Return the SHA-256 of weights on disk; of those on the Hub, that of their name."""
+    """Return the SHA-256 of weights on disk; for the Hub, of their name."""
     files = [*Path(source).glob("*.safetensors"), *Path(source, "transformer").glob("*.safetensors")]
     parts = [hashlib.file_digest(path.open("rb"), "sha256").digest() for path in sorted(files)]
     return hashlib.sha256(b"".join(parts) or source.encode()).hexdigest()
 
 
 def as_json(value: Any) -> Any:
-    """Return what JSON gives back of a value: `None` for NaN, which is a reward that does not apply."""
+    """Return the JSON value of a value; `None` for NaN (reward not applicable)."""
     return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)

@@ -1,4 +1,4 @@
-"""Reward functions by name: built in, from a module of one's own, or behind an URL."""
+"""Reward functions by name: built in, from a user's module, or by URL."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ BUILT_IN_REWARDS = {
 
 
 def load_reward(name: str) -> Any:
-    """Find the reward of a built-in name, import path or URL, or raise ValueError; a class is instantiated."""
+    """Return the reward of a built-in name, import path or URL, or raise ValueError; a class is instantiated."""
     if name.startswith(("http://", "https://")):
         from ..rewards.remote import remote_reward_from_url  # imports torch
 
@@ -35,7 +35,7 @@ def load_reward(name: str) -> Any:
 
 
 def find_reward(name: str) -> Any:
-    """Find what a built-in name or a path such as `a.b`, `a:b` or `./a.py:b` stands for, or raise ValueError."""
+    """Return the object of a built-in name or a path such as `a.b`, `a:b` or `./a.py:b`, or raise ValueError."""
     path = BUILT_IN_REWARDS.get(name) or name
     if "." not in dotted(path):
         known = f"one of {list(BUILT_IN_REWARDS)}, an import path such as my_rewards.mine, or a URL"

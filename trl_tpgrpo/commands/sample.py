@@ -1,4 +1,4 @@
-"""`trl-tpgrpo sample`: images from a model, with or without a trained adapter."""
+"""`trl-tpgrpo sample`: sample images from a model, with or without a trained adapter."""
 
 import argparse
 import re
@@ -16,13 +16,13 @@ from .options import near
 SAMPLING_OPTIONS = {
     "num_inference_steps": (int, "denoising steps"),
     "guidance_scale": (float, "guidance"),
-    "true_cfg_scale": (float, "classifier-free guidance, with --negative_prompt, where this is its name"),
-    "negative_prompt": (str, "what images are guided away from"),
+    "true_cfg_scale": (float, "classifier-free guidance, with --negative_prompt, in pipelines with this argument"),
+    "negative_prompt": (str, "negative prompt"),
     "height": (int, "height in pixels"),
     "width": (int, "width in pixels"),
-    "max_sequence_length": (int, "tokens of a text"),
+    "max_sequence_length": (int, "maximum number of text tokens"),
 }
-"""Type and help of what goes to the pipeline if it is given."""
+"""Type and help of options that are passed to the pipeline if given."""
 
 
 def main(argv: list[str]) -> int:
@@ -56,36 +56,33 @@ def main(argv: list[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser, in which an option that is not given is left to the pipeline."""
-    description = "Make images with a model, with or without a trained adapter."
+    """Return the parser; options that are not given keep the pipeline's defaults."""
+    description = "Sample images from a model, with or without a trained adapter."
     parser = argparse.ArgumentParser(prog="trl-tpgrpo sample", description=description)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="Hub id or folder of a pipeline, or 'testbed'")
-    add("--policy_class", help="import path of a FlowPolicy of your own (default: the pipeline's family)")
-    add("--adapter", help="Hub id or folder of a LoRA, folder with a trained transformer, or of a run")
-    add("--prompt", action="append", default=[], help="a prompt; may be repeated")
-    add("--prompts_file", type=Path, help="text file with a prompt a line")
-    add("--image", type=Path, action="append", default=[], help="an image to change: one, or one for each prompt")
+    add("--policy_class", help="import path of a custom FlowPolicy (default: the pipeline's family)")
+    add("--adapter", help="Hub id or folder of a LoRA, or folder of a trained transformer or run")
+    add("--prompt", action="append", default=[], help="a prompt; can be repeated")
+    add("--prompts_file", type=Path, help="text file with one prompt per line")
+    add("--image", type=Path, action="append", default=[], help="an image to edit: one, or one for each prompt")
     add("--output_dir", type=Path, default=Path("samples"), help="folder of the PNG files (default: %(default)s)")
-    add("--num_images_per_prompt", type=int, default=1, help="images of each prompt (default: %(default)s)")
+    add("--num_images_per_prompt", type=int, default=1, help="images per prompt (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of each prompt's first image (default: %(default)s)")
     for name, (kind, text) in SAMPLING_OPTIONS.items():
         add(f"--{name}", type=kind, help=f"{text} (default: the pipeline's)")
-    add(
-        "--quantization",
-        choices=["nf4", "int8", "fp8"],
-        help="format of the transformer, as in training (default: none)",
-    )
+    quantization = "format of the transformer, as in training (default: not quantized)"
+    add("--quantization", choices=["nf4", "int8", "fp8"], help=quantization)
     add("--dtype", help="data type of the model (default: bfloat16 on a GPU, float32 on the CPU)")
-    add("--device", help="device of the model (default: cuda if there is one, else cpu)")
+    add("--device", help="device of the model (default: cuda if available, else cpu)")
     return parser
 
 
 def build_pipeline(
     model: str, adapter: str | None, dtype: str | None, device: str | None, quantization: str | None = None
 ) -> Any:
-    """Load a pipeline and, with an `adapter`, the trained weights into it."""
-    import torch  # here, and not for a mistake in the options
+    """Load a pipeline and, with an `adapter`, the trained weights."""
+    import torch  # imported here, so that option errors are fast
 
     from ..policies.loading import load_pipeline
 
@@ -99,7 +96,7 @@ def build_pipeline(
 
 
 def load_adapter(pipeline: Any, adapter: str) -> None:
-    """Load a LoRA into a pipeline, or the transformer in the folder `transformer` in place of its own."""
+    """Load a LoRA into a pipeline, or replace its transformer by the one in the folder `transformer`."""
     from ..policies.loading import DTYPE
 
     if not is_whole(adapter):
@@ -111,9 +108,9 @@ def load_adapter(pipeline: Any, adapter: str) -> None:
 
 
 def read_images(files: list[Path], num_prompts: int) -> list[Image.Image]:
-    """Read an image for each prompt, turned as its metadata says, from one file for all or from one for each."""
+    """Read an image for each prompt (rotated by its metadata), from one file for all or one for each."""
     if len(files) not in (0, 1, num_prompts):
-        raise ValueError(f"--image is given {len(files)} times for {num_prompts} prompts: give one, or one for each.")
+        raise ValueError(f"--image has {len(files)} files for {num_prompts} prompts: use one, or one for each prompt.")
     images = list(map(_read_image, files))
     return images * num_prompts if len(images) == 1 else images
 
@@ -131,10 +128,10 @@ def _read_image(file: Path) -> Image.Image:
 def input_options(
     pipeline: Any, images: list[Image.Image], height: int | None, width: int | None, own: Any = None
 ) -> list[dict[str, Any]]:
-    """Return what the pipeline is given beside each prompt, so that an image is resized as in training at that size.
+    """Return pipeline inputs for each prompt, with images resized as in training at that size.
 
-    Without a size it is left to the pipeline. The list is empty if the model takes no images; a ValueError says that
-    there must be some, or none.
+    Without a size, the pipeline resizes them. The list is empty if the model uses no images. Raises a ValueError if
+    images are missing or not supported.
     """
     from ..policies.base import Guidance
     from ..policies.loading import build_policy, policy_class
@@ -142,10 +139,10 @@ def input_options(
     family = policy_class(pipeline, own)
     takes_image = family is not None and family.takes_image
     if takes_image != bool(images):
-        wrong = "needs an image that it changes: give --image" if takes_image else "takes no image: leave out --image"
+        wrong = "needs an input image: set --image" if takes_image else "uses no input image: leave out --image"
         raise ValueError(f"The model is a {type(pipeline).__name__}, which {wrong}.")
     if (height is None) != (width is None) and images:
-        raise ValueError("--height and --width go together where an image is changed: give both, or none.")
+        raise ValueError("--height and --width belong together in editing: set both, or none.")
     if height is None or width is None or not images:
         return [{"image": image} for image in images]
     policy = build_policy(pipeline, Guidance(height, width), own)
@@ -155,22 +152,20 @@ def input_options(
 
 
 def is_whole(adapter: str) -> bool:
-    """Say whether it is a folder with all weights of a transformer, rather than a LoRA."""
+    """Check whether a folder has the full weights of a transformer, not a LoRA."""
     return (Path(adapter) / "transformer").is_dir()
 
 
 def find_weights(adapter: str) -> str:
-    """Return the Hub id or the folder of the weights: of a run that was interrupted, its newest whole checkpoint.
+    """Return the Hub id or folder of the weights; for an interrupted run, its newest complete checkpoint.
 
-    A folder without any, or one that was not written to its end, raises a FileNotFoundError.
+    A folder without weights, or an incomplete one, raises a FileNotFoundError.
     """
     from ..callbacks import checkpoints  # imports torch
 
     folder = Path(adapter)
     if (folder / checkpoints.INCOMPLETE).exists():
-        raise FileNotFoundError(
-            f"--adapter: the checkpoint {adapter} was not written to its end: take an earlier one."
-        )
+        raise FileNotFoundError(f"--adapter: the checkpoint {adapter} is incomplete: use an earlier one.")
     if not folder.exists() and (adapter.count("/") != 1 or folder.parent.is_dir()):  # as no Hub id is
         others = [other.name for other in folder.parent.glob("*")]
         raise FileNotFoundError(f"--adapter: there is no folder {adapter}{near(folder.name, others)}")
@@ -179,14 +174,14 @@ def find_weights(adapter: str) -> str:
     try:
         found = checkpoints.last_complete(folder)
     except FileNotFoundError as error:
-        sought = "neither a LoRA (.safetensors), a folder transformer, nor a whole checkpoint"
-        raise FileNotFoundError(f"--adapter: {adapter} holds {sought}.") from error
-    tqdm.write(f"{adapter} has no weights of its own, so those of its newest checkpoint are taken: {found}")
+        sought = "neither a LoRA (.safetensors), a folder transformer, nor a complete checkpoint"
+        raise FileNotFoundError(f"--adapter: {adapter} has {sought}.") from error
+    tqdm.write(f"{adapter} has no weights; using its newest checkpoint: {found}")
     return str(found)
 
 
 def sample(pipeline: Any, prompt: str, number: int, seed: int, options: dict) -> list[Image.Image]:
-    """Sample `number` images of a prompt, of which image i depends on `seed + i` alone, not on the number."""
+    """Sample `number` images of a prompt; image i depends only on `seed + i`, not on the number."""
     from torch import Generator
 
     generators = [Generator("cpu").manual_seed(seed + index) for index in range(number)]

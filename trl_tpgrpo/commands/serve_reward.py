@@ -4,7 +4,7 @@ from .rewards import find_reward
 
 
 def main(argv: list[str]) -> int:
-    """Serve built-in reward functions and those of one's own modules; raise ImportError without the extra `serve`."""
+    """Serve built-in and custom reward functions; raise ImportError without the extra `serve`."""
     try:
         from ..rewards.serving.program import main as serve
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""`trl-tpgrpo train`: arguments as those of `trl grpo`, from a YAML recipe, the command line, or both."""
+"""`trl-tpgrpo train`: arguments as in `trl grpo`, from YAML recipes, the command line, or both."""
 
 import os
 from dataclasses import dataclass, field
@@ -28,12 +28,12 @@ class TPGRPOScriptArguments(ScriptArguments):
     Script arguments of `trl-tpgrpo train`: TRL's, the reward functions and the column of prompts.
 
     Parameters:
-        reward_funcs (`list[str]`): Reward functions: built-in names, import paths (`my_rewards.mine`, found in the
-            current folder too; a class is created without arguments), or URLs (`http://host:8000/pick_score`).
+        reward_funcs (`list[str]`): Reward functions: built-in names, import paths (`my_rewards.mine`, also from the
+            current folder; classes are created without arguments), or URLs (`http://host:8000/pick_score`).
         eval_reward_funcs (`list[str]`, *optional*): Reward functions for evaluation only, logged and not trained on.
         dataset_name (`str`): Prompts: a Hub id, a folder, a `.csv`, `.json`, `.jsonl`, `.parquet` or `.txt` file (a
-            prompt a line), or `testbed`.
-        prompt_column (`str`, *optional*): Column of the prompts, renamed to `prompt`, in place of one of that name.
+            prompt per line), or `testbed`.
+        prompt_column (`str`, *optional*): Column of the prompts. It is renamed to `prompt`.
     """
 
     _argument_group_name = "Script"
@@ -48,17 +48,18 @@ class TPGRPOScriptArguments(ScriptArguments):
 @dataclass
 class TPGRPOModelConfig(ModelConfig):
     """
-    TRL's `ModelConfig` with the paper's LoRA and without what is for language models.
+    TRL's `ModelConfig` with the paper's LoRA and without options for language models.
 
     Parameters:
         model_name_or_path (`str`): Model: a Hub id, a folder, a `.safetensors` file of a transformer, or `testbed`.
         dtype (`str`, *optional*): Data type of the model. `None`: the precision of the run for LoRA, else `float32`.
         lora_r (`int`, *optional*, defaults to `32`): Rank of the LoRA.
-        lora_alpha (`int`, *optional*, defaults to `64`): Scale of the LoRA times the rank.
-        lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout of the LoRA. Only 0 works, since the trained
-            policy must be the one that sampled.
-        init_lora_weights (`str`, *optional*): How the LoRA begins: `"gaussian"` is the paper's code's. `None`: PEFT's.
-        lora_task_type (`str`, *optional*): Leave it out: tasks are for language models.
+        lora_alpha (`int`, *optional*, defaults to `64`): Alpha of the LoRA; its scale is alpha / rank.
+        lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout of the LoRA. Must be 0, because the trained
+            policy must be the sampled one.
+        init_lora_weights (`str`, *optional*): Initialization of the LoRA, such as `"gaussian"` (the paper's code).
+            `None`: PEFT's default.
+        lora_task_type (`str`, *optional*): Not used: tasks are for language models.
     """
 
     _argument_group_name = "Model"
@@ -74,11 +75,11 @@ class TPGRPOModelConfig(ModelConfig):
     def __post_init__(self) -> None:
         targets: Any = self.lora_target_modules  # type: ignore[has-type]
         super().__post_init__()
-        self.lora_target_modules = targets  # TRL makes a string, a regular expression to PEFT, of a single name
+        self.lora_target_modules = targets  # TRL makes one name a string, a regular expression in PEFT
 
 
 def main(argv: list[str]) -> int:
-    """Train in this process, or through `accelerate launch` if its options are given or there are several GPUs."""
+    """Train in this process, or by `accelerate launch` with its options or several GPUs."""
     parser = make_parser()
     own_options = launch("train", parser, argv)
     if isinstance(own_options, int):
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> int:
 
 
 def launch(command: str, parser: TrlParser, argv: list[str]) -> list[str] | int:
-    """Return the command's own options, or run it through `accelerate launch` and return the exit code: see `main`."""
+    """Return the command's options, or run it by `accelerate launch` and return the exit code, see `main`."""
     launch_options, own_options = split_options(parser, argv)
     if "LOCAL_RANK" in os.environ or not (launch_options or torch.cuda.device_count() > 1):
         return own_options
@@ -102,10 +103,10 @@ def launch(command: str, parser: TrlParser, argv: list[str]) -> list[str] | int:
     number = arguments.num_processes or 1
     if number > 1 and not torch.accelerator.is_available():  # accelerate would start one
         remedy = f"torchrun --nproc_per_node {number} -m trl_tpgrpo {command} ... --use_cpu true"
-        raise ValueError(f"num_processes={number} needs GPUs, and there are none; on a CPU: {remedy}.")
+        raise ValueError(f"num_processes={number} needs GPUs, but there are none. On a CPU: {remedy}.")
     try:
         launch_command(arguments)
-    except ChildFailedError as error:  # which has said why
+    except ChildFailedError as error:  # which has printed the reason
         return error.get_first_failure()[1].exitcode
     except SignalException as error:
         return 128 + error.sigval
@@ -113,15 +114,15 @@ def launch(command: str, parser: TrlParser, argv: list[str]) -> list[str] | int:
 
 
 def split_options(parser: TrlParser, argv: list[str]) -> tuple[list[str], list[str]]:
-    """Return the options of `accelerate launch` in the recipe and the command line, and the command line without them.
+    """Return the options of `accelerate launch` in recipe and command line, and the command line without them.
 
-    No config is built, since it may be valid for the launched number of processes only. An option that is neither the
-    trainer's nor accelerate's raises a ValueError.
+    No config is built, because it may be valid only for the launched number of processes. Unknown options raise a
+    ValueError.
     """
     actions = {action.dest: action for action in reversed(parser._actions)}  # `--no_...` comes after its option
     for name, values in given(argv).items():
         if len(values) > 1 and name in actions and actions[name].nargs in (None, "?"):
-            raise ValueError(f"--{name} takes one value, got {len(values)}: {' '.join(values)}.")
+            raise ValueError(f"--{name} accepts one value, got {len(values)}: {' '.join(values)}.")
     arguments, unknown = parser.parse_known_args(argv)
     recipe = read_recipes(arguments.config)
     names = {*actions, "env"}
@@ -145,10 +146,10 @@ def _without(arguments: list[str], removed: list[str]) -> list[str]:
 
 
 class TrainingParser(TrlParser):
-    """TRL's parser, which takes several recipes, their values as on the command line, and raises what is wrong."""
+    """TRL's parser with several recipes, values as on the command line, and errors as exceptions."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise a ValueError, of which the command line makes one line."""
+        """Raise a ValueError, shown in one line by the command line."""
         raise ValueError(message)
 
     def parse_args_and_config(self, args: list[str], fail_with_unknown_args: bool = True) -> tuple[Any, ...]:
@@ -161,7 +162,7 @@ class TrainingParser(TrlParser):
         return self.parse_args_into_dataclasses(args)
 
     def set_defaults_with_config(self, **recipe: Any) -> list[str]:
-        """Take a recipe's values as defaults, and return what is not an option's."""
+        """Set a recipe's values as defaults, and return unknown keys."""
         actions = {action.dest: action for action in reversed(self._actions)}  # `--no_...` comes after its option
         meant = {name: self._meant(actions[name], value) for name, value in recipe.items() if name in actions}
         return super().set_defaults_with_config(**recipe | meant)
@@ -171,7 +172,7 @@ class TrainingParser(TrlParser):
         if any(item is None or isinstance(item, dict | list) for item in items):
             return value
         is_bool = getattr(action.type, "__name__", "") == "string_to_bool"
-        words = {"on": "true", "off": "false"} if is_bool else {}  # YAML's, which the parser does not know
+        words = {"on": "true", "off": "false"} if is_bool else {}  # of YAML, unknown to the parser
         parsed = [self._get_value(action, words.get(str(item), str(item))) for item in items]
         for item in parsed:
             self._check_value(action, item)
@@ -179,7 +180,7 @@ class TrainingParser(TrlParser):
 
 
 def make_parser(prog: str = "trl-tpgrpo train", own_types: tuple[type, ...] = ()) -> TrainingParser:
-    """Return the parser of all options of a training, after those of `own_types`; `help_text` is their help."""
+    """Return the parser of the training options, after those of `own_types`; `help_text` is its help."""
     types = (*own_types, TPGRPOScriptArguments, TPGRPOModelConfig, DatasetMixtureConfig, TPGRPOConfig)
     parser = TrainingParser(types, prog=prog, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="+", default=[])
@@ -187,15 +188,15 @@ def make_parser(prog: str = "trl-tpgrpo train", own_types: tuple[type, ...] = ()
 
 
 def run(trainer: Any, dataset_name: str | None) -> int:
-    """Train, save and, if asked to, push; return the exit code: 128 + the number of a signal that stopped the run."""
+    """Train, save and, if set, push; return the exit code: 128 + signal number if a signal stopped the run."""
     resume = trainer.args.resume_from_checkpoint  # a path, "true" or one of YAML's words for false
     words = {"true": True, "false": None, "no": None, "off": None}
     trainer.train(resume_from_checkpoint=words.get(str(resume).lower(), resume))
     trainer.save_model(_internal_call=True)
     if signal := trainer.stop_on_signal.stopped:
-        trainer.accelerator.wait_for_everyone()  # a launcher kills the others when one ends with an error
-        how = "go on with --resume_from_checkpoint true"
-        trainer.accelerator.print(f"Stopped by {signal.name} with a checkpoint; the weights so far are saved: {how}.")
+        trainer.accelerator.wait_for_everyone()  # a launcher kills the other processes after an error
+        how = "resume with --resume_from_checkpoint true"
+        trainer.accelerator.print(f"Stopped by {signal.name}, with a checkpoint and the current weights saved: {how}.")
         return 128 + signal
     trainer.accelerator.print(f"Trained weights saved to {trainer.args.output_dir}.")
     if trainer.args.push_to_hub:
@@ -205,7 +206,7 @@ def run(trainer: Any, dataset_name: str | None) -> int:
 
 
 def model_path(name: str) -> str | Path:
-    """Return what a model is loaded from: for `testbed` the bundled toy model's folder."""
+    """Return the model's name or path; for `testbed`, the folder of the bundled toy model."""
     return TESTBED if name == "testbed" else name
 
 
@@ -218,7 +219,7 @@ def build_trainer(
 ) -> Any:  # a TPGRPOTrainer
     """Return a trainer with the data, rewards and model of the options, loaded in this order.
 
-    `prompts`, if they are loaded already, are those of training and of evaluation.
+    `prompts` are those of training and evaluation, if already loaded.
     """
     evaluates = training_args.eval_strategy != "no" or training_args.eval_on_start
     train_dataset, eval_dataset = prompts or load_prompts(script_args, dataset_args, evaluates)
@@ -227,7 +228,7 @@ def build_trainer(
     dtype = {} if model_args.dtype is None else {"dtype": model_args.dtype}
     kwargs = {"revision": model_args.model_revision} | dtype | (training_args.model_init_kwargs or {})
     training_args.model_init_kwargs = kwargs
-    from trl import get_peft_config  # with diffusers, which a mistake in the options need not wait for
+    from trl import get_peft_config  # imports diffusers, so after checks of options
 
     from ..trainer import TPGRPOTrainer
 
@@ -248,7 +249,7 @@ def build_trainer(
 def load_prompts(
     script_args: TPGRPOScriptArguments, dataset_args: DatasetMixtureConfig, evaluate: bool
 ) -> tuple[Dataset, Dataset | None]:
-    """Load the prompts of training and, if asked to, of evaluation; raise ValueError if dataset or split lack."""
+    """Load the prompts of training and, if set, of evaluation; raise ValueError if dataset or split are missing."""
     name, column = script_args.dataset_name, script_args.prompt_column
     splits = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluate else [])
     if dataset_args.datasets:

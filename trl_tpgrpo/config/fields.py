@@ -1,4 +1,4 @@
-"""Fields of a dataclass of settings: what `--help` says of them, their limits, and which are not the defaults."""
+"""Fields of a settings dataclass: help texts, limits, and values that are not the defaults."""
 
 import inspect
 import operator
@@ -18,7 +18,7 @@ Config = TypeVar("Config", bound=type)
 
 
 def described(config: Config) -> Config:
-    """Give the fields of a dataclass what `--help` shows: their descriptions in its docstring and their choices."""
+    """Set the help text of each field from the docstring of the dataclass, and its choices."""
     items, limits = {item.name: item for item in fields(config)}, field_limits(config)
     for name, text in PARAMETER.findall(inspect.cleandoc(config.__doc__ or "")):
         plain = re.sub(r"\[`~?(.+?)`\]", r"\1", " ".join(text.split())).replace("%", "%%")
@@ -28,13 +28,13 @@ def described(config: Config) -> Config:
 
 
 def field_limits(config: type) -> dict[str, Any]:
-    """Return the values that fields are limited to, by their `Annotated` types: a tuple of choices, or bounds."""
-    kinds = inspect.get_annotations(config)  # not the fields' types, which transformers' parser replaces
+    """Return the limits of fields from their `Annotated` types: a tuple of choices, or bounds."""
+    kinds = inspect.get_annotations(config)  # not the fields' types, because transformers' parser replaces them
     return {name: kind.__metadata__[0] for name, kind in kinds.items() if get_origin(kind) is Annotated}
 
 
 def is_within(value: Any, limit: Any) -> bool:
-    """Say whether a value, or all of a list, are in a tuple or in bounds such as "above 0 and at most 1, or None"."""
+    """Check that a value, or each of a list, is in a tuple or in bounds such as "above 0 and at most 1, or None"."""
     if isinstance(value, list):
         return all(is_within(item, limit) for item in value)
     if isinstance(limit, tuple):
@@ -47,7 +47,7 @@ def is_within(value: Any, limit: Any) -> bool:
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
-    """Return a value with `<NAME>` for strings that are tokens, keys or passwords by name, and no login in URLs."""
+    """Return a value with tokens, keys and passwords replaced by `<NAME>`, and logins in URLs by `<LOGIN>`."""
     if isinstance(value, dict):
         return {key: without_secrets(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -58,12 +58,12 @@ def without_secrets(value: Any, name: str = "") -> Any:
 
 
 def field_defaults(config: Any) -> dict[str, Any]:
-    """Return the defaults of the fields, but for tokens."""
+    """Return the defaults of all fields except tokens."""
     public = [item for item in fields(config) if not item.name.endswith("_token")]
     return {item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in public}
 
 
 def non_defaults(config: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass, but for tokens, whose values are not the defaults."""
+    """Return the fields of a dataclass, except tokens, whose values are not the defaults."""
     initial = field_defaults(config)
     return {name: value for name, value in vars(config).items() if name in initial and value != initial[name]}

@@ -41,25 +41,26 @@ class TPGRPOConfig(_BaseConfig):
     r"""
     Configuration class for the [`TPGRPOTrainer`].
 
-    `TPGRPOConfig(output_dir)` is TurningPoint-GRPO (arXiv 2602.06422) as published for SD3.5-medium. Names and
-    meanings are [`~trl.GRPOConfig`]'s wherever it has the setting; see also [`~transformers.TrainingArguments`].
+    `TPGRPOConfig(output_dir)` has the settings of TurningPoint-GRPO (arXiv 2602.06422) for SD3.5-medium. Settings that
+    [`~trl.GRPOConfig`] has too keep its names and meanings. See also [`~transformers.TrainingArguments`].
 
     Parameters:
         > Parameters that control the model
-        model_init_kwargs (`str` or `dict`, *optional*): Keyword arguments of `from_pretrained`, as JSON if a string.
-        policy_class (`str`, *optional*): Import path (`my_policies.Mine`) of the subclass of `FlowPolicy` for a
-            pipeline that the package does not know; in Python also the class. `None`: the pipeline's family.
+        model_init_kwargs (`str` or `dict`, *optional*): Keyword arguments for `from_pretrained`; JSON if a string.
+        policy_class (`str`, *optional*): Import path (`my_policies.Mine`) of a subclass of `FlowPolicy` for a pipeline
+            that the package does not support; in Python, also the class. `None`: by the pipeline.
 
         > Parameters that control the data
-        remove_unused_columns (`bool`, *optional*, defaults to `False`): Whether reward functions see only `"prompt"`.
+        remove_unused_columns (`bool`, *optional*, defaults to `False`): Whether reward functions receive only
+            `"prompt"` and no other column.
         num_generations (`int`, *optional*, defaults to `24`): Images per prompt; must divide `generation_batch_size`.
         num_generations_eval (`int`, *optional*, defaults to `1`): Images per prompt in evaluation.
         shuffle_dataset (`bool`, *optional*, defaults to `True`): Whether to shuffle the training prompts.
         per_device_train_batch_size (`int`, *optional*, defaults to `9`): Images per micro-batch, trained step by step.
         per_device_eval_batch_size (`int`, *optional*): Images per evaluation batch. `None`: up to `num_generations`.
         generation_batch_size (`int`, *optional*): Images per rollout over all processes; excludes
-            `steps_per_generation`. `None`: as that or `gradient_accumulation_steps` says, or 48 prompts (the paper's).
-        steps_per_generation (`int`, *optional*): Micro-batches per rollout. `None`: `gradient_accumulation_steps`.
+            `steps_per_generation`. `None`: as that or `gradient_accumulation_steps` sets it, else 48 prompts.
+        steps_per_generation (`int`, *optional*): Micro-batches per rollout. `None`: follows from the rest.
         gradient_accumulation_steps (`int`, *optional*): Micro-batches per update. `None`: half a rollout, all if odd.
 
         > Parameters that control sampling
@@ -67,158 +68,169 @@ class TPGRPOConfig(_BaseConfig):
         width (`int`, *optional*, defaults to `512`): Width of the images in pixels.
         eval_height (`int`, *optional*): Height of the images in evaluation, in pixels. `None`: `height`.
         eval_width (`int`, *optional*): Width of the images in evaluation, in pixels. `None`: `width`.
-        num_inference_steps (`int`, *optional*, defaults to `10`): Steps T in training. The paper takes 6 for FLUX.1.
-        num_inference_steps_eval (`int`, *optional*, defaults to `40`): ODE steps in evaluation (paper: 28 for FLUX.1).
-        guidance_scale (`float`, *optional*): Guidance in sampling and training: classifier-free, or an input of the
-            model. `None`: the family's default, which is the paper's for SD3.5 (4.5) and FLUX.1 (3.5).
-        true_cfg_scale (`float`, *optional*): Classifier-free guidance, with `negative_prompt`, where the pipeline
-            calls it so. `None`: the pipeline's default.
-        negative_prompt (`str`, *optional*): Prompt to guide away from. `None`: the empty one, or no guidance where
-            the pipeline needs one for it.
-        max_sequence_length (`int`, *optional*): Tokens of a text. `None`: the pipeline's default. `0` for an SD3
-            pipeline without T5 leaves out the zeros that diffusers would append.
-        per_device_rollout_batch_size (`int` or `"auto"`, *optional*): Latents per model call, and images per VAE call,
-            in a rollout. `None`: `per_device_train_batch_size`, for a first ratio of exactly 1. `"auto"`: the fastest,
-            measured before the first rollout; as sizes change the rounding, a run may not repeat to the bit.
+        num_inference_steps (`int`, *optional*, defaults to `10`): Number of denoising steps T in training.
+        num_inference_steps_eval (`int`, *optional*, defaults to `40`): Number of ODE steps in evaluation.
+        guidance_scale (`float`, *optional*): Guidance scale in sampling and training: classifier-free, or an input of
+            the model. `None`: the default of the family, which is the paper's for SD3.5 (4.5) and FLUX.1 (3.5).
+        true_cfg_scale (`float`, *optional*): Scale of classifier-free guidance with `negative_prompt`, for pipelines
+            that have this argument. `None`: the pipeline's default.
+        negative_prompt (`str`, *optional*): Negative prompt for guidance. `None`: the empty prompt, or no guidance
+            where the pipeline needs one.
+        max_sequence_length (`int`, *optional*): Maximum number of text tokens. `None`: the pipeline's default. For an
+            SD3 pipeline without T5, `0` leaves out the zeros that diffusers appends.
+        per_device_rollout_batch_size (`int` or `"auto"`, *optional*): Latents per forward pass and images per VAE call
+            in a rollout. `None`: `per_device_train_batch_size`, for which the first ratio is exactly 1. `"auto"`: the
+            fastest size, measured before the first rollout; its rounding differs, so a repeated run may not be
+            bit-identical.
         share_initial_noise (`bool`, *optional*, defaults to `False`): Whether the images of a group start from the
-            same noise. What precedes their first SDE step, and the first state's completion, is then computed once.
+            same noise. The steps before the first SDE step and the ODE completion of the first latent are then
+            computed once per group.
 
         > Parameters that control the SDE
-        sde_type (`str`, *optional*, defaults to `"cps"`): `"cps"`, `"flow_sde"` (Flow-GRPO) or `"dance_sde"`
-            (DanceGRPO), see [`~trl_tpgrpo.algorithm.sde.transition`].
-        noise_level (`float` or `list[float]`, *optional*, defaults to `0.7`): Noise of an SDE step: at least 1e-4, as
-            less is lost in the rounding of float32 and trains nothing, and at most 1 under `"cps"`. A list has that of
-            each step of `sde_window_range` (`None`: of all but the last), which a window that moves in it takes along.
-        noise_calibration_iterations (`int`, *optional*, defaults to `0`): Iterations that raise or lower the noise of
-            each step, before the first rollout and from `noise_level` on, towards as many positive as negative step
-            rewards (DenseGRPO, arXiv 2601.20218). Each samples the groups of up to 16 prompts a process.
-        noise_calibration_step (`float`, *optional*, defaults to `0.01`): Change of the noise in such an iteration.
-        sde_window_size (`int`, *optional*): Number K of SDE steps, all trained on. `None`: all of `sde_window_range`.
-        sde_window_range (`list[int]`, *optional*): Steps `[start, stop)` for the window, whose start is drawn once per
-            rollout, for all processes, if they are more than K. `None`: all but the last step, with the start at 0.
-        sde_window_share (`float`, *optional*): Instead of `sde_window_size`, the share of the step rewards' variance
-            within groups that the shortest such window has, measured before the first rollout on the first prompts.
-        log_prob_type (`str`, *optional*): Density, see [`~trl_tpgrpo.algorithm.sde.log_prob`]. `None`:
-            `"squared_error"` under `"cps"`, to which the published clip range belongs, else `"gaussian"`.
+        sde_type (`str`, *optional*, defaults to `"cps"`): SDE of the sampler: `"cps"`, `"flow_sde"` (Flow-GRPO) or
+            `"dance_sde"` (DanceGRPO), see [`~trl_tpgrpo.algorithm.sde.transition`].
+        noise_level (`float` or `list[float]`, *optional*, defaults to `0.7`): Noise level of the SDE steps. At least
+            1e-4, because less is lost in float32 rounding; at most 1 for `"cps"`. A list has one value per step of
+            `sde_window_range` (`None`: per step but the last).
+        noise_calibration_iterations (`int`, *optional*, defaults to `0`): Iterations of noise calibration before the
+            first rollout, from `noise_level` on (DenseGRPO, arXiv 2601.20218). Each changes the noise of each step so
+            that as many step rewards are positive as negative, measured on the groups of up to 16 prompts per process.
+        noise_calibration_step (`float`, *optional*, defaults to `0.01`): Change of the noise level per iteration.
+        sde_window_size (`int`, *optional*): Number K of SDE steps. All are trained on. `None`: all of
+            `sde_window_range`.
+        sde_window_range (`list[int]`, *optional*): Steps `[start, stop)` that can be in the window. If they are more
+            than K, its start is drawn once per rollout, for all processes. `None`: all steps but the last, with the
+            start at 0.
+        sde_window_share (`float`, *optional*): Replaces `sde_window_size`: use the shortest window with this share of
+            the within-group variance of step rewards, measured on the first prompts before the first rollout.
+        log_prob_type (`str`, *optional*): Log-probability of a step, see [`~trl_tpgrpo.algorithm.sde.log_prob`].
+            `None`: `"squared_error"` for `"cps"` (the published clip range belongs to it), else `"gaussian"`.
 
         > Parameters that control the completions
-        completion (`str`, *optional*, defaults to `"exact"`): How the ODE completes a state to the image that is
-            scored for it. `"exact"` takes all remaining steps; `"at_1_2_3_4_6"` evaluates the model before these alone
-            and extrapolates the velocity over others; `"ab2_N"` and `"euler_N"` take at most N, of second and first
-            order; `"one_step"` one, whose velocity is known. `_every_M` at the end (`"exact_every_2"`) completes every
-            M-th state only, and credits blocks of M steps; `_from_1` all but the first, for which the mean reward of
-            its group stands. `trl-tpgrpo fidelity` compares on your model.
-        completion_check_every (`int`, *optional*): Rollouts between two comparisons with exact completions, of the
-            first prompt of each process, which log how well step rewards and turning points agree. `None`: never.
+        completion (`str`, *optional*, defaults to `"exact"`): How the ODE sampler finishes a latent before it is
+            scored. `"exact"`: all remaining steps. `"at_1_2_3_4_6"`: function evaluations at these steps only, with an
+            extrapolated velocity at the others. `"ab2_N"`, `"euler_N"`: at most N steps of second or first order.
+            `"one_step"`: one, with the known velocity. The suffix `_every_M` completes only every M-th latent and
+            credits blocks of M steps; `_from_1` replaces the first completion by the mean final reward of the group.
+            `trl-tpgrpo fidelity` compares them.
+        completion_check_every (`int`, *optional*): Rollouts between two checks that log how well step rewards and
+            turning points agree with exact completions, for the first prompt of each process. `None`: no checks.
 
         > Parameters that control the reward and credit
-        reward_failures (`str`, *optional*, defaults to `"stop"`): When a reward function raises, hangs or returns no
-            reward: `"stop"` the run with name, row, prompt and image, or `"skip"` (drop and count) the trajectory.
+        reward_failures (`str`, *optional*, defaults to `"stop"`): If a reward function raises, hangs or returns no
+            reward: `"stop"` the run and name the function, row, prompt and image, or `"skip"` (drop and count) the
+            trajectory.
         reward_weights (`list[float]`, *optional*): Weight of each reward function. `None`: 1 each.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`): `"sum_then_normalize"`:
-            credit and advantages of the weighted sum. `"normalize_then_sum"`: weighted sum of each function's
-            advantages, scaled by the batch unless `scale_rewards` is `"none"` (GDPO, arXiv 2601.05242).
-        credit (`str`, *optional*, defaults to `"consistent"`): `"consistent"` and `"turning_point"`: the whole
-            following gain at turning points of the stricter or plain definition, else the step's own; `"incremental"`:
-            its own; `"lambda"`: the lambda-return of gains; `"outcome"`: the final reward (Flow-GRPO, no completions).
-            Or an import path (`my_rules.mine`), in Python also the function itself: `(rewards, rule) -> credit`.
-        credit_lambda (`float`, *optional*): Decay of `credit="lambda"`, in [0, 1].
-        turning_point_trend (`str`, *optional*, defaults to `"remaining"`): Gain that a step is compared with:
-            `"remaining"`, from it to the end (the paper's text), or `"global"`, of all steps (the paper's demo code).
-        turning_point_first_step (`bool`, *optional*, defaults to `True`): Whether the first may be one (Remark 5.2).
-        turning_point_deadzone (`float`, *optional*, defaults to `0.0`): Step rewards up to this size are noise, so 0.
-        turning_point_balance (`bool`, *optional*, defaults to `True`): Whether as many positive as negative turning
-            points are kept, those with the largest gain.
-        advantage_baseline (`str`, *optional*, defaults to `"group"`): `"group"` subtracts the group's mean credit;
-            `"completion"` nothing, as a gain is measured from the state's own completion (`num_generations` may be 1);
-            `"fitted"` the mean too, where gains are measured from the share of the state's reward that least squares
-            find in what follows it.
-        scale_rewards (`str` or `bool`, *optional*, defaults to `"group"`): Spread that credit is divided by: within
-            the `"group"` (or `True`), the `"batch"`, or none (`"none"` or `False`).
+            advantages of the weighted sum of rewards. `"normalize_then_sum"` (GDPO, arXiv 2601.05242): weighted sum of
+            each function's advantages, scaled by the batch unless `scale_rewards` is `"none"`.
+        credit (`str`, *optional*, defaults to `"consistent"`): Credit of a step. `"consistent"` and `"turning_point"`:
+            the gain up to the final reward at turning points (by the strict or the plain definition), else the step
+            reward. `"incremental"`: the step reward. `"lambda"`: the lambda-return of the step rewards. `"outcome"`:
+            the final reward (Flow-GRPO, no completions). Or the import path (`my_rules.mine`) of a function `(rewards,
+            rule) -> credit`; in Python, also the function.
+        credit_lambda (`float`, *optional*): Decay for `credit="lambda"`, in [0, 1].
+        turning_point_trend (`str`, *optional*, defaults to `"remaining"`): Gain that a step reward is compared with:
+            `"remaining"`, from this step to the end, or `"global"`, over all steps.
+        turning_point_first_step (`bool`, *optional*, defaults to `True`): Whether the first step can be a turning
+            point (Remark 5.2 of the paper).
+        turning_point_deadzone (`float`, *optional*, defaults to `0.0`): Step rewards up to this size count as 0.
+        turning_point_balance (`bool`, *optional*, defaults to `True`): Whether to keep as many positive as negative
+            turning points, those with the largest gains.
+        advantage_baseline (`str`, *optional*, defaults to `"group"`): `"group"`: subtract the mean credit of the
+            group. `"completion"`: nothing, because gains are measured from the step's own completion
+            (`num_generations` can be 1). `"fitted"`: the mean too, and measure gains from a share of that completion's
+            reward, fitted by least squares.
+        scale_rewards (`str` or `bool`, *optional*, defaults to `"group"`): Divide credit by the standard deviation
+            within the `"group"` (or `True`) or the `"batch"`, or do not scale it (`"none"` or `False`).
         advantage_scope (`str`, *optional*, defaults to `"step"`): Whether mean and spread are those of each `"step"`,
             or `"joint"` over all steps of the group.
-        adv_clip_max (`float`, *optional*): Largest size of an advantage. The released code has 5, which groups of 24,
-            scaled by themselves, do not reach. `None`: no limit.
-        transition_share (`float`, *optional*): Share of the transitions that is trained on, drawn in proportion to the
-            size of their advantage and weighted by the inverse, which leaves the mean gradient as it is. Needs
-            `beta=0`. `None`: all that have an advantage.
+        adv_clip_max (`float`, *optional*): Largest absolute advantage. `None`: no limit.
+        transition_share (`float`, *optional*): Share of the transitions to train on. Transitions are drawn in
+            proportion to their absolute advantage and weighted by the inverse, so the expected gradient does not
+            change. Needs `beta=0`. `None`: all that have an advantage.
 
         > Parameters that control the training
-        beta (`float`, *optional*, defaults to `4e-4`): Weight of the KL divergence; `0.0` needs no reference model.
+        beta (`float`, *optional*, defaults to `4e-4`): Weight of the KL divergence from the reference model. With
+            `0.0`, there is no reference model.
         num_iterations (`int`, *optional*, defaults to `1`): Number of times that each rollout is trained on.
-        loss_type (`str`, *optional*, defaults to `"clip"`): Trust region of an update: `"clip"` the ratio, or
-            `"dppo"` (Flow-DPPO, arXiv 2606.11025), which leaves out transitions that are too far and would go further.
-        epsilon (`float`, *optional*): Clip range of the ratio. `None`: 1e-5, which belongs to
-            `log_prob_type="squared_error"`; what is published for `ratio_norm` (2e-6) and for Gaussian chunks (5e-5).
+        loss_type (`str`, *optional*, defaults to `"clip"`): Trust region of an update: `"clip"` clips the ratio;
+            `"dppo"` (Flow-DPPO, arXiv 2606.11025) masks transitions that are too far and would move further.
+        epsilon (`float`, *optional*): Clip range of the ratio. `None`: 1e-5 (for `log_prob_type="squared_error"`), or
+            the published value for `ratio_norm` (2e-6) or Gaussian chunks (5e-5).
         epsilon_high (`float`, *optional*): Upper clip range. `None`: `epsilon`.
-        ratio_norm (`bool`, *optional*, defaults to `False`): Whether the ratio that is clipped is GRPO-Guard's (arXiv
-            2510.22319), centred at 1 at every step, and the loss of a step is divided by its length in sigma. Needs
-            `log_prob_type="gaussian"` and an SDE that it is published for, `"flow_sde"` or `"dance_sde"`.
-        kl_mask_threshold (`float`, *optional*): KL divergence of a transition from the sampled one, a mean over the
-            latent's dimensions, from which on `"dppo"` leaves it out. `None`: 1e-6.
-        step_weights (`list[float]`, *optional*): Weight of the surrogate of each SDE step. `None`: 1 each.
-        importance_sampling_level (`str`, *optional*, defaults to `"step"`): Steps that share a ratio, the geometric
-            mean of theirs: each `"step"` its own, a `"chunk"` (GCPO, arXiv 2510.21583) or the `"trajectory"`.
-        chunk_sizes (`list[int]`, *optional*): Sizes of the chunks, first steps first. `None`: cut where the relative
-            change of the latents turns, in each rollout.
-        ema_decay (`float`, *optional*, defaults to `0.9`): Decay of the moving average of the trained weights, which
-            is what is evaluated and saved. `None`: no average.
-        ema_update_every (`int`, *optional*, defaults to `8`): Updates between two moves of the average. Before the
-            first, after as many updates, the weights themselves are evaluated and saved.
-        guard_rails (`str`, *optional*, defaults to `"warn"`): Answer before an update to signs of a run that goes
-            wrong: `"warn"`, `"skip"`, `"stop"` or `"off"`. Other limits: [`~trl_tpgrpo.GuardRails`] in `callbacks`.
-        resume_from_checkpoint (`str`, *optional*): Checkpoint that the command line goes on from; `true`: the latest
-            complete one in `output_dir`. In Python it is the argument of `train()`.
-        resume_with_changes (`list[str]`, *optional*): Names of settings, or `train_dataset`, `reward_funcs` and
-            `model.transformer` (`.vae`, ...), that a resumed run may have otherwise than its checkpoint.
-        recompute_old_log_probs (`bool`, *optional*, defaults to `False`): Whether to recompute a rollout's
-            log-probabilities as training does, before the first update. Where kernels differ with gradients (NF4,
-            compiled blocks, `"auto"` batch sizes) the ratio is 1 again, for a model call per transition trained later.
+        ratio_norm (`bool`, *optional*, defaults to `False`): Whether to clip the ratio of GRPO-Guard (arXiv
+            2510.22319), which is centred at 1 at every step, and to divide the loss of a step by its length in sigma.
+            Needs `log_prob_type="gaussian"` and `sde_type="flow_sde"` or `"dance_sde"`.
+        kl_mask_threshold (`float`, *optional*): KL divergence of a transition from the sampled one, averaged over
+            dimensions, from which `"dppo"` masks it. `None`: 1e-6.
+        step_weights (`list[float]`, *optional*): Weight of the surrogate loss of each SDE step. `None`: 1 each.
+        importance_sampling_level (`str`, *optional*, defaults to `"step"`): Steps that share one ratio, the geometric
+            mean of their ratios: each `"step"` alone, a `"chunk"` (GCPO, arXiv 2510.21583) or the `"trajectory"`.
+        chunk_sizes (`list[int]`, *optional*): Sizes of the chunks, in the order of the steps. `None`: found in each
+            rollout, from changes in the trend of the latents' relative change.
+        ema_decay (`float`, *optional*, defaults to `0.9`): Decay of the moving average of the trained weights. The
+            average is evaluated and saved. `None`: no average.
+        ema_update_every (`int`, *optional*, defaults to `8`): Model updates between two updates of the average. Before
+            the first, the trained weights themselves are evaluated and saved.
+        guard_rails (`str`, *optional*, defaults to `"warn"`): Answer to signs of a failing run before an update:
+            `"warn"`, `"skip"`, `"stop"` or `"off"`. To set other limits, pass [`~trl_tpgrpo.GuardRails`] in
+            `callbacks`.
+        resume_from_checkpoint (`str`, *optional*): Checkpoint from which the command line resumes. `true`: the latest
+            complete one in `output_dir`. In Python, pass it to `train()`.
+        resume_with_changes (`list[str]`, *optional*): Names of settings, or of `train_dataset`, `reward_funcs` and
+            `model.transformer` (`.vae`, ...), that may differ from the checkpoint in a resumed run.
+        recompute_old_log_probs (`bool`, *optional*, defaults to `False`): Whether to recompute the log-probabilities
+            of a rollout as in training, before the first update. Where kernels differ with gradients (NF4, compiled
+            blocks, `"auto"` batch sizes), the first ratio is 1 again, for one function evaluation per transition.
 
         > Parameters that control memory and speed
         quantization (`str`, *optional*): Format of the base transformer: `"nf4"` (bitsandbytes, 4 bit, as in QLoRA),
             `"int8"` or `"fp8"` (torchao, weights only). Needs `peft_config` and a model given by name.
-        allow_distilled (`bool`, *optional*, defaults to `False`): Whether to train a model that was distilled to few
-            steps (Turbo, schnell, FLUX.2 klein), which undoes that.
-        attention_backend (`str`, *optional*): Backend in diffusers, such as `"flash"`. `None`: diffusers' choice.
-        compile_backend (`str`, *optional*): Backend of `torch.compile`, such as `"inductor"`, for the transformer's
-            repeated blocks, in rollouts and training alike and once for all batch sizes. `None`: no compilation.
+        allow_distilled (`bool`, *optional*, defaults to `False`): Whether to allow training a model that was distilled
+            to few steps (Turbo, schnell, FLUX.2 klein). Training undoes the distillation.
+        attention_backend (`str`, *optional*): Attention backend, such as `"flash"`. `None`: the default of diffusers.
+        compile_backend (`str`, *optional*): Backend of `torch.compile`, such as `"inductor"`, for the repeated blocks
+            of the transformer, compiled once for rollouts, training and all batch sizes. `None`: no compilation.
         precompute_prompt_embeds (`bool`, *optional*, defaults to `False`): Whether to encode all prompts first,
-            without the transformer on the device, and drop the encoders, which else wait on the CPU between rollouts.
-        prompt_embeds_dir (`str`, *optional*): Folder in which encoded prompts are kept, for this run and later ones.
-            `None`: the latest 1,024 are kept in the memory of the CPU.
+            without the transformer on the device, and free the text encoders. Otherwise they stay in CPU memory
+            between rollouts.
+        prompt_embeds_dir (`str`, *optional*): Folder for encoded prompts, for this run and later ones. `None`: the
+            latest 1,024 are kept in CPU memory.
         offload_between_phases (`bool`, *optional*, defaults to `False`): Whether the VAE, and reward functions with a
             method `to`, are on the CPU except while they decode and score.
-        offload_trajectories (`bool`, *optional*, defaults to `False`): Whether to keep states in pinned CPU memory.
-        offload_reference (`bool`, *optional*, defaults to `False`): Full fine-tuning with `beta > 0`: whether the
-            reference is on the CPU, except while it predicts all velocities of a rollout before the first update.
-        vae_slicing (`bool`, *optional*, defaults to `False`): Whether the VAE decodes image by image.
+        offload_trajectories (`bool`, *optional*, defaults to `False`): Whether to keep latents in pinned CPU memory.
+        offload_reference (`bool`, *optional*, defaults to `False`): For full fine-tuning with `beta > 0`: whether the
+            reference model is on the CPU, except while it predicts all velocities of a rollout before the first
+            update.
+        vae_slicing (`bool`, *optional*, defaults to `False`): Whether the VAE decodes one image at a time.
         vae_tiling (`bool`, *optional*, defaults to `False`): Whether the VAE decodes images larger than its tile
-            (1,024 pixels for SD3.5 and FLUX.1) in overlapping, blended tiles: less memory, slightly other images.
+            (1,024 pixels for SD3.5 and FLUX.1) in overlapping, blended tiles: less memory, slightly different images.
 
         > Parameters that control the logging
         log_completions (`bool`, *optional*, defaults to `False`): Whether to print samples of the rollout with each
-            log (prompts, rewards, the mean advantage and the rewards along the trajectory) and save their images in
-            `output_dir/completions`. The name is TRL's: the ODE's completions are not meant.
-        num_completions_to_print (`int`, *optional*): Samples shown, from the first. `None`: the first prompt's group.
-        log_images_steps (`int`, *optional*, defaults to `20`): Updates between reports to TensorBoard, W&B or trackio
-            (`report_to`): the samples' images, a trajectory with turning points, histograms of rewards, step rewards
-            and advantages. Each evaluation's first images are sent, and saved in `output_dir/images`. `None`: never.
+            log (prompts, rewards, mean advantage, rewards along the trajectory) and save their images in
+            `output_dir/completions`. TRL's name; not the ODE completions.
+        num_completions_to_print (`int`, *optional*): Samples to print. `None`: the group of the first prompt.
+        log_images_steps (`int`, *optional*, defaults to `20`): Updates between two reports to TensorBoard, W&B or
+            trackio (`report_to`): sample images, a trajectory with turning points, histograms of rewards, step rewards
+            and advantages. The first images of each evaluation are sent and saved in `output_dir/images`. `None`:
+            never.
 
         > Parameters whose defaults differ from [`~transformers.TrainingArguments`]
-        bf16 (`bool`, *optional*): Whether to use mixed precision. `None`: yes if the device can and `fp16` is not set.
-        learning_rate (`float`, *optional*, defaults to `3e-4`): Learning rate at the start, instead of `5e-5`.
+        bf16 (`bool`, *optional*): Whether to use bfloat16. `None`: if the device can and `fp16` is not set.
+        learning_rate (`float`, *optional*, defaults to `3e-4`): Initial learning rate, instead of `5e-5`.
         weight_decay (`float`, *optional*, defaults to `1e-4`): Weight decay, instead of `0`.
-        lr_scheduler_type (`str`, *optional*, defaults to `"constant"`): Schedule, instead of `"linear"`.
+        lr_scheduler_type (`str`, *optional*, defaults to `"constant"`): Learning rate schedule, instead of `"linear"`.
         activation_checkpointing (`bool`, *optional*): Whether to recompute activations to save memory. `None`: `True`.
         gradient_checkpointing (`bool`, *optional*): Former name of `activation_checkpointing`.
-        logging_steps (`float`, *optional*, defaults to `1`): Updates between two logs; below 1 their share of all.
+        logging_steps (`float`, *optional*, defaults to `1`): Updates between two logs; below 1: share of all.
         logging_nan_inf_filter (`bool`, *optional*, defaults to `False`): Whether to hide NaN and infinite losses.
         dataloader_pin_memory (`bool`, *optional*, defaults to `False`): Whether to pin batches, here rows of text.
 
         > Parameters that are not set by hand
-        derived (`dict`, *optional*): What has followed from other settings. In a config that is made from this one, by
-            `dataclasses.replace(config, ...)` or `TPGRPOConfig(**config.to_dict())`, it follows anew.
+        derived (`dict`, *optional*): Settings that were computed from others. A config made from this one, by
+            `dataclasses.replace(config, ...)` or `TPGRPOConfig(**config.to_dict())`, computes them again.
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]

@@ -1,4 +1,4 @@
-"""What values settings may have: types by the annotations, and limits, of inherited fields too."""
+"""Valid values of settings, inherited ones too: types from annotations, and limits."""
 
 import json
 import math
@@ -27,7 +27,7 @@ TYPES: dict[str, tuple] = {
     "noise_level": (float, list[float]), "policy_class": (str, Callable, NoneType), "report_to": (str, list[str]),
     "resume_from_checkpoint": (str, bool, NoneType), "scale_rewards": (str, bool),
 }  # fmt: skip
-"""Types of fields that take others than their annotations say, for transformers' parser or by former custom."""
+"""Types of fields that accept other types than their annotations."""
 
 MAY_BE_INFINITE = ("epsilon", "epsilon_high", "kl_mask_threshold", "max_grad_norm")  # for no limit
 MAY_BE_FILES = ("accelerator_config", "deepspeed", "fsdp_config")  # of JSON
@@ -43,7 +43,7 @@ LIMITS: dict[str, Any] = {
     "scale_rewards": SCALES, "seed": "at least 0 and below 4294967296", "torch_empty_cache_steps": "at least 1",
     "warmup_ratio": "at least 0 and at most 1", "warmup_steps": "at least 0",
 }  # fmt: skip
-"""Limits besides those in annotations: of inherited fields, and where the command line takes other words too."""
+"""Limits in addition to those in annotations: of inherited fields, and with other words of the command line."""
 
 TITLES: dict[Any, str] = {
     bool: "True or False", int: "an integer", float: "a finite number", str: "a string", dict: "a dict",
@@ -52,14 +52,14 @@ TITLES: dict[Any, str] = {
 
 
 def field_types(config: type) -> dict[str, tuple]:
-    """Return the types that the fields of a dataclass of settings take."""
+    """Return the types that the fields of a settings dataclass accept."""
     hints = get_type_hints(config)
     own = {name: get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,) for name, kind in hints.items()}
     return {item.name: TYPES.get(item.name, own[item.name]) for item in fields(config)}
 
 
 def all_limits(config: type) -> dict[str, Any]:
-    """Return the limits of the fields of a dataclass of settings: a tuple of choices, or bounds."""
+    """Return the limits of the fields of a settings dataclass: a tuple of choices, or bounds."""
     types = [(name, kind) for name, kinds in field_types(config).items() for kind in kinds]
     enums: dict[str, Any] = {name: kind for name, kind in types if isinstance(kind, EnumType)}
     values = {name: tuple(option.value for option in kind) for name, kind in enums.items()}
@@ -69,7 +69,7 @@ def all_limits(config: type) -> dict[str, Any]:
 
 
 def check_types(config: Any) -> None:
-    """Raise a `ValueError` for a value of another type; numpy's scalars, tuples and paths become Python's own."""
+    """Raise a `ValueError` for a value of a wrong type; convert numpy scalars, tuples and paths to Python types."""
     for name, types in field_types(type(config)).items():
         given = getattr(config, name)
         value, most = _plain(given), math.inf if name in MAY_BE_INFINITE else sys.float_info.max
@@ -83,7 +83,7 @@ def check_types(config: Any) -> None:
 
 
 def check_limits(config: Any) -> None:
-    """Raise a `ValueError` for a value that is beyond its limits."""
+    """Raise a `ValueError` for a value outside its limits."""
     types = field_types(type(config))
     for name, limit in all_limits(type(config)).items():
         value = getattr(config, name)
@@ -120,31 +120,31 @@ def _is_of(value: Any, kind: Any, most: float) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     if isinstance(origin, EnumType):
-        return isinstance(value, origin | str)  # of which its limits say more
+        return isinstance(value, origin | str)  # checked further by its limits
     return isinstance(value, origin)
 
 
 def _title(kind: Any) -> str:
     origin, args = get_origin(kind) or kind, get_args(kind)
     if origin is list:
-        return f"a list, of {_title(args[0])} each"
+        return f"a list, each {_title(args[0])}"
     if origin is Literal:
         return " or ".join(map(repr, args))
     return TITLES.get(origin, f"a {origin.__name__}")
 
 
 def _check_dict(name: str, value: Any) -> None:
-    """Raise a `ValueError` for a string that is no JSON of a dict and no file of it, and for unknown keys."""
+    """Raise a `ValueError` for a string that is not a dict in JSON or a file of one, and for unknown keys."""
     try:
         if isinstance(value, str):
             is_json = value.startswith("{")
             if not (is_json or name in MAY_BE_FILES):
-                raise ValueError("it does not begin with '{'")
+                raise ValueError("it does not start with '{'")
             value = json.loads(value if is_json else Path(value).read_text("utf-8"))
             if not isinstance(value, dict):
-                raise ValueError(f"it holds a {type(value).__name__}")
+                raise ValueError(f"it contains a {type(value).__name__}")
         if name == "accelerator_config" and isinstance(value, dict):
             AcceleratorConfig(**value)
     except (OSError, TypeError, ValueError, RecursionError) as error:
-        what = "JSON of a dict, or a file of it" if name in MAY_BE_FILES else "a dict, or JSON of one"
+        what = "a dict in JSON, or a file of it" if name in MAY_BE_FILES else "a dict, or one in JSON"
         raise ValueError(f"{name} must be {what}: {error}.") from error

@@ -1,7 +1,7 @@
-"""The repository of a run on the Hub: what is pushed there, when, and which command repeats a push that failed.
+"""The repository of a run on the Hub: pushes, and the command that repeats a failed push.
 
-transformers' own push is not used. It takes all of `output_dir`, but of a checkpoint only files with a language
-model's names. It reads what is still being written, and what fails in the background goes unnoticed.
+transformers' push is not used. It pushes all of `output_dir`, but of a checkpoint only files named as for language
+models. It reads incomplete files, and errors in the background go unnoticed.
 """
 
 import logging
@@ -26,18 +26,18 @@ logger = logging.getLogger(__name__)
 REMEDIES = {
     401: "it does not accept the token, which has expired, was revoked or is missing. Make one that may write at "
     "{endpoint}/settings/tokens and log in with `hf auth login`, or set HF_TOKEN or hub_token",
-    403: "the token may not write to {repo_id}. Take one with write permission there, or another hub_model_id",
+    403: "the token may not write to {repo_id}. Use one with write permission there, or another hub_model_id",
     404: "it does not know {repo_id}, or not this revision of it. See hub_model_id and hub_revision",
 }
 
 
 class HubError(RuntimeError):
-    """The Hub could not be reached or has refused something; the message says what to do."""
+    """The Hub could not be reached or returned an error; the message has a remedy."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """Files that are pushed together: arguments of [`~huggingface_hub.HfApi.upload_folder`]."""
+    """Files of one commit: arguments of [`~huggingface_hub.HfApi.upload_folder`]."""
 
     folder_path: Path
     path_in_repo: str
@@ -47,7 +47,7 @@ class Upload:
     delete_patterns: list[str] | None = None
 
     def command(self, repo_id: str, private: bool | None) -> str:
-        """Return the command that pushes the same."""
+        """Return the command for the same push."""
         words = ["hf", "upload", repo_id, str(self.folder_path), self.path_in_repo]
         patterns = (self.allow_patterns, self.ignore_patterns, self.delete_patterns)
         for option, values in zip(("--include", "--exclude", "--delete"), patterns, strict=True):
@@ -57,7 +57,7 @@ class Upload:
 
 
 class HubRepository:
-    """The repository of a run. Pushes to it run one after another in a thread of their own."""
+    """The repository of a run. Pushes run one after another in another thread."""
 
     def __init__(self, args: TrainingArguments, is_lora: bool):
         self.args, self.is_lora = args, is_lora  # an adapter is trained, or all weights
@@ -69,19 +69,19 @@ class HubRepository:
 
     @property
     def url(self) -> str:
-        """Address of the repository for a person."""
+        """Web address of the repository."""
         return f"{self._api.endpoint}/{self.repo_id}"
 
     @property
     def is_busy(self) -> bool:
-        """Whether files on disk are still being pushed, and must stay."""
+        """Whether files on disk are still needed by a push."""
         return self._last_push is not None and not self._last_push.done()
 
     def create(self, token: str | None = None, private: bool | None = None, is_trained: bool = False) -> str:
         """Create the repository, and the branch `hub_revision`, unless they exist; return the repository's id.
 
         Raises:
-            HubError: If that cannot be done, with the command that pushes the weights if it `is_trained`.
+            HubError: If it fails, with the command that pushes the weights if it `is_trained`.
         """
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         token, branch = token or self.args.hub_token, self.args.hub_revision
@@ -100,7 +100,7 @@ class HubRepository:
         """Commit weights, card, images and recipe from `output_dir`, after earlier pushes; return the commit.
 
         Raises:
-            HubError: If it fails. Without `blocking`, which returns a future, a warning says the same.
+            HubError: If it fails. Without `blocking`, a future is returned and a failure is a warning.
         """
         upload = self._usable(Path(self.args.output_dir), revision)
         if not blocking:
@@ -109,15 +109,15 @@ class HubRepository:
         return self._push(upload, message, token)
 
     def push_checkpoint(self, checkpoint: Path, step: int) -> None:
-        """Begin to push a whole checkpoint as `hub_strategy` asks for, with the card and recipe in `output_dir`.
+        """Start to push a complete checkpoint by `hub_strategy`, with the card and recipe in `output_dir`.
 
-        While an earlier push is under way a checkpoint is skipped, and pushed by `finish` if no later one has been.
+        During an earlier push, a checkpoint is skipped; `finish` pushes the last one if it was skipped.
         """
         output_dir = Path(self.args.output_dir)
         for path in [path for pattern in CARD_FILES for path in output_dir.glob(pattern)]:
             target = checkpoint / path.relative_to(output_dir)
             target.parent.mkdir(exist_ok=True)
-            shutil.copy(path, target)  # what is in output_dir may change before its turn comes
+            shutil.copy(path, target)  # files in output_dir may change before the push starts
         if self.is_busy and self.args.hub_strategy != "all_checkpoints" and not self.args.hub_always_push:
             self._skipped = (checkpoint, step)
         else:
@@ -132,17 +132,17 @@ class HubRepository:
             self._push_in_background(whole, f"{message}, checkpoint")
 
     def finish(self) -> None:
-        """Wait for all pushes, also of the last checkpoint if it was skipped; what has failed is in the log then."""
+        """Wait for all pushes, and push the last checkpoint if it was skipped; failures are in the log."""
         while self._last_push is not None:
-            self._api.run_as_future(bool).result()  # its turn comes after that of all pushes and their warnings
+            self._api.run_as_future(bool).result()  # after all pushes and their warnings
             self._last_push = None
             if self._skipped is not None:
                 self._push_checkpoint(*self._skipped)
 
     def _usable(self, folder: Path, revision: str | None = None) -> Upload:
-        """Return what anyone needs who uses the model."""
+        """Return the files that users of the model need."""
         files = [*CARD_FILES, LORA_FILE if self.is_lora else f"{TRANSFORMER_FOLDER}/*"]
-        stale = [pattern for pattern in files if "*" in pattern]  # an earlier push may have had more of these
+        stale = [pattern for pattern in files if "*" in pattern]  # an earlier push may have had more files
         revision = revision or self.args.hub_revision
         return Upload(folder, ".", revision, allow_patterns=files, delete_patterns=stale)
 
@@ -158,7 +158,7 @@ class HubRepository:
 
     @contextmanager
     def _explained(self, what: str, repo_id: str, upload: Upload | None) -> Iterator[None]:
-        """Raise HubError for what goes wrong inside, with the command that makes up for it."""
+        """Raise HubError for errors inside the context, with the command that repeats the push."""
         try:
             yield
         except (HTTPError, OSError, RuntimeError, ValueError) as error:
@@ -169,7 +169,7 @@ class HubRepository:
             raise HubError(f"{what}: {self._cause(error, repo_id)}. {later}") from error
 
     def _cause(self, error: BaseException, repo_id: str) -> str:
-        """Say why something failed and what helps, in a sentence without a full stop."""
+        """Return the reason of a failure and a remedy, without a full stop."""
         while isinstance(error, RuntimeError) and error.__cause__ is not None:
             error = error.__cause__
         if not isinstance(error, HfHubHTTPError):

@@ -1,1 +1,1 @@
-"""Model families: what differs between them, and nothing else."""
+"""Model families: their differences, and nothing else."""

@@ -1,4 +1,4 @@
-"""The contract of a model family, and what families do alike. Only `policies/` calls diffusers' pipelines.
+"""The interface of a model family, and the code shared by families. Only `policies/` calls diffusers' pipelines.
 
 Shapes: `N` samples, `S` text tokens, `...` a latent (SD3: channels, height, width; FLUX: packed tokens, channels).
 """
@@ -23,34 +23,34 @@ from .conditioning import Conditioning, Schedule, Step
 
 
 FEW_STEPS = ("turbo", "schnell", "lightning", "hyper-sd", "flash", "distill")
-"""What names of models that were distilled to few steps say of themselves."""
+"""Parts of the names of models that were distilled to few steps."""
 
 Texts = dict[str, Sequence[Tensor]]
-"""N rows of each tensor, by the family's own names: first the texts (S, ...), of any lengths. A tensor is its rows."""
+"""N rows of each tensor, by the family's own names; first the texts (S, ...), of any lengths."""
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How images are sampled, in diffusers' terms; the same everywhere, but for the size in evaluation."""
+    """Sampling options under diffusers' names; the same in training and evaluation, except for the size."""
 
     height: int  # pixels
     width: int  # pixels
     guidance_scale: float | None = None  # `None`: the family's default
-    true_cfg_scale: float | None = None  # of classifier-free guidance beside an embedded `guidance_scale`
-    negative_prompt: str | None = None  # to guide away from; `None`: the empty one, or no guidance where it is needed
-    max_sequence_length: int | None = None  # tokens of a text; `None`: the pipeline's own default
+    true_cfg_scale: float | None = None  # of classifier-free guidance, in addition to an embedded `guidance_scale`
+    negative_prompt: str | None = None  # `None`: the empty prompt, or no guidance if the pipeline needs one
+    max_sequence_length: int | None = None  # text tokens; `None`: the pipeline's default
     eval_height: int | None = None  # pixels; `None`: `height`
     eval_width: int | None = None  # pixels; `None`: `width`
 
 
 class FlowPolicy(ABC):
-    """A pipeline, cut into the parts that reinforcement learning calls one by one.
+    """A pipeline, divided into the parts that reinforcement learning calls one by one.
 
-    Each method does what the pipeline's `__call__` does between its lines, so that a rollout of ODE steps equals the
-    pipeline's images to the bit. Weights are passed to `velocity`, not owned: the trainer hands in the wrapped model,
-    the unwrapped one, or the reference. A pipeline that cannot be trained or make such images is a `ValueError`.
+    Each method is a part of the pipeline's `__call__`, so that a rollout of ODE steps is bit-identical to the
+    pipeline's images. The model is an argument of `velocity`: the trainer passes the wrapped model, the unwrapped one,
+    or the reference. An unsupported pipeline is a `ValueError`.
 
-    A family declares what it is in class attributes, and defines `encode_texts`, `text_shapes` and `predict`.
+    A family sets class attributes and defines `encode_texts`, `text_shapes` and `predict`.
     """
 
     pipeline_class: type[DiffusionPipeline]
@@ -59,14 +59,14 @@ class FlowPolicy(ABC):
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     ]  # fmt: skip
     default_length: int  # the pipeline's own `max_sequence_length`
-    default_guidance: dict[str, float]  # of `guidance_scale` and `true_cfg_scale` those that have an effect
-    guidance_option: str | None = "guidance_scale"  # that of classifier-free guidance; `None`: there is none
-    least_guidance = 1.0  # classifier-free guidance is on above it
+    default_guidance: dict[str, float]  # those of `guidance_scale` and `true_cfg_scale` that have an effect
+    guidance_option: str | None = "guidance_scale"  # option of classifier-free guidance; `None`: not available
+    least_guidance = 1.0  # classifier-free guidance is on above this scale
     takes_negative_prompt = True
-    needs_negative_prompt = False  # whether classifier-free guidance is on with a negative prompt only
-    takes_image = False  # whether prompts come with an image that they change
-    decoding = 768  # numbers a pixel that the VAE keeps while it decodes
-    guides_in_one_pass = False  # whether one model call has negative and positive prompts, in this order
+    needs_negative_prompt = False  # whether classifier-free guidance needs a negative prompt
+    takes_image = False  # whether prompts have an input image to edit
+    decoding = 768  # numbers per pixel that the VAE keeps while it decodes
+    guides_in_one_pass = False  # whether negative and positive prompts, in this order, share a model call
     noise_dtype: torch.dtype | None = None  # `None`: the transformer's
     velocity_dtype: torch.dtype | None = None
     largest_size: int | None = None  # pixels of height and width
@@ -88,15 +88,15 @@ class FlowPolicy(ABC):
             raise ValueError(f"The pipeline's scheduler must be a FlowMatchEulerDiscreteScheduler, got {kind}.")
         for option in ("stochastic_sampling", "invert_sigmas"):
             if scheduler.config.get(option, False):
-                raise ValueError(f"The scheduler's option {option} is not supported: its steps are not the ODE's.")
+                raise ValueError(f"The scheduler's option {option} is not supported: its steps are not Euler steps.")
         if getattr(self.pipeline, "hf_device_map", None) is not None:
-            raise ValueError("A pipeline with a device_map cannot be trained: load it without one.")
+            raise ValueError("A pipeline with a device_map cannot be trained: load it without device_map.")
         if any(isinstance(module, BaseTunerLayer) for module in self.pipeline.transformer.modules()):
             remedy = "call pipeline.fuse_lora() and pipeline.unload_lora_weights() first, or load the pipeline anew"
-            raise ValueError(f"The pipeline's transformer carries an adapter already: {remedy}.")
+            raise ValueError(f"The pipeline's transformer already has an adapter: {remedy}.")
 
     def _settled(self, guidance: Guidance) -> Guidance:
-        """Fill in the family's defaults, and refuse a scale that it ignores unless it is 1, which means off."""
+        """Fill in the family's defaults; reject a scale without effect unless it is 1 (off)."""
         changes: dict[str, Any] = {"guidance_scale": None, "true_cfg_scale": 1.0}
         for name in changes:
             given, default = getattr(guidance, name), self.default_guidance.get(name)
@@ -134,7 +134,7 @@ class FlowPolicy(ABC):
 
     @contextmanager
     def at_eval_size(self) -> Iterator[None]:
-        """Make images of `eval_height` x `eval_width` inside: all that depends on the size follows."""
+        """Use `eval_height` x `eval_width` inside the context."""
         before = self.guidance
         height, width = before.eval_height or before.height, before.eval_width or before.width
         self.guidance = replace(before, height=height, width=width)
@@ -149,23 +149,23 @@ class FlowPolicy(ABC):
 
     @property
     def uses_negative_prompt(self) -> bool:
-        """Whether classifier-free guidance is on: the model is given the prompt and the negative one."""
+        """Whether classifier-free guidance is on, so that the model gets prompt and negative prompt."""
         return self.guidance_option is not None and getattr(self.guidance, self.guidance_option) > self.least_guidance
 
     @property
     def scales(self) -> dict[str, float]:
-        """Return the guidance that has an effect here, by the name of its option."""
+        """Return the guidance scales that have an effect, by option name."""
         found = {name: getattr(self.guidance, name) for name in self.default_guidance}
         return {name: value for name, value in found.items() if name != "true_cfg_scale" or value != 1}
 
     @property
     def repeated_blocks(self) -> tuple[str, ...]:
-        """Class names of the blocks that the transformer repeats."""
+        """Class names of the transformer's repeated blocks."""
         return tuple(self.pipeline.transformer._repeated_blocks)
 
     @property
     def size_multiple(self) -> int:
-        """Pixels of which heights and widths are multiples: the side of a token, of two by two latents."""
+        """Heights and widths must be multiples of this: the side of a token (two by two latents) in pixels."""
         return self.pipeline.vae_scale_factor * 2
 
     @property
@@ -175,61 +175,61 @@ class FlowPolicy(ABC):
 
     @property
     def tile_side(self) -> int:
-        """Pixels along the side of a tile, of which the VAE decodes one after the other if told to."""
+        """Side in pixels of the tiles that the VAE decodes with tiling."""
         return self.pipeline.vae.config.sample_size
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """Height and width to which an image that a prompt changes is resized, with `takes_image`."""
+        """Height and width to which input images are resized, with `takes_image`."""
         return self.guidance.height, self.guidance.width
 
     @property
     def image_options(self) -> dict[str, Any]:
-        """What the pipeline is told beside an image of `input_size`, to leave it and the output's size as they are."""
+        """Pipeline options that keep the sizes of an input image of `input_size` and of the output."""
         return {}
 
     @property
     def width(self) -> int:
-        """Numbers that the transformer's blocks hold of a token."""
+        """Hidden size of the transformer."""
         config = self.pipeline.transformer.config
         return config.num_attention_heads * config.attention_head_dim
 
     @property
     def num_channels(self) -> int:
-        """Channels of a latent before two by two are packed."""
+        """Channels of a latent before packing."""
         return self.pipeline.transformer.config.in_channels // 4
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """The shape of one latent."""
+        """Shape of one latent."""
         return tuple(self.initial_noise([torch.Generator()]).shape[1:])
 
     @property
     def is_distilled(self) -> bool:
-        """Whether the model has been distilled to few steps, as its config or name says."""
+        """Whether the model is distilled to few steps, by its config or name."""
         parts = self.pipeline, self.pipeline.transformer
         names = " ".join(Path(str(part.config.get("_name_or_path"))).name for part in parts).lower()
         return bool(self.pipeline.config.get("is_distilled")) or any(mark in names for mark in FEW_STEPS)
 
     @abstractmethod
     def encode_texts(self, texts: list[str], images: list[Image.Image] | None) -> Texts:
-        """Encode N prompts or negative prompts, with `takes_image` each with its image."""
+        """Encode N prompts or negative prompts, each with its image if `takes_image`."""
 
     def encode_negatives(self, texts: list[str], images: list[Image.Image] | None) -> Texts:
-        """Encode N negative prompts, for pipelines that do so in another way."""
+        """Encode N negative prompts; override it if the pipeline encodes them differently."""
         return self.encode_texts(texts, images)
 
     @abstractmethod
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the longest text's tensors, from configs alone; the first begins with the tokens."""
+        """Return the tensor shapes of the longest text, from configs only; the first starts with the tokens."""
 
     @abstractmethod
     def predict(self, model: nn.Module, latents: Tensor, step: Step, texts: Conditioning) -> Tensor:
-        """Call the model once: the velocity (N, ...), towards noise, of `latents` (N, ...) in `self.dtype`."""
+        """Call the model once; return the velocity (N, ...), towards noise, at `latents` (N, ...), in `self.dtype`."""
 
     @torch.no_grad()
     def encode(self, prompts: list[str], images: list[Image.Image] | None = None) -> Conditioning:
-        """Encode N prompts, and under classifier-free guidance the negative prompt, in `self.dtype`."""
+        """Encode N prompts and, with classifier-free guidance, the negative prompt, in `self.dtype`."""
         encoded, negative = Conditioning.of(self.encode_texts(list(prompts), images)), None
         if self.uses_negative_prompt:
             texts = [self.guidance.negative_prompt or ""] * len(prompts)
@@ -237,7 +237,7 @@ class FlowPolicy(ABC):
         return replace(encoded, negative=negative).to(self.dtype)
 
     def empty_conditioning(self) -> Conditioning:
-        """Return the conditioning of one prompt, of zeros, from configs alone."""
+        """Return a conditioning of zeros for one prompt, from configs only."""
         tensors = {name: torch.zeros(1, *shape, dtype=self.dtype) for name, shape in self.text_shapes().items()}
         return Conditioning(tensors, Conditioning(tensors) if self.uses_negative_prompt else None)
 
@@ -247,7 +247,7 @@ class FlowPolicy(ABC):
         drawn = self.pipeline.prepare_latents(
             len(generators), self.num_channels, size.height, size.width, dtype, self.device, generators
         )
-        return drawn if isinstance(drawn, Tensor) else drawn[0]  # some have the tokens' positions beside them
+        return drawn if isinstance(drawn, Tensor) else drawn[0]  # some pipelines return token positions too
 
     def schedule(self, num_inference_steps: int) -> Schedule:
         """Return the pipeline's sigmas and timesteps."""
@@ -257,19 +257,19 @@ class FlowPolicy(ABC):
         return Schedule(scheduler.sigmas.clone(), scheduler.timesteps.clone())
 
     def sigmas(self, num_inference_steps: int) -> np.ndarray | None:
-        """Return the sigmas (T,) that the scheduler shifts; `None`: its own."""
+        """Return the sigmas (T,) that the scheduler shifts; `None`: the scheduler's."""
         if self.pipeline.scheduler.config.get("use_flow_sigmas", False):
             return None
         return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
 
     def shift(self, num_inference_steps: int) -> float:
-        """Return `mu`, by which the scheduler shifts sigmas with the resolution."""
+        """Return `mu`, the scheduler's shift of the sigmas by resolution."""
         config = self.pipeline.scheduler.config
         limits = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
         return calculate_shift(math.prod(self.token_grid), *limits)
 
     def velocity(self, model: nn.Module, latents: Tensor, step: Step, conditioning: Conditioning) -> Tensor:
-        """Predict the guided velocity (N, ...) of `latents` (N, ...) at a step, in the dtype of the pipeline's."""
+        """Predict the guided velocity (N, ...) of `latents` (N, ...) at a step, in the pipeline's dtype."""
         latents, negative, dtype = latents.to(self.dtype), conditioning.negative, self.velocity_dtype or self.dtype
         if negative is None:
             return self.predict(model, latents, step, conditioning).to(dtype)
@@ -282,17 +282,17 @@ class FlowPolicy(ABC):
         return self.guide(conditional, unconditional)
 
     def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
-        """Combine the velocities (N, ...) with the prompt and with the negative one."""
+        """Combine the velocities (N, ...) for prompt and negative prompt."""
         assert self.guidance_option is not None
         return unconditional + getattr(self.guidance, self.guidance_option) * (conditional - unconditional)
 
     def vae_latents(self, latents: Tensor) -> Tensor:
-        """Turn latents (N, ...) into what the VAE decodes: (N, C, H, W)."""
+        """Convert latents (N, ...) to the input of the VAE: (N, C, H, W)."""
         config = self.pipeline.vae.config
         return latents / config.scaling_factor + config.shift_factor
 
     def to(self, device: torch.device) -> None:
-        """Work on `device` from now on: move the VAE there; the text encoders follow when they are needed."""
+        """Move the VAE to `device`; text encoders follow when needed."""
         self.device = device
         self.pipeline.vae.to(device)
 
@@ -314,9 +314,9 @@ class FlowPolicy(ABC):
         for batch in latents.split(batch_size or max(len(latents), 1)):
             latents_of_vae = self.vae_latents(batch.to(self.noise_dtype or self.dtype)).to(vae.dtype)
             decoded = vae.decode(latents_of_vae, return_dict=False)[0]
-            decoded = decoded[:, :, 0] if decoded.ndim == 5 else decoded  # a VAE of videos, of one frame
+            decoded = decoded[:, :, 0] if decoded.ndim == 5 else decoded  # a video VAE, with one frame
             shades = self.pipeline.image_processor.postprocess(decoded, output_type="pt").float()
-            rounded = shades.mul_(255).round_().to(torch.uint8)  # in place: these are as large as the batch's images
+            rounded = shades.mul_(255).round_().to(torch.uint8)  # in place, to save memory
             pixels.append(rounded if keep_on_device else rounded.cpu())
             if on_batch is not None:
                 on_batch(len(batch))
@@ -330,7 +330,7 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 @contextmanager
 def on_device(modules: Iterable[Any], device: torch.device, offload: bool = True) -> Iterator[None]:
-    """Keep modules on `device` inside and on the CPU afterwards; without `offload` leave them where they are."""
+    """Keep modules on `device` inside the context and on the CPU afterwards; no-op without `offload`."""
     moved = list(modules) if offload else []
     try:
         for module in moved:

@@ -15,7 +15,7 @@ from .flux import FluxPolicy
 
 
 class ChromaPolicy(FlowPolicy):
-    """Chroma: FLUX.1 with texts of T5 alone, an attention mask, and classifier-free guidance."""
+    """Chroma: FLUX.1 with T5 text only, an attention mask, and classifier-free guidance."""
 
     pipeline_class = ChromaPipeline
     lora_target_modules = FluxPolicy.lora_target_modules
@@ -34,7 +34,7 @@ class ChromaPolicy(FlowPolicy):
 
     def predict(self, model: nn.Module, latents: Tensor, step: Step, texts: Conditioning) -> Tensor:
         number, device, embeds = len(latents), latents.device, texts.tensors["prompt_embeds"]
-        mask = texts.tensors["prompt_attention_mask"]  # of numbers, which diffusers adds to the attention's logits
+        mask = texts.tensors["prompt_attention_mask"]  # float mask that diffusers adds to the attention logits
         mask = torch.cat([mask, mask.new_ones(number, latents.shape[1])], dim=1)
         with _recomputing_with(mask, self.pipeline.transformer):
             return model(
@@ -55,7 +55,7 @@ class ChromaPolicy(FlowPolicy):
 
 @contextmanager
 def _recomputing_with(mask: Tensor, transformer: ChromaTransformer2DModel) -> Iterator[None]:
-    """Give the single blocks the mask, which diffusers leaves out where activations are recomputed."""
+    """Pass the mask to the single blocks; diffusers leaves it out if activations are recomputed."""
     checkpoint = transformer._gradient_checkpointing_func
 
     def with_mask(block: nn.Module, *inputs: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""What a policy is given beside the latents: encoded prompts, and the steps of a schedule.
+"""Inputs of a policy besides latents: encoded prompts, and the steps of a schedule.
 
-Shapes: `N` prompts, `S` tokens of the longest text, `...` what a family makes of a token or a prompt.
+Shapes: `N` prompts, `S` tokens of the longest text, `...` the family's dimensions of a token or prompt.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,21 +13,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts, all of a generation batch padded to one length, so that no row depends on its micro-batch."""
+    """Encoded prompts of a generation batch, padded to one length, so that rows do not depend on the micro-batch."""
 
     tensors: dict[str, Tensor]  # (N, ...), by the family's own names; the first are the texts, (N, S, ...)
-    negative: "Conditioning | None" = None  # negative prompts, one for each; `None` without classifier-free guidance
-    lengths: tuple[int, ...] | None = None  # tokens of each text; `None`: none is padded, and no mask is needed
+    negative: "Conditioning | None" = None  # negative prompts, one per prompt; `None` without classifier-free guidance
+    lengths: tuple[int, ...] | None = None  # tokens of each text; `None`: no padding, no mask
 
     @classmethod
     def of(cls, rows: Mapping[str, Sequence[Tensor]]) -> "Conditioning":
-        """Stack N rows of each name; texts of other lengths are padded with zeros behind."""
+        """Stack N rows of each name; shorter texts are padded with zeros at the end."""
         lengths = tuple(len(text) for text in next(iter(rows.values())))
         tensors = {name: _stack(values) for name, values in rows.items()}
         return cls(tensors, lengths=lengths if len(set(lengths)) > 1 else None)
 
     def __getitem__(self, rows: Tensor) -> "Conditioning":
-        """Select the prompts of `rows` (M,), which are best on the CPU, where their lengths are."""
+        """Select the prompts of `rows` (M,), preferably on the CPU like their lengths."""
         lengths = None if self.lengths is None else tuple(self.lengths[row] for row in rows.tolist())
         tensors = {name: value[rows.to(value.device)] for name, value in self.tensors.items()}
         return Conditioning(tensors, None if self.negative is None else self.negative[rows], lengths)
@@ -36,7 +36,7 @@ class Conditioning:
         return len(next(iter(self.tensors.values())))
 
     def to(self, target: torch.dtype | torch.device) -> "Conditioning":
-        """Move to a device, or cast to a dtype what is no mask."""
+        """Move to a device, or cast to a dtype (except masks)."""
         is_dtype = isinstance(target, torch.dtype)
         return self._map(lambda value: value if is_dtype and not value.is_floating_point() else value.to(target))
 
@@ -46,26 +46,26 @@ class Conditioning:
         return next(iter(self.tensors.values())).device
 
     def texts(self) -> list[Tensor]:
-        """Return the N texts, each as long as it is: (S_i, ...)."""
+        """Return the N texts without padding: (S_i, ...)."""
         padded = next(iter(self.tensors.values()))
         return [text[:length] for text, length in zip(padded, self._all_lengths(), strict=True)]
 
     def mask(self) -> Tensor | None:
-        """Return which tokens are a text's own, bool (N, S); `None` where no text is padded."""
+        """Return the mask of tokens that are not padding, bool (N, S); `None` if no text is padded."""
         if self.lengths is None:
             return None
         padded = next(iter(self.tensors.values()))
         return (torch.arange(padded.shape[1]) < torch.tensor(self.lengths)[:, None]).to(padded.device)
 
     def join(self, other: "Conditioning") -> "Conditioning":
-        """Return the prompts of both in one batch, without their negative ones."""
+        """Return the prompts of both in one batch, without negative prompts."""
         joined = Conditioning.of({name: [*value, *other.tensors[name]] for name, value in self.tensors.items()})
         if self.lengths is None and other.lengths is None and joined.lengths is None:
             return joined
         return replace(joined, lengths=(*self._all_lengths(), *other._all_lengths()))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Read also what version 0.1.0 has saved, whose tensors were attributes."""
+        """Restore the state; version 0.1.0 saved tensors as attributes."""
         negative, lengths = state.pop("negative"), state.pop("lengths", None)
         vars(self).update(tensors=state.get("tensors", state), negative=negative, lengths=lengths)
 
@@ -95,7 +95,7 @@ class Step(NamedTuple):
 
     number: int  # from 0
     num_steps: int
-    timestep: Tensor  # what the scheduler hands the pipeline, 1000 to 0
+    timestep: Tensor  # the scheduler's timestep, 1000 to 0
     sigmas: tuple[Tensor, Tensor]  # before the step and after it
 
 
@@ -104,7 +104,7 @@ class Schedule:
     """The noise levels of a sampler with T steps, on the CPU in float32."""
 
     sigmas: Tensor  # (T + 1,), falling from at most 1 to 0
-    timesteps: Tensor  # (T,): what the scheduler hands the pipeline, 0 to 1000
+    timesteps: Tensor  # (T,), the scheduler's, 0 to 1000
 
     def __getitem__(self, number: int) -> Step:
         """Return step `number`, from 0 to T - 1."""

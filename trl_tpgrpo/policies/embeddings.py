@@ -1,8 +1,7 @@
-"""Encoded prompts: each is encoded once, kept off the device or on disk, and the encoders make room in between.
+"""Encoded prompts: each is encoded once, kept in CPU memory or on disk; encoders leave the device in between.
 
-A prompt is always encoded alone, so that its encoding does not depend on those that happen to be encoded with it. In
-editing a prompt comes with an image, and each pair of them is encoded once; once more where images of an evaluation
-have another size.
+Each prompt is encoded alone, so that its encoding does not depend on other prompts. In editing, each pair of prompt
+and image is encoded once, and again if evaluation uses another image size.
 """
 
 import hashlib
@@ -31,24 +30,24 @@ from .weights import whole_file
 logger = logging.getLogger(__name__)
 
 KEPT_IN_MEMORY = 1024  # prompts; one of FLUX.1-dev takes 4 MB
-MUCH = 10e9  # bytes of prompts, of which a run should know before it fills a disk with them
+MUCH = 10e9  # bytes of encoded prompts from which a run warns about disk space
 
 
 @dataclass(frozen=True)
 class InputImage:
-    """An image that a prompt changes; equal to another of the same pixels."""
+    """An input image for editing; images with the same pixels are equal."""
 
     digest: str
     image: Image.Image = field(compare=False)
 
 
 class Prompt(NamedTuple):
-    """A text and, in editing, the image that it changes."""
+    """A text and, in editing, its input image."""
 
     text: str
     image: InputImage | None = None
     is_negative: bool = False
-    eval_size: tuple[int, int] | None = None  # of the image, height and width, where it is not that of training
+    eval_size: tuple[int, int] | None = None  # height and width of the image, if not those of training
 
     @classmethod
     def of(cls, row: dict[str, Any], takes_image: bool) -> "Prompt":
@@ -61,10 +60,10 @@ class Prompt(NamedTuple):
 
 
 class PromptEmbeddings:
-    """The encoded prompts of a policy, whose text encoders are on the device only while they encode.
+    """The encoded prompts of a policy; text encoders are on the device only while they encode.
 
-    They are kept in a subfolder of `folder`, named after all that an encoded prompt depends on, weights included, so
-    that another encoder, dtype, length or negative prompt never finds them; without a folder the latest in memory.
+    They are kept in a subfolder of `folder`, whose name is a hash of everything that they depend on, weights included:
+    another encoder, dtype, length or negative prompt does not find them. Without a folder, the latest stay in memory.
     """
 
     def __init__(self, policy: FlowPolicy, folder: str | Path | None = None):
@@ -89,14 +88,14 @@ class PromptEmbeddings:
     def precompute(
         self, rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]], transformer: nn.Module, display: Any
     ) -> None:
-        """Encode the prompts of a run's rows while the transformer is not on the device, and drop the encoders."""
+        """Encode the prompts of a run while the transformer is not on the device, then free the encoders."""
         of_rows, of_eval_rows = (
             [Prompt.of(row, self.policy.takes_image) for row in part] for part in (rows, eval_rows)
         )
         with self.policy.at_eval_size():
             distinct = list(dict.fromkeys([*of_rows, *self._sized(of_eval_rows)]))
         if self.folder is None and len(distinct) > KEPT_IN_MEMORY:
-            number = f"{len(distinct)} prompts, more than the {KEPT_IN_MEMORY} that are kept in memory"
+            number = f"{len(distinct)} prompts do not fit in memory (at most {KEPT_IN_MEMORY})"
             raise ValueError(f"precompute_prompt_embeds: {number}: set prompt_embeds_dir, a folder to keep them in.")
         each = self.policy.dtype.itemsize * sum(map(math.prod, self.policy.text_shapes().values()))
         if each * len(distinct) > MUCH:
@@ -111,7 +110,7 @@ class PromptEmbeddings:
             setattr(self.policy.pipeline, name, None)
 
     def _sized(self, prompts: list[Prompt]) -> list[Prompt]:
-        """Tell prompts apart whose images are resized now to another size than in training."""
+        """Mark prompts whose images have another size now than in training."""
         size = self.policy.input_size
         is_other = self.policy.takes_image and size != self._size
         return (
@@ -130,10 +129,10 @@ class PromptEmbeddings:
             return
         encoders = self.policy.text_encoders().values()
         if not encoders:
-            reason = "has not been encoded before, and precompute_prompt_embeds has dropped the text encoders"
-            remedy = "give the trainer all datasets and max_steps, or leave precompute_prompt_embeds out"
+            reason = "was not encoded in advance, and precompute_prompt_embeds has removed the text encoders"
+            remedy = "pass all datasets and max_steps to the trainer, or leave out precompute_prompt_embeds"
             raise ValueError(f"The prompt {missing[0].text!r} {reason}: {remedy}.")
-        on_prompt(number - len(missing))  # below 0, where negative prompts come on top
+        on_prompt(number - len(missing))  # negative: negative prompts come in addition
         vae = self.policy.pipeline.vae  # may be offloaded
         images = [vae] if self.policy.takes_image and vae.device != self.policy.device else []
         with on_device([*encoders, *images], self.policy.device):
@@ -167,7 +166,7 @@ class PromptEmbeddings:
         self.folder.mkdir(parents=True, exist_ok=True)
         written = self._file(prompt).with_suffix(f".{os.getpid()}.tmp")
         save_file({name: value.contiguous() for name, value in tensors.items()}, written)
-        written.replace(self._file(prompt))  # which is whole or absent, whatever other processes write
+        written.replace(self._file(prompt))  # complete or absent, even if other processes write too
 
     def _file(self, prompt: Prompt) -> Path:
         assert self.folder is not None
@@ -178,7 +177,7 @@ class PromptEmbeddings:
 
 
 def fingerprint(policy: FlowPolicy) -> str:
-    """Hash everything that an encoded prompt depends on but the prompt."""
+    """Hash everything that an encoded prompt depends on, except the prompt."""
     names = ["negative_prompt", "max_sequence_length"] + ["height", "width"] * policy.takes_image
     settings = {name: getattr(policy.guidance, name) for name in names}
     settings["negative"] = policy.uses_negative_prompt
@@ -198,7 +197,7 @@ def fingerprint(policy: FlowPolicy) -> str:
 
 
 def _tokenization(part: Any) -> list[str]:
-    """Describe a tokenizer, or a processor with what it consists of."""
+    """Describe a tokenizer, or a processor with its parts."""
     described = [type(part).__name__, str(getattr(part, "chat_template", None))]
     if isinstance(part, ProcessorMixin):
         held = [getattr(part, name) for name in part.get_attributes()]
@@ -210,7 +209,7 @@ def _tokenization(part: Any) -> list[str]:
 
 
 def _templates(pipeline: Any) -> str:
-    """Return the pipeline's own plain attributes and settings, templates of prompts among them."""
+    """Return the pipeline's plain attributes and settings, including prompt templates."""
     return _plain_json({**pipeline.config, **vars(pipeline), "class": type(pipeline).__name__})
 
 
@@ -221,7 +220,7 @@ def _plain_json(settings: Mapping[str, Any]) -> str:
 
 
 def checksum(values: Tensor) -> str:
-    """Sum up a tensor's dtype, shape and bits, at the speed of memory; not for secrets."""
+    """Compute a fast, non-cryptographic checksum of a tensor's dtype, shape and bits."""
     bits = values.detach().contiguous().flatten().view(torch.uint8)
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(torch.int64)
     factors = torch.arange(len(bits), device=bits.device) * 2 + 1

@@ -12,7 +12,7 @@ from .conditioning import Conditioning, Step
 class FluxPolicy(FlowPolicy):
     """FLUX.1: packed latents, sigmas shifted by the resolution, guidance as an input of the model.
 
-    Classifier-free guidance proper ("true CFG", with `true_cfg_scale` and a negative prompt) is a second pass.
+    Classifier-free guidance ("true CFG", with `true_cfg_scale` and a negative prompt) needs a second pass.
     """
 
     pipeline_class = FluxPipeline

@@ -13,7 +13,7 @@ from .conditioning import Conditioning, Step
 class Flux2KleinPolicy(FlowPolicy):
     """FLUX.2 klein: sigmas shifted by the resolution and the number of steps, latents scaled by a batch norm.
 
-    The negative prompt is the empty one; what is distilled takes no guidance.
+    The negative prompt is empty; distilled models use no guidance.
     """
 
     pipeline_class = Flux2KleinPipeline
@@ -70,7 +70,7 @@ class Flux2KleinPolicy(FlowPolicy):
 
 
 class Flux2Policy(Flux2KleinPolicy):
-    """FLUX.2 dev: guidance as an input of the model, and no other."""
+    """FLUX.2 dev: guidance as an input of the model only."""
 
     pipeline_class = Flux2Pipeline
     guidance_option = None

@@ -14,7 +14,7 @@ from .flux import FluxPolicy
 
 
 class KontextPolicy(FluxPolicy):
-    """FLUX.1 Kontext: FLUX.1 with the latents of an image as tokens behind those of the noise.
+    """FLUX.1 Kontext: FLUX.1 with the latents of an image as tokens after those of the noise.
 
     An image is resized to the size of the output.
     """
@@ -30,7 +30,7 @@ class KontextPolicy(FluxPolicy):
     def encode_texts(self, texts: list[str], images: list[Image.Image] | None) -> Texts:
         assert images is not None
         pixels = self.pipeline.image_processor.preprocess(images, self.guidance.height, self.guidance.width)
-        one_by_one = [None] * len(images)  # generators, which draw nothing
+        one_by_one = [None] * len(images)  # generators, which are not used
         latents = self.pipeline._encode_vae_image(pixels.to(self.device, self.dtype), one_by_one)
         packed = self.pipeline._pack_latents(latents, *latents.shape)
         return {**super().encode_texts(texts, images), "image_latents": packed}

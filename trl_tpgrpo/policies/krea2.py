@@ -10,7 +10,7 @@ from .conditioning import Conditioning, Step
 
 
 class Krea2Policy(FlowPolicy):
-    """Krea 2: states of several layers as texts, with a mask; the VAE of Qwen-Image; guidance that counts from 0."""
+    """Krea 2: hidden states of several layers as texts, with a mask; the VAE of Qwen-Image; guidance is off at 0."""
 
     pipeline_class = Krea2Pipeline
     lora_target_modules = [

@@ -12,7 +12,7 @@ from .conditioning import Conditioning, Step
 class QwenImagePolicy(FlowPolicy):
     """Qwen-Image: packed latents, texts of any length with a mask, classifier-free guidance that keeps each norm.
 
-    The embedded guidance that a config can ask for is left out: diffusers' model cannot run with it.
+    The embedded guidance option of the config is not supported, because diffusers' model cannot run with it.
     """
 
     pipeline_class = QwenImagePipeline
@@ -29,7 +29,7 @@ class QwenImagePolicy(FlowPolicy):
 
     @property
     def token_grids(self) -> list[tuple[int, int, int]]:
-        """Frames, rows and columns of the tokens of each image that the model is given."""
+        """Frames, rows and columns of the tokens of each input of the model."""
         return [(1, *self.token_grid)]
 
     def encode_texts(self, texts: list[str], images: list[Image.Image] | None) -> Texts:

@@ -17,10 +17,10 @@ PATCH = 28  # pixels along the side of a token that the text encoder makes of an
 
 
 class QwenImageEditPolicy(QwenImagePolicy):
-    """Qwen-Image-Edit: the text encoder reads the image, and its latents are tokens behind those of the noise.
+    """Qwen-Image-Edit: the text encoder reads the image, and its latents are tokens after those of the noise.
 
-    An image is resized to the pipeline's own 1 megapixel, about in the aspect of the output: to a size that the
-    pipeline does not change further, though it rounds the sides. Texts are never cut.
+    An image is resized to about 1 megapixel, as in the pipeline, in about the aspect ratio of the output: to a size
+    that the pipeline does not change further. Texts are never truncated.
     """
 
     pipeline_class = QwenImageEditPipeline
@@ -29,7 +29,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
     def _check_guidance(self) -> None:
         super()._check_guidance()
         if self.guidance.max_sequence_length is not None:
-            reason = "which cuts no text: leave it out"
+            reason = "which never truncates texts: leave it out"
             raise ValueError(f"max_sequence_length has no effect on this {self._name}, {reason}.")
 
     @property
@@ -52,7 +52,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
         resized = [processor.resize(image, *self.input_size) for image in images]
         embeds = own_tokens(*self.pipeline.encode_prompt(texts, resized, device=self.device))
         pixels = processor.preprocess(resized, *self.input_size).unsqueeze(2).to(self.device, self.dtype)
-        generators = [None] * len(images)  # a list has the images encoded one by one; nothing is drawn
+        generators = [None] * len(images)  # as a list, images are encoded one by one; no noise
         latents = self.pipeline._encode_vae_image(pixels, generators)
         packed = self.pipeline._pack_latents(latents, len(images), self.num_channels, *latents.shape[3:])
         return {"prompt_embeds": embeds, "image_latents": packed}

@@ -1,4 +1,4 @@
-"""The model before training, from which the KL divergence is measured."""
+"""The reference model of the KL divergence: the model before training."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from .base import FlowPolicy, on_device
 
 @dataclass
 class Reference:
-    """The model with its adapter switched off, or a frozen copy of all weights."""
+    """The model with its adapter disabled, or a frozen copy of all weights."""
 
     policy: FlowPolicy
     accelerator: Accelerator
-    model: torch.nn.Module  # the one that is trained
-    copy: torch.nn.Module | None  # frozen copy of the model, where no adapter can be switched off
-    keep: bool  # whether velocities are kept with their trajectories, because these are trained on again
-    record: Callable[[str, float, str], None]  # of a metric, for the number of function evaluations
+    model: torch.nn.Module  # the trained model
+    copy: torch.nn.Module | None  # frozen copy of the model, if there is no adapter to disable
+    keep: bool  # whether to keep velocities with their trajectories, which are trained on again
+    record: Callable[[str, float, str], None]  # of a metric, for the function evaluations
 
     def velocity(self, inputs: Any) -> Tensor:
-        """Predict the velocity (B, ...) of [`~trl_tpgrpo.batches.Transitions`], or take the one that was kept."""
+        """Return the velocity (B, ...) for [`~trl_tpgrpo.batches.Transitions`], predicted or stored."""
         velocity = inputs.reference.get(inputs.position)
         if velocity is None:
             velocity = self._evaluate(inputs)
@@ -33,7 +33,7 @@ class Reference:
 
     @torch.no_grad()
     def _evaluate(self, inputs: Any) -> Tensor:
-        self.record("num_train_evaluations", len(inputs.latents), "sum")
+        self.record("nfe_train", len(inputs.latents), "sum")
         if self.copy is not None:
             with self.accelerator.autocast():
                 return self.policy.velocity(self.copy, inputs.latents, inputs.step, inputs.conditioning)
@@ -42,7 +42,7 @@ class Reference:
             return self.policy.velocity(adapter, inputs.latents, inputs.step, inputs.conditioning)
 
     def precompute(self, trajectories: Iterable[Any], offload: bool) -> None:
-        """Predict the velocities of all SDE steps of trajectories, which keep them, with `offload` on the CPU."""
+        """Predict and store the velocities of all SDE steps of trajectories, with `offload` on the CPU."""
         with on_device([self.copy], self.policy.device):
             for chunk in trajectories:
                 for position in range(len(chunk.window)):

@@ -1,4 +1,4 @@
-"""Trained weights on disk in diffusers' format, whole, also where each process holds a part of them (FSDP2)."""
+"""Trained weights on disk in diffusers' format, whole even if each process holds a part of them (FSDP2)."""
 
 import json
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-UNSCALED_FILE = "unscaled_lora.safetensors"  # as it is trained, where dividing by the scale would round
+UNSCALED_FILE = "unscaled_lora.safetensors"  # unscaled, if dividing by the scale would round
 PEFT_PREFIX = "base_model.model."
 TRANSFORMER_FOLDER = "transformer"
 Model: TypeAlias = ModelMixin | PeftModel
@@ -26,10 +26,10 @@ Model: TypeAlias = ModelMixin | PeftModel
 def save_weights(
     model: Model, output_dir: str | Path, pipeline_class: type[DiffusionPipeline], is_main_process: bool = True
 ) -> None:
-    """Write what was trained; called by all processes, of which the main one writes.
+    """Save the trained weights; call it on all processes, the main one writes.
 
-    A LoRA goes to `LORA_FILE`, for `pipeline.load_lora_weights(output_dir)`. Its scale is in the weights, and alpha is
-    the rank in every layer, so that a loader that knows nothing of alpha makes the same model. All weights go to the
+    A LoRA is saved as `LORA_FILE`, for `pipeline.load_lora_weights(output_dir)`. Its scale is in the weights and alpha
+    is the rank in every layer, so that loaders that ignore alpha make the same model. A full model is saved in the
     folder `transformer`, for `from_pretrained(output_dir, subfolder="transformer")`.
     """
     weights = trained_weights(model)
@@ -54,19 +54,19 @@ def save_weights(
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[None]:
-    """Raise a `ValueError` that names a safetensors file, or the folder that it is in, if it is not whole."""
+    """Raise a `ValueError` that names a safetensors file, or its folder, if it is not complete."""
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: it is empty, or not whole ({error}).") from error
+        raise ValueError(f"{path} is damaged: it is empty or incomplete ({error}).") from error
 
 
 def load_weights(model: Model, input_dir: str | Path) -> None:
-    """Read what `save_weights` wrote into the model, in all processes; raise if it is absent or does not fit."""
+    """Load the weights of `save_weights` into the model on all processes; raise if they are absent or do not fit."""
     is_lora = isinstance(model, PeftModel)
     source = Path(input_dir) / (LORA_FILE if is_lora else TRANSFORMER_FOLDER)
     if not source.exists():
-        raise FileNotFoundError(f"{input_dir} holds no {source.name}, the trained weights of this kind of run.")
+        raise FileNotFoundError(f"{input_dir} has no {source.name} with the trained weights of this kind of run.")
     if not is_lora:
         _write(model.state_dict(keep_vars=True), type(model).from_pretrained(source).state_dict())
         return
@@ -75,24 +75,24 @@ def load_weights(model: Model, input_dir: str | Path) -> None:
         saved = {PEFT_PREFIX + name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}
         header = json.loads(file.metadata()["lora_adapter_metadata"])
     if {name: value.shape for name, value in saved.items()} != {name: one.shape for name, one in parameters.items()}:
-        raise ValueError(f"The adapter in {input_dir} does not have the layers and ranks of the one that is trained.")
+        raise ValueError(f"The adapter in {input_dir} does not have the layers and ranks of the trained one.")
     config = {name.removeprefix("transformer."): value for name, value in header.items()}
     alphas, ranks = (config["lora_alpha"], config["alpha_pattern"]), (config["r"], config["rank_pattern"])
     if alphas == ranks and not config["use_rslora"]:
         _undo_scale(model, saved, Path(input_dir) / UNSCALED_FILE)
-    else:  # of version 0.1.0, whose files have the scale in the header alone
+    else:  # of version 0.1.0, with the scale in the header only
         _check_same_scale(model, config, input_dir)
     _write(parameters, saved)
 
 
 def _scale(model: PeftModel, name: str) -> float:
-    """Return what a tensor of an adapter, by its name in PEFT, is multiplied by so that its layer's scale is 1."""
+    """Return the factor for an adapter's tensor, by its name in PEFT, with which its layer's scale is 1."""
     layer, is_second, _ = name.partition(".lora_B.")
     return model.get_submodule(layer).scaling["default"] if is_second else 1.0
 
 
 def _undo_scale(model: PeftModel, saved: dict[str, Tensor], unscaled_file: Path) -> None:
-    """Turn an adapter's tensors into what is trained, to the bit where a file has it that belongs to them."""
+    """Convert an adapter's tensors to the trained ones, bit-identical if a matching file has them."""
     unscaled = load_file(unscaled_file) if unscaled_file.exists() else {}
     for name, value in saved.items():
         scale = _scale(model, name)
@@ -104,11 +104,11 @@ def _check_same_scale(model: PeftModel, header: dict[str, Any], input_dir: str |
     for name in ("lora_alpha", "alpha_pattern", "use_rslora"):
         here = getattr(model.peft_config["default"], name)
         if header[name] != here:
-            raise ValueError(f"The adapter in {input_dir} has {name}={header[name]}, the one that is trained {here}.")
+            raise ValueError(f"The adapter in {input_dir} has {name}={header[name]}, the trained one has {here}.")
 
 
 def trained_weights(model: Model) -> dict[str, Tensor]:
-    """Collect whole tensors on the main process's CPU: an adapter's, or all with buffers, by their names on disk."""
+    """Collect whole tensors on the main process's CPU (an adapter's, or all with buffers), by their names on disk."""
     is_lora = isinstance(model, PeftModel)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=is_lora)
     weights: dict[str, Any] = get_model_state_dict(model, options=options)

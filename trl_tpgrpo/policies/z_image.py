@@ -11,9 +11,9 @@ from .conditioning import Conditioning, Step
 
 
 class ZImagePolicy(FlowPolicy):
-    """Z-Image: latents as images in float32, lists of samples and of texts, time that runs from noise to image.
+    """Z-Image: latents as images in float32, lists of samples and texts, time from noise to image.
 
-    Classifier-free guidance is on above a scale of 0, which is what SD3 calls 1. Turbo needs none: its scale is 0.
+    Classifier-free guidance is on above a scale of 0 (1 for SD3). Turbo needs none: its scale is 0.
     """
 
     pipeline_class = ZImagePipeline
@@ -35,7 +35,7 @@ class ZImagePolicy(FlowPolicy):
 
     def encode_texts(self, texts: list[str], images: list[Image.Image] | None) -> Texts:
         embeds, _ = self.pipeline.encode_prompt(
-            list(texts),  # into which the pipeline writes
+            list(texts),  # a copy, because the pipeline writes into it
             device=self.device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.text_length,
@@ -46,7 +46,7 @@ class ZImagePolicy(FlowPolicy):
         return {"prompt_embeds": (self.text_length, self.pipeline.transformer.config.cap_feat_dim)}
 
     def sigmas(self, num_inference_steps: int) -> np.ndarray:
-        # numpy's differ in the last bit, and in plans the default device is another
+        # numpy's differ in the last bit; plans change the default device
         return torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps, device="cpu").numpy()
 
     def predict(self, model: nn.Module, latents: Tensor, step: Step, texts: Conditioning) -> Tensor:

@@ -1,7 +1,7 @@
 """Reward functions: callables `(images, prompts, **columns) -> list[float | None]`.
 
-Those with a model are classes, to be created with the model's name, device and the like; what they need beyond this
-package is imported when they are.
+Rewards with a model are classes, created with the model's name, device and other options. Their dependencies are
+imported when they are.
 """
 
 import importlib
@@ -29,7 +29,7 @@ __all__ = list(MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a reward when it is asked for: `rewards.serving` runs where the packages of the others are missing."""
+    """Import a reward on access: `rewards.serving` runs without the packages of other rewards."""
     if name in MODULES:
         return getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor: how much people would like the picture, whatever the prompt."""
+"""LAION's aesthetic predictor: how much people like an image, regardless of the prompt."""
 
 import torch
 from torch import Tensor
@@ -9,15 +9,15 @@ from .base import CLIP_MEAN, CLIP_STD, ModelReward, hub_file, linear_head, norma
 class AestheticScore(ModelReward):
     """LAION's improved aesthetic predictor (`sac+logos+ava1-l14-linearMSE`): five linear layers on CLIP ViT-L/14.
 
-    Trained on ratings from 1 to 10; most images lie between 4 and 7. The prompt plays no part, so another reward has
-    to hold the policy to it. Weights: the predictor Apache-2.0 (christophschuhmann/improved-aesthetic-predictor on
+    Trained on ratings from 1 to 10; most images are between 4 and 7. It ignores the prompt, so combine it with a
+    reward that reads the prompt. Weights: the predictor Apache-2.0 (christophschuhmann/improved-aesthetic-predictor on
     GitHub), here from the repository that TRL's DDPO example used; CLIP MIT.
 
     Known ways to hack it: one painterly style and a few subjects for all prompts, within some hundred updates
     (arXiv 2305.13301 shows it).
 
-    Of `model`, CLIP in transformers' format, the image half is kept; the five layers' weights are `head_filename` in
-    `head`, a repository on the Hub or a folder; the others are those of `ModelReward`.
+    `model` is CLIP in transformers' format, of which the image encoder is used. The weights of the five layers are
+    `head_filename` in `head`, a Hub repository or folder. The other arguments are those of `ModelReward`.
     """
 
     __name__ = "aesthetic_score"

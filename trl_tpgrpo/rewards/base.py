@@ -1,4 +1,4 @@
-"""What rewards with a model share: its device, batches, and images prepared on the device as its processor does."""
+"""Base of rewards with a model: device, batches, and preprocessing of images on the device."""
 
 import re
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ModelReward:
-    """Reward function on a model, which takes images as tensors on the device.
+    """Reward function with a model, which receives images as tensors on the device.
 
-    Subclasses implement `score`: one number for each image of a batch. The model is frozen, and set to evaluation. It
-    is on `device` until the trainer moves it, computes in `dtype`, and gets `batch_size` images at once.
+    Subclasses implement `score`, which returns one number per image. The model is frozen and in eval mode. It is on
+    `device` until the trainer moves it, computes in `dtype`, and receives `batch_size` images at once.
     """
 
     image_type = "pt"
@@ -60,14 +60,14 @@ def check_images(images: Tensor) -> None:
 
 
 def eight_bits(images: Tensor) -> Tensor:
-    """Round images in [0, 1] to 256 levels as float32, so that scores are those of the images that would be saved."""
+    """Round images in [0, 1] to 256 levels as float32, so that scores are those of saved images."""
     return (images.float() * 255).round().clamp(0, 255) / 255
 
 
 def resize_and_crop(images: Tensor, size: int) -> Tensor:
     """Resize the shorter edge to `size`, bicubic and antialiased, then crop the centre, as CLIP's processor does.
 
-    Pillow resizes rows, then columns, with 8 bits in between: doing so here too is within one grey level of Pillow.
+    Like Pillow, it resizes rows, then columns, with 8 bits in between; results are within one grey level of Pillow's.
     """
     height, width = images.shape[-2:]
     shorter = min(height, width)
@@ -87,7 +87,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 def linear_head(width: int) -> torch.nn.Sequential:
     """Build the five linear layers, without activations, of LAION's aesthetic predictor and of ImageReward.
 
-    Dropout does nothing in evaluation, but counts in the numbers under which the weights are saved.
+    Dropout has no effect in eval mode, but is part of the numbering of the saved weights.
     """
     linear, dropout = torch.nn.Linear, torch.nn.Dropout
     layers = [linear(width, 1024), dropout(), linear(1024, 128), dropout(), linear(128, 64), dropout()]

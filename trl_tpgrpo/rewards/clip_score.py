@@ -1,4 +1,4 @@
-"""CLIP score: how well the image fits the prompt. Other rewards on CLIP are derived from it."""
+"""CLIP score: how well an image matches the prompt. Other CLIP rewards are derived from it."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ from .base import ModelReward, normalize, resize_and_crop
 class CLIPScore(ModelReward):
     """100 times the cosine between CLIP's embeddings of image and prompt (arXiv 2103.00020, 2104.08718).
 
-    In [-100, 100]; real pairs of image and caption lie around 20 to 35. The score is neither clamped at 0 nor
-    multiplied by 2.5 as in the paper of CLIPScore, which changes nothing that training sees but the scale. Prompts are
-    cut after 77 tokens. Weights of the default: MIT (openai/CLIP).
+    In [-100, 100]; real pairs of image and caption score about 20 to 35. Unlike in the CLIPScore paper, the score is
+    not clamped at 0 and not multiplied by 2.5, which only changes the scale. Prompts are truncated to 77 tokens.
+    Weights of the default: MIT (openai/CLIP).
 
-    Known ways to hack it: the words of the prompt written into the image; the subject repeated over the whole image;
-    saturated pictures of poor quality; wrong counts and positions cost next to nothing, as CLIP hardly sees them.
+    Known ways to hack it: text of the prompt written into the image; the subject repeated over the whole image;
+    saturated images of poor quality. Wrong counts and positions cost almost nothing, because CLIP barely sees them.
 
-    `model` is CLIP in transformers' format, on the Hub or on disk; `processor` has tokenizer and image processor, and
-    is `model` if it is `None`; the others are those of `ModelReward`.
+    `model` is CLIP in transformers' format, on the Hub or on disk. `processor` has the tokenizer and image processor;
+    `None`: those of `model`. The other arguments are those of `ModelReward`.
     """
 
     __name__ = "clip_score"

@@ -1,4 +1,4 @@
-"""GenEval: whether the image shows the objects, counts, colours and positions that the prompt names."""
+"""GenEval: whether an image shows the objects, counts, colours and positions in the prompt."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -26,28 +26,28 @@ CLASSES = (
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LONGEST_TO_SHORTEST = 1333 / 800
 SIZE_DIVISOR = 32
-GROUND = 0.6  # GenEval's #999 behind an object whose colour is asked for
+GROUND = 0.6  # GenEval's grey, #999, around an object for the colour check
 COLOUR_TEXTS = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 
 
 class GenEval:
-    """GenEval's six kinds of prompts (arXiv 2310.11513), graded as Flow-GRPO does, or right or wrong as GenEval does.
+    """GenEval (arXiv 2310.11513), graded as in Flow-GRPO, or right or wrong as in GenEval.
 
-    Reads the columns of GenEval's metadata: `tag`, `include` and `exclude`, the latter two as lists or as JSON; rows
-    without a tag are not scored. Graded: at most 1, which is all right, and below 0 only where there are more than
-    twice as many objects as asked for (`geneval_rules.graded_score`). Not graded: 1.0 if GenEval calls the image
-    right, else 0.0. The share that GenEval calls right is logged as `geneval_right` either way.
+    Reads the columns of GenEval's metadata: `tag`, `include` and `exclude`, the latter two as lists or JSON. Rows
+    without a tag are not scored. The graded score is at most 1 (all correct), and below 0 only with more than twice
+    the requested objects (`geneval_rules.graded_score`). Otherwise, the score is 1.0 if the image is correct by
+    GenEval's rules, else 0.0. The share of correct images is always logged as `geneval_right`.
 
-    The detector is transformers' Mask2Former (Swin-S, COCO instances), GenEval's architecture, with the weights that
-    the authors of Mask2Former published where GenEval has mmdetection's: scores agree in what they mean, not to the
-    digit. Boxes are those of the masks. Colours are CLIP's choice among ten for the masked object on grey. Weights:
+    The detector is transformers' Mask2Former (Swin-S, COCO instances). The architecture is GenEval's, the weights are
+    those of Mask2Former's authors; GenEval uses mmdetection's, so scores differ slightly. Boxes come from the masks.
+    CLIP chooses among ten colours for the masked object on grey. Weights:
     Mask2Former CC BY-NC 4.0, which forbids commercial use (the code is MIT); CLIP MIT.
 
-    Known ways to hack it: cut-out objects side by side on an empty ground, one style for all prompts; objects that
-    only the detector takes for such. Quality plays no part, so add a reward that sees quality.
+    Known ways to hack it: cut-out objects side by side on an empty background, one style for all prompts; shapes that
+    only the detector recognises as objects. Image quality has no effect, so add a reward for quality.
 
-    `detector`, for COCO's 80 classes in transformers' format, and `clip` are on the Hub or on disk; `batch_size` and
-    `image_size`, the shorter edge in pixels, are those of the detector's images; the others those of `ModelReward`.
+    `detector` (for COCO's 80 classes, in transformers' format) and `clip` are on the Hub or on disk. `batch_size` and
+    `image_size` (shorter edge in pixels) are for the detector. The other arguments are those of `ModelReward`.
     """
 
     __name__ = "geneval"
@@ -72,7 +72,7 @@ class GenEval:
         model = Mask2FormerForUniversalSegmentation.from_pretrained(detector)
         if model.config.num_labels != len(CLASSES):
             known = model.config.num_labels
-            raise ValueError(f"detector {detector!r} knows {known} classes, not COCO's {len(CLASSES)}.")
+            raise ValueError(f"detector {detector!r} has {known} classes instead of COCO's {len(CLASSES)}.")
         self.detector: Any = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
         self.clip = CLIPScore(clip, device=device, dtype=dtype)
         self.graded, self.image_size, self.batch_size = graded, image_size, batch_size
@@ -118,7 +118,7 @@ class GenEval:
         return scores
 
     def detect(self, images: Tensor) -> list[rules.Objects]:
-        """Find objects of a confidence over 0.3 in images (B, 3, H, W), with boxes and masks in the image's pixels."""
+        """Find objects with a confidence over 0.3 in images (B, 3, H, W), with boxes and masks in pixels."""
         pixels = detector_pixels(images, self.image_size)
         height, width = _size_for_detector(images, self.image_size)
         outputs = self.detector(pixel_values=pixels.to(self.clip.dtype))
@@ -137,7 +137,7 @@ class GenEval:
         return result
 
     def colours_in(self, image: Tensor) -> rules.ColoursOf:
-        """Return a function that names, by CLIP, the colours of objects in this image (3, H, W), each list once."""
+        """Return a function that finds, by CLIP, the colours of objects in an image (3, H, W), once per list."""
         known: dict[tuple[str, int], list[str]] = {}
 
         def colours_of(name: str, objects: list[rules.Detection]) -> list[str]:

@@ -1,7 +1,7 @@
-"""GenEval's rules on detected objects: which boxes count, where they lie, what is right (arXiv 2310.11513).
+"""GenEval's rules for detected objects: valid boxes, positions, correctness (arXiv 2310.11513).
 
-Boxes are (left, top, right, bottom) in pixels. A clause of a prompt's metadata says `class`, `count`, and where it
-matters `color` or `position`, a relation and the index of the earlier clause that it refers to: ("left of", 0).
+Boxes are (left, top, right, bottom) in pixels. A clause of a prompt's metadata has `class`, `count`, and optionally
+`color` or `position`: a relation and the index of the earlier clause that it refers to, ("left of", 0).
 """
 
 import json
@@ -49,7 +49,7 @@ def clauses(value: str | Sequence[dict] | None) -> list[dict[str, Any]]:
 
 
 def check_metadata(tag: str, include: list[dict], exclude: list[dict], classes: Sequence[str]) -> None:
-    """Refuse metadata of a row that name an unknown tag, class, colour or relation, or a wrong count or clause."""
+    """Raise a `ValueError` for metadata with an unknown tag, class, colour, relation, or invalid count or clause."""
     if tag not in TAGS:
         raise ValueError(f"tag is {tag!r}: use one of {TAGS}.")
     if not include:
@@ -95,7 +95,7 @@ def relative_position(box: Box, other: Box) -> set[str]:
 
 
 def is_right(objects: Objects, include: list[dict], exclude: list[dict], colours_of: ColoursOf) -> bool:
-    """Return GenEval's verdict: true for enough objects of `include` and too few of `exclude`.
+    """Return GenEval's verdict: true with enough objects of `include` and fewer than in `exclude`.
 
     Of each class of `include`, the `count` most confident must have the colour and the position.
     """
@@ -106,17 +106,17 @@ def is_right(objects: Objects, include: list[dict], exclude: list[dict], colours
 def graded_score(objects: Objects, include: list[dict], colours_of: ColoursOf) -> float:
     """Return Flow-GRPO's graded reward (arXiv 2505.05470), the mean over all parts of all clauses; 1 if all are right.
 
-    The parts of a clause are the count, `1 - |count - found| / count`, which is negative for more than twice as many,
-    and where it is asked for the colour, `1 - |count - found of the colour| / count`, or the position, 1 or 0; these
-    two are 0 where the count is wrong. Counts must be exact here, unlike in `is_right`. Flow-GRPO's reward server adds
-    a 1 to a wrong position's 0, so that a wrong position costs half as much; that is not done here.
+    The parts of a clause are the count, `1 - |count - found| / count` (negative with more than twice the count), and,
+    if requested, the colour, `1 - |count - found of the colour| / count`, or the position, 1 or 0; both are 0 if the
+    count is wrong. Counts must be exact here, unlike in `is_right`. In Flow-GRPO's reward server, a wrong position
+    costs half as much, because it adds a 1 to its 0.
     """
     scores = _parts(objects, include, colours_of, only_most_confident=False)
     return sum(scores) / len(scores)
 
 
 def _parts(objects: Objects, include: list[dict], colours_of: ColoursOf, only_most_confident: bool) -> list[float]:
-    """Score the parts of all clauses, on all objects of a class or on as many as the clause asks for."""
+    """Score the parts of all clauses, on all objects of a class or on the requested number."""
     scores: list[float] = []
     matched: list[list[Detection] | None] = []
     for clause in include:

@@ -1,4 +1,4 @@
-"""Human Preference Score v2.1: which image people prefer for the prompt."""
+"""Human Preference Score v2.1: predicts which image people prefer for a prompt."""
 
 import torch
 from torch import Tensor
@@ -8,16 +8,16 @@ from .clip_score import CLIPScore
 
 
 class HPSv2(CLIPScore):
-    """The cosine of HPS v2.1, a CLIP-H trained on the Human Preference Dataset v2 (arXiv 2306.09341).
+    """HPS v2.1: cosine of a CLIP-H trained on the Human Preference Dataset v2 (arXiv 2306.09341).
 
-    In [-1, 1]; good images lie around 0.25 to 0.35. The published checkpoint is in open_clip's format: the weights are
-    renamed for transformers' CLIPModel, so that neither open_clip nor the package hpsv2 of 2023 is needed. Images that
-    are not square are cropped to the centre, as PickScore's are. Weights: Apache-2.0.
+    In [-1, 1]; good images score about 0.25 to 0.35. The published checkpoint is in open_clip's format; the weights
+    are renamed for transformers' CLIPModel, so that open_clip and the package hpsv2 are not needed. Non-square images
+    are cropped to the centre, as for PickScore. Weights: Apache-2.0.
 
-    Known ways to hack it: glossy, over-saturated and over-detailed pictures, the look of 2023's favourites.
+    Known ways to hack it: glossy, over-saturated and over-detailed images.
 
     `filename` is a checkpoint in `model` (version 2.0 is `HPS_v2_compressed.pt`); `processor` has the architecture's
-    config, tokenizer and image processor; the others are those of `ModelReward`.
+    config, tokenizer and image processor. The other arguments are those of `ModelReward`.
     """
 
     __name__ = "hps_v2"
@@ -67,9 +67,9 @@ RENAMED = (
 
 
 def from_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of open_clip's CLIP for transformers' CLIPModel, which has two differences more.
+    """Convert the weights of open_clip's CLIP for transformers' CLIPModel.
 
-    Projections are transposed, and attention has one input matrix in open_clip where transformers has three.
+    Besides names, projections are transposed, and open_clip has one input matrix for attention, transformers three.
     """
     converted = {}
     for name, weight in renamed(weights, RENAMED).items():

@@ -1,4 +1,4 @@
-"""ImageReward: what annotators think of the image for the prompt."""
+"""ImageReward: predicts how annotators rate an image for a prompt."""
 
 import json
 from typing import Any
@@ -26,15 +26,15 @@ VISION_NAMES = (
 class ImageReward(ModelReward):
     """ImageReward v1.0: BLIP, whose text encoder attends to the image, and five linear layers (arXiv 2304.05977).
 
-    Standardised scores, mostly in [-2.3, 2]; 0 is a middling image. The published checkpoint is loaded into
+    Standardised scores, mostly in [-2.3, 2]; 0 is an average image. The published checkpoint is loaded into
     transformers' own BLIP classes, since the package image-reward of 2023 asks for old versions of timm, fairscale and
-    transformers. Prompts are cut after 35 tokens. Weights: Apache-2.0.
+    transformers. Prompts are truncated to 35 tokens. Weights: Apache-2.0.
 
-    Known ways to hack it: close-up subjects, bright and over-saturated; details that the prompt does not mention are
-    free.
+    Known ways to hack it: close-up subjects, bright and over-saturated. Details that are not in the prompt have no
+    effect.
 
     `model`, a repository on the Hub or a folder, has `ImageReward.pt` and `med_config.json`; `tokenizer` is BERT's;
-    the others are those of `ModelReward`.
+    the other arguments are those of `ModelReward`.
     """
 
     __name__ = "image_reward"

@@ -1,4 +1,4 @@
-"""Vision-language models as judges, behind any server of OpenAI's chat completions, such as vLLM and SGLang."""
+"""Vision-language models as judges, on any server with OpenAI's chat completions API, such as vLLM and SGLang."""
 
 import asyncio
 import json
@@ -25,8 +25,8 @@ except ImportError as error:
     raise ImportError("Judges need the client of OpenAI's API: pip install 'trl-tpgrpo[judge]'.") from error
 
 
-RETRY_COUNT = "x-stainless-retry-count"  # header in which the client counts its retries of a request
-RETRY_TEMPERATURE = 0.7  # of a question that is repeated because of its answer, which would be the same at 0
+RETRY_COUNT = "x-stainless-retry-count"  # header with the client's retry count of a request
+RETRY_TEMPERATURE = 0.7  # temperature of a repeated question, whose answer would be the same at 0
 PAST_PROXIES = {f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")}
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -58,24 +58,24 @@ ONE_WORD = (
 SOFT_TIFA = ("soft_tifa_am", "soft_tifa_gm")
 TEMPLATES = {"quality": QUALITY, "alignment": ALIGNMENT, "yes_no": YES_NO} | dict.fromkeys(SOFT_TIFA, ONE_WORD)
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
-TOP_LOGPROBS = 20  # tokens whose probabilities a server gives, the most that OpenAI's API and vLLM allow by default
+TOP_LOGPROBS = 20  # most token probabilities that OpenAI's API and vLLM return by default
 
 
 class VLMJudgeError(RuntimeError):
-    """A judge has given no score."""
+    """A judge returned no score."""
 
 
 class JudgeUnavailable(VLMJudgeError, RewardUnavailable):
-    """A judge's server has not answered, whatever the images."""
+    """A judge's server did not answer, for any image."""
 
 
 class UnusableAnswer(Exception):
-    """An answer that does not answer the question."""
+    """An answer that cannot be used."""
 
 
 @dataclass
 class Usage:
-    """Cost of a judge: attempts, those that were not a question's first, tokens (NaN if the server counts none)."""
+    """Cost of a judge: attempts, retries, tokens (NaN if the server does not count them)."""
 
     num_requests: float = 0
     num_retries: float = 0
@@ -89,7 +89,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Question:
-    """Question about one image, with a name for messages and, unless the model says a score, the expected answer."""
+    """Question about one image, with a name for messages and, unless a score is asked for, the expected answer."""
 
     image: Image.Image
     text: str
@@ -98,7 +98,7 @@ class Question:
 
 
 class _BoundedClient(openai.DefaultAsyncHttpxClient):
-    """HTTP client that takes an answer as `body_of` does, and no longer than its timeout for the whole of it."""
+    """HTTP client that reads an answer as `body_of` does, with its timeout for the whole answer."""
 
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
         try:
@@ -110,45 +110,45 @@ class _BoundedClient(openai.DefaultAsyncHttpxClient):
                     await response.aclose()
         except TimeoutError as error:
             raise httpx2.ReadTimeout("", request=request) from error
-        response.headers.pop("Content-Encoding", None)  # of an error, of which nothing is unpacked
+        response.headers.pop("Content-Encoding", None)  # of an error, which is not unpacked
         return httpx2.Response(response.status_code, headers=response.headers, content=body, request=request)
 
 
 class VLMJudge:
-    """Scores by a vision-language model that is asked about each image.
+    """Reward function that asks a vision-language model about each image.
 
     - `template="quality"`: the technical quality, from 1 to 5, without the prompt. The five levels are DeQA-Score's
-      (arXiv 2501.11561), which takes the mean of a model's probabilities of them; here the model says a number.
+      (arXiv 2501.11561). DeQA-Score averages a model's probabilities of them; here the model answers with a number.
     - `template="alignment"`: how well the image shows its prompt, from 1 to 5, as UnifiedReward (arXiv 2503.05236)
-      scores single images, in other words than that model was trained on: to compare with published figures of
-      either, serve their own code with `trl-tpgrpo serve-reward`.
+      scores single images, but with a different prompt. To compare with published figures of either, serve their code
+      with `trl-tpgrpo serve-reward`.
     - `template="yes_no"`: the share of the questions in the column `questions` that are answered as expected. Each row
-      has a list of questions, `{"question": "Is there a dog?", "answer": "yes"}`, or texts, for which yes is expected;
-      `None` or an empty list where the reward does not apply. Each question is a request.
+      has a list of questions: `{"question": "Is there a dog?", "answer": "yes"}`, or a text, with the expected answer
+      yes. Use `None` or an empty list where the reward does not apply. Each question is one request.
     - `template="soft_tifa_am"` and `"soft_tifa_gm"`: the arithmetic or geometric mean, over the same column, of the
-      probabilities that a model gives the expected answers, which may be words ("four") too: Soft-TIFA of GenEval 2
-      (arXiv 2512.16853), in other words than its authors ask. That of an answer is summed over its first token's
-      spellings (`Yes`, ` yes`; `4` for `four`) among the 20 most probable, and 0 where it is none of these. The
-      server has to send `logprobs`; a model that thinks first cannot be asked.
-    - Another text: your own question, with `{prompt}` and `{name of a column}` where they belong, answered by a number
-      from `low` to `high`, of which the model is told.
+      probabilities of the expected answers, which can also be words ("four"). This is Soft-TIFA of GenEval 2 (arXiv
+      2512.16853) with a different prompt. The probability of an answer is summed over the spellings of its first token
+      (`Yes`, ` yes`; `4` for `four`) among the 20 most probable tokens, else 0. The server must return `logprobs`.
+      Models that reason before they answer are not supported.
+    - Another text: your own question, with `{prompt}` and `{name of a column}` as placeholders. The model is told to
+      answer with a number from `low` to `high`.
 
-    Known ways to hack it: a model likes some things in every image, such as bright colours, one large centred object,
-    or a caption or a "5/5" written into the picture. Log a reward of another kind with `eval_reward_funcs`, and look
-    at images. The licence is that of the model that is served. It is asynchronous: in a script,
+    Known ways to hack it: models prefer some features in every image, such as bright colours, one large centred
+    object, or a caption or a "5/5" written into the image. Log a different reward with `eval_reward_funcs`, and look
+    at images. The licence is that of the served model. The call is asynchronous: in a script, use
     `asyncio.run(judge(images, prompts))`.
 
     The attribute `usage` has the cost of all calls so far.
 
     Args:
         base_url: URL of the server, such as `"http://127.0.0.1:8000/v1"`; `/chat/completions` is added.
-        api_key_env: Environment variable that holds the key, if the server asks for one. No other key is sent.
-        concurrency: Number of requests under way at once, over all calls.
-        num_retries: Number of further attempts after lost connections, timeouts and the statuses 408, 409, 429 and
-            those from 500 on, and as many after answers that are no score.
-        timeout: Seconds that an attempt waits for the server.
-        max_tokens: Number of tokens of an answer; more for a model that thinks first.
-        name: Name in metrics; by default `vlm_` and the template's name, or `vlm_judge`.
+        api_key_env: Environment variable with the key, if the server needs one. No other key is sent.
+        concurrency: Number of concurrent requests, over all calls.
+        num_retries: Number of retries after lost connections, timeouts and the statuses 408, 409, 429 and 500 or
+            above, and as many after answers without a score.
+        timeout: Seconds per attempt.
+        max_tokens: Maximum number of tokens of an answer; use more for a model that reasons first.
+        name: Name in metrics; by default `vlm_` with the template's name, or `vlm_judge`.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class VLMJudge:
         name: str | None = None,
     ):
         if not any(character.isspace() for character in template) and template not in TEMPLATES:
-            raise ValueError(f"template must be one of {list(TEMPLATES)} or a text, got {template!r}.")
+            raise ValueError(f"template must be one of {list(TEMPLATES)} or a text with a question, got {template!r}.")
         self.is_soft = template in SOFT_TIFA
         if self.is_soft and max_tokens not in (1, 64):
             raise ValueError(f"max_tokens has no effect on {template}, which reads one token: leave it out.")
@@ -174,11 +174,11 @@ class VLMJudge:
             raise ValueError(f"low must be below high, got {low} and {high}.")
         check_numbers(timeout, concurrency=concurrency, num_retries=num_retries, max_tokens=max_tokens)
         if not re.fullmatch(r"https?://[^\s/@?#][^\s@?#]*", base_url):
-            form = "an URL such as http://127.0.0.1:8000/v1, without user, password and query"
+            form = "a URL such as http://127.0.0.1:8000/v1, without user, password and query"
             raise ValueError(f"base_url must be {form}.")
         self.base_url, self.url = base_url, f"{base_url.rstrip('/')}/chat/completions"
         self.model, self.max_tokens, self.low, self.high = model, 1 if self.is_soft else max_tokens, low, high
-        # An attribute `timeout` would tell the trainer to end calls after these seconds.
+        # Not `timeout`: with that attribute, the trainer would end calls after these seconds.
         self.concurrency, self.num_retries, self.seconds_per_attempt = concurrency, num_retries, timeout
         self.asks_questions = template == "yes_no" or self.is_soft
         self._mean: Callable[[list[float]], float] = _geometric_mean if template == "soft_tifa_gm" else fmean
@@ -197,7 +197,7 @@ class VLMJudge:
     async def __call__(
         self, images: list[Image.Image], prompts: list[str], log_metric: Callable | None = None, **columns: Any
     ) -> list[float | None]:
-        """Score N images, or raise a `VLMJudgeError`, or a `ValueError` if a column is missing or a question wrong."""
+        """Score N images; raise a `VLMJudgeError`, or a `ValueError` for a missing column or invalid question."""
         columns = {"prompt": prompts} | {name: columns[name] for name in columns if name not in RESERVED_COLUMNS}
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         pairs = enumerate(zip(images, rows, strict=True))
@@ -215,18 +215,18 @@ class VLMJudge:
         return [self._mean(row) if row else None for row in scores]
 
     def check_available(self) -> None:
-        """Ask the server for anything; raise a `JudgeUnavailable` if there is no answer, of whatever kind."""
+        """Send a request to the server; raise a `JudgeUnavailable` if there is no answer of any kind."""
 
         async def ask() -> None:
             async with self._client(Usage()) as client:
                 await client.models.list(extra_headers=self._omitted)
 
-        try:  # in a thread, as the caller's may have an event loop that runs
+        try:  # in a thread, because the caller's may have a running event loop
             Worker().submit(lambda: asyncio.run(ask()), None).result()
         except openai.APIConnectionError as error:
             raise self._failure(error, "the first request") from None
         except (openai.APIStatusError, json.JSONDecodeError):
-            pass  # it answers; not every server lists its models
+            pass  # it answers, though not every server lists its models
 
     def _questions(self, number: int, image: Image.Image, row: dict[str, Any]) -> list[Question]:
         if not self.asks_questions:
@@ -247,18 +247,18 @@ class VLMJudge:
             case {"question": str(text), "answer": str(answer)} if self.is_soft and answer.isalnum():
                 return text, answer.lower()
         raise ValueError(
-            f"The column 'questions' has {question!r} in row {row}: a question is a text, or a text and what is "
+            f"The column 'questions' has {question!r}, row {row}: a question must be a text, or a text and what is "
             "expected, as in {'question': 'Is there a dog?', 'answer': 'no'}; of soft_tifa another word too."
         )
 
     @property
     def _omitted(self) -> dict[str, Any]:
-        """Headers that the client would else send to any server, from what the environment has for OpenAI's own."""
+        """Headers from OpenAI's environment variables, which the client must not send to other servers."""
         names = ["OpenAI-Organization", "OpenAI-Project"] + ([] if self._key else ["Authorization"])
         return dict.fromkeys(names, openai.omit)
 
     def _client(self, usage: Usage) -> openai.AsyncOpenAI:
-        """Return a client that counts attempts, for one call only: the next may have another event loop."""
+        """Return a client that counts attempts, for one call: the next may have another event loop."""
 
         async def count(request: Any) -> None:
             usage.num_requests += 1
@@ -266,7 +266,7 @@ class VLMJudge:
 
         return openai.AsyncOpenAI(
             base_url=self.base_url,
-            api_key=self._key or "none",  # which is not sent; without one, the client would look for a key itself
+            api_key=self._key or "none",  # not sent; without a key, the client would look for one
             timeout=self.seconds_per_attempt,
             max_retries=self.num_retries,
             default_headers={"Accept-Encoding": "identity"},
@@ -279,7 +279,7 @@ class VLMJudge:
         )
 
     async def _ask(self, client: openai.AsyncOpenAI, usage: Usage, question: Question) -> float:
-        """Return the score of one question, which is repeated as long as the answer cannot be used."""
+        """Return the score of one question; repeat it if the answer cannot be used."""
         unusable, num_attempts = "", self.num_retries + 1
         async with self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.concurrency)):
             encoded = await asyncio.to_thread(base64_png, question.image)
@@ -294,7 +294,7 @@ class VLMJudge:
                 except UnusableAnswer as error:
                     unusable = str(error)
         raise VLMJudgeError(
-            f"The judge {self.model!r} at {self.url} gave no answer that can be used for {question.name}: "
+            f"The judge {self.model!r} at {self.url} gave no usable answer for {question.name}: "
             f"{unusable} ({num_attempts} attempts). Does the server support "
             + ("`logprobs`?" if self.is_soft else "`response_format` with a JSON schema?")
         )
@@ -302,7 +302,7 @@ class VLMJudge:
     async def _completion(
         self, client: openai.AsyncOpenAI, question: Question, encoded: str, temperature: float
     ) -> openai.types.chat.ChatCompletion:
-        # The image comes first, so that what a server keeps of it serves all questions about it.
+        # The image comes first, so that a server's prefix cache serves all questions about it.
         shown = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
         messages: Any = [{"role": "user", "content": [shown, {"type": "text", "text": question.text}]}]
         answer: dict[str, Any] = {"response_format": {"type": "json_schema", "json_schema": self._schema}}
@@ -318,7 +318,7 @@ class VLMJudge:
                 extra_headers=self._omitted,
             )
         except json.JSONDecodeError as error:
-            raise UnusableAnswer(f"the server's answer is no chat completion but {self._shown(error.doc)}") from None
+            raise UnusableAnswer(f"the server's answer is not a chat completion: {self._shown(error.doc)}") from None
         except openai.APIError as error:
             raise self._failure(error, question.name) from None
 
@@ -344,23 +344,23 @@ class VLMJudge:
             choice, counts = completion.choices[0], completion.usage
             content = choice.message.content
         except (AttributeError, IndexError, TypeError):
-            raise UnusableAnswer(f"the server's answer is no chat completion but {self._shown(completion)}") from None
+            raise UnusableAnswer(f"the server's answer is not a chat completion: {self._shown(completion)}") from None
         usage.prompt_tokens += counts.prompt_tokens if counts else math.nan
         usage.completion_tokens += counts.completion_tokens if counts else math.nan
         if choice.finish_reason == "length" and not self.is_soft:
-            raise UnusableAnswer(f"it was cut off after max_tokens={self.max_tokens}: {self._shown(content)}")
+            raise UnusableAnswer(f"it was truncated at max_tokens={self.max_tokens}: {self._shown(content)}")
         return content
 
     def _probability(self, completion: Any, question: Question) -> float:
-        """Return the probability that the first token is the expected answer, in whatever spelling."""
+        """Return the probability that the first token is the expected answer, in any spelling."""
         try:
             given = completion.choices[0].logprobs.content[0].top_logprobs
             chances = [(math.exp(one.logprob), str(one.token).strip().lower()) for one in given]
             likeliest = max(chances)[1]
         except (AttributeError, IndexError, TypeError, ValueError):
-            raise UnusableAnswer("the server has sent no `logprobs` of the first token") from None
+            raise UnusableAnswer("the server sent no `logprobs` for the first token") from None
         if likeliest and not likeliest.isalnum():
-            raise UnusableAnswer(f"it begins with {self._shown(likeliest)}, no word: does it think first?")
+            raise UnusableAnswer(f"it starts with {self._shown(likeliest)}, not a word: does the model reason first?")
         right = {question.expected}
         if question.expected in NUMBERS:
             right |= {str(NUMBERS.index(question.expected))}
@@ -373,41 +373,41 @@ class VLMJudge:
         try:
             fields = json.loads(content)
         except (ValueError, TypeError):
-            raise UnusableAnswer(f"it said {self._shown(content)}, no JSON") from None
+            raise UnusableAnswer(f"it said {self._shown(content)}, not JSON") from None
         if not isinstance(fields, dict) or list(fields) != [self._field]:
-            raise UnusableAnswer(f"it said {self._shown(content)}, no object with the field {self._field!r} alone")
+            raise UnusableAnswer(f"it said {self._shown(content)}, not an object with only the field {self._field!r}")
         value = fields[self._field]
         if expected is not None and value not in ("yes", "no"):
             raise UnusableAnswer(f"it said {self._shown(value)}, neither 'yes' nor 'no'")
         if expected is not None:
             return float(value == expected)
         if type(value) not in (int, float) or not self.low <= value <= self.high:
-            raise UnusableAnswer(f"it said {self._shown(value)}, no number from {self.low:g} to {self.high:g}")
+            raise UnusableAnswer(f"it said {self._shown(value)}, not a number from {self.low:g} to {self.high:g}")
         return float(value)
 
     def _shown(self, said: Any) -> str:
-        """Return the beginning of what a server said, which may repeat the key that the server was sent."""
+        """Return the beginning of a server's text, without the key, which it may repeat."""
         text = repr(said)
         return (text.replace(self._key, "***") if self._key else text)[:300]
 
 
 def _key_in(variable: str) -> str:
     if not (key := os.environ.get(variable)):
-        raise ValueError(f"api_key_env names the environment variable {variable!r}, which is not set.")
-    if not re.fullmatch(r"[!-&(-\[\]-~]+", key):  # others break a header, or look different in the text of an error
+        raise ValueError(f"api_key_env: the environment variable {variable!r} is not set.")
+    if not re.fullmatch(r"[!-&(-\[\]-~]+", key):  # others break a header, or look different in errors
         form = "printable ASCII without spaces, apostrophes and backslashes"
         raise ValueError(f"The key in {variable} (not shown) must be {form}.")
     return key
 
 
 def _filled(template: str, values: dict[str, Any]) -> str:
-    """Replace names by values, in one pass: what looks like a name in a value stays."""
+    """Replace names by values in one pass, without replacing names in values."""
     for name in PLACEHOLDER.findall(template):
         if name not in values:
-            raise ValueError(f"The judge's template has {{{name}}}; there is only {list(values)}.")
+            raise ValueError(f"The judge's template has {{{name}}}, but the values are {list(values)}.")
     return PLACEHOLDER.sub(lambda match: str(values[match[1]]), template)
 
 
 def _geometric_mean(values: list[float]) -> float:
-    """Return the geometric mean, which is 0 if a value is."""
+    """Return the geometric mean; 0 if a value is 0."""
     return math.prod(values) ** (1 / len(values))

@@ -1,4 +1,4 @@
-"""Rendered text: how much of what the prompt puts between double quotes can be read in the image."""
+"""Text rendering: how much of the text between double quotes in the prompt can be read in the image."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -12,19 +12,18 @@ QUOTED = re.compile(r"[\"\u201c\u201d]([^\"\u201c\u201d]*[^\"\u201c\u201d\s][^\"
 
 
 class OCRReward:
-    """Similarity of the text read in the image to the text asked for, from 0 to 1 (Flow-GRPO, arXiv 2505.05470).
+    """Similarity of the text read in the image to the target text, from 0 to 1 (Flow-GRPO, arXiv 2505.05470).
 
-    The text asked for is the dataset's column `text` where it is given, else the first part of the prompt between
-    double quotes; where there is neither, the reward does not apply (`None`). All lines that are read are joined; case
-    and spaces are ignored. The score is 1 if the text asked for occurs in the lines, else `1 - min(distance, length) /
-    length` with Levenshtein's distance to all lines and the length of the text asked for. The lines that were read are
-    shown beside the samples.
+    The target text is the dataset's column `text` or, without it, the first part of the prompt between double quotes.
+    Without either, the reward does not apply (`None`). All lines read in the image are joined; case and spaces are
+    ignored. The score is 1 if the target occurs in the lines, else `1 - min(distance, length) / length` with the
+    Levenshtein distance to all lines and the length of the target. The lines are shown next to samples.
 
-    RapidOCR reads on the CPU (PP-OCRv6 small, Apache-2.0, models in the wheel), with `num_threads` threads in each
-    process, and drops lines of a confidence below 0.5. To read with something else, override `read`.
+    RapidOCR reads on the CPU (PP-OCRv6 small, Apache-2.0, models in the wheel), with `num_threads` threads per
+    process, and drops lines with a confidence below 0.5. To use another reader, override `read`.
 
-    Known ways to hack it: letters in capitals, large, on a plain ground; the text once more elsewhere, with whatever
-    else is written around it, since what surrounds a match costs nothing; no image to speak of beside the text.
+    Known ways to hack it: large capital letters on a plain background; the text repeated, with any other text around
+    it, because text around a match costs nothing; no image content besides the text.
     """
 
     __name__ = "ocr"
@@ -40,7 +39,7 @@ class OCRReward:
         self.engine = RapidOCR(
             params={
                 "Global.log_level": "error",
-                "Global.use_cls": False,  # text that stands on its head does not count
+                "Global.use_cls": False,  # upside-down text does not count
                 "Det.limit_type": "max",  # the default enlarges images to 736 pixels, at twice the time for 512
                 "Det.limit_side_len": 1024,
                 "EngineConfig.onnxruntime.intra_op_num_threads": num_threads,
@@ -55,7 +54,7 @@ class OCRReward:
         log_extra: Callable[[str, list], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """Score N images; `None` where no text is asked for."""
+        """Score N images; `None` where there is no target text."""
         scores: list[float | None] = []
         shown: list[str | None] = []
         for image, prompt, given in zip(images, prompts, text or [None] * len(prompts), strict=True):
@@ -74,17 +73,17 @@ class OCRReward:
 
 
 def wanted_text(prompt: str, given: str | None = None) -> str | None:
-    """Return the text that an image should show: `given`, else the first in double quotes in the prompt, or `None`."""
+    """Return the target text: `given`, else the first text in double quotes in the prompt, or `None`."""
     if given is None:
         quoted = QUOTED.search(prompt)
         return quoted[1] if quoted else None
     if not _normal(given):
-        raise ValueError(f"The column text is {given!r} for the prompt {prompt!r}: give a text, or None for none.")
+        raise ValueError(f"The column text is {given!r} for the prompt {prompt!r}: use a text, or None for no text.")
     return given
 
 
 def similarity(read: str, target: str) -> float:
-    """Score a text that was read from 0 to 1, see `OCRReward`."""
+    """Score a text from 0 to 1, see `OCRReward`."""
     from rapidfuzz.distance import Levenshtein
 
     read, target = _normal(read), _normal(target)

@@ -1,4 +1,4 @@
-"""PickScore: which image people would pick for the prompt."""
+"""PickScore: predicts which image people pick for a prompt."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,14 @@ from .clip_score import CLIPScore
 
 
 class PickScore(CLIPScore):
-    """The logit of PickScore v1: CLIP-H, trained on Pick-a-Pic's choices, times its logit scale (arXiv 2305.01569).
+    """PickScore v1: CLIP-H trained on Pick-a-Pic's choices, times its logit scale (arXiv 2305.01569).
 
-    That scale is about 100, so scores lie in [-100, 100], mostly between 18 and 26; the tables of TP-GRPO and
-    Flow-GRPO (24.02 and so on) have them. Flow-GRPO's code trains on the score divided by 26, which is why the curves
-    there show 0.9; advantages are standardised, so that makes no difference but beside other rewards. Weights: the
-    model card names no license (the paper's code is MIT).
+    The scale is about 100, so scores are in [-100, 100], mostly between 18 and 26, as in the tables of TP-GRPO and
+    Flow-GRPO. Flow-GRPO's code trains on the score divided by 26, so its curves are at about 0.9. Advantages are
+    standardised, so this matters only in combination with other rewards. Weights: the model card names no license (the
+    paper's code is MIT).
 
-    Known ways to hack it: a glossy, saturated look with one centred subject whatever the prompt; poor variety. The
+    Known ways to hack it: a glossy, saturated look with one centred subject for any prompt; low variety. The
     arguments are those of `CLIPScore`.
     """
 

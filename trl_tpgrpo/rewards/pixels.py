@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def brightness(images: list[Image.Image], **columns: Any) -> list[float]:
-    """Return the mean luma (ITU-R 601) of images, from 0 for black to 1 for white; a trained policy ends at white."""
+    """Return the mean luma (ITU-R 601) of images, from 0 (black) to 1 (white). Training converges to white images."""
     return [float(np.asarray(image.convert("L"), dtype=np.float64).mean()) / 255 for image in images]
 
 
@@ -16,9 +16,8 @@ def colourfulness(images: list[Image.Image], **columns: Any) -> list[float]:
     """Compute the metric of Hasler and Suesstrunk, Measuring colourfulness in natural images (SPIE 5007, 2003).
 
     With rg = R - G and yb = (R + G) / 2 - B over the pixels of an 8-bit image, the metric is
-    `sqrt(var rg + var yb) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2)`. 0 for shades of grey; the paper's subjects called 15
-    slightly, 45 averagely and 82 highly colourful, and the checks of saturated complementary colours at which a policy
-    trained on the metric ends reach 285.
+    `sqrt(var rg + var yb) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2)`. It is 0 for grey. In the paper, 15 is slightly, 45
+    averagely and 82 highly colourful. Training converges to patterns of saturated complementary colours, up to 285.
     """
     return [_colourfulness(np.asarray(image.convert("RGB"), dtype=np.float64)) for image in images]
 
@@ -31,16 +30,16 @@ def _colourfulness(pixels: np.ndarray) -> float:
 
 
 def jpeg_compressibility(images: list[Image.Image], **columns: Any) -> list[float]:
-    """Reward simple pictures: minus the size of the JPEG file of quality 95, in kB (arXiv 2305.13301).
+    """Return minus the JPEG file size (quality 95) in kB, a reward for simple images (arXiv 2305.13301).
 
-    Below 0; about -150 for a photograph of 512 x 512. An image of one colour has the maximum, and a policy that is
-    trained on this reward ends there.
+    Below 0; about -150 for a photograph of 512 x 512. Images of one colour have the maximum, to which training
+    converges.
     """
     return [-_size_in_kilobytes(image) for image in images]
 
 
 def jpeg_incompressibility(images: list[Image.Image], **columns: Any) -> list[float]:
-    """Reward busy pictures: the size of the JPEG file of quality 95, in kB. Noise has the maximum."""
+    """Return the JPEG file size (quality 95) in kB, a reward for detailed images. Noise has the maximum."""
     return [_size_in_kilobytes(image) for image in images]
 
 

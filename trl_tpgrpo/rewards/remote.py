@@ -1,4 +1,4 @@
-"""Reward functions served over HTTP by `trl-tpgrpo serve-reward`, or by what else speaks docs/remote_rewards.md."""
+"""Reward functions over HTTP, served by `trl-tpgrpo serve-reward` or with the protocol of docs/remote_rewards.md."""
 
 import asyncio
 import base64
@@ -39,28 +39,28 @@ RETRIED = tenacity.retry_if_exception_type(RETRIED_ERRORS) | tenacity.retry_if_r
 )
 FIRST_PAUSE = 0.5
 MAX_PAUSE = 30.0
-MAX_ANSWER = 16 * 2**20  # bytes, which may take 25 times as many once they are read
+MAX_ANSWER = 16 * 2**20  # bytes, which may need 25 times as many when parsed
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 REMEDIES = {
-    401: "Give the token of the server's --token_file as `token`, or in the environment variable " + TOKEN_VARIABLE,
-    404: "Look at GET {server}/health for what is served",
-    413: "Take a smaller `batch_size` (now {batch_size}), or raise the server's limits",
-    422: "The reward function has failed on this row; the server's log has the traceback",
-    500: "The fault is in the reward function; the server's log may tell more",
+    401: "Pass the token of the server's --token_file as `token`, or in the environment variable " + TOKEN_VARIABLE,
+    404: "GET {server}/health lists the served rewards",
+    413: "Use a smaller `batch_size` (now {batch_size}), or raise the server's limits",
+    422: "The reward function failed on this row; the server's log has the traceback",
+    500: "The error is in the reward function; see the server's log",
 }
 
 
 class RemoteRewardError(RuntimeError):
-    """A reward server has given no rewards."""
+    """A reward server returned no rewards."""
 
 
 class ServerUnavailable(RemoteRewardError, RewardUnavailable):
-    """A reward server has not answered, whatever the images."""
+    """A reward server did not answer, for any image."""
 
 
 class Answer(NamedTuple):
-    """What a server has answered."""
+    """Answer of a server."""
 
     status: int
     retry_after: str
@@ -70,20 +70,19 @@ class Answer(NamedTuple):
 class RemoteReward:
     """A reward function on another machine or in another environment.
 
-    What it computes, its range and its licence are those of the function that is served. It is asynchronous: in a
-    script, `asyncio.run(reward(images, prompts))`.
+    Value, range and licence are those of the served function. The call is asynchronous: in a script, use
+    `asyncio.run(reward(images, prompts))`.
 
     Args:
         url: URL of the server, such as `"http://127.0.0.1:8000"`.
-        reward: Name that the server has for the function, which is the reward's name in metrics too.
-        token: Token that the server asks for; the environment variable `TRL_TPGRPO_REWARD_TOKEN` if `None`.
-        timeout: Seconds for one attempt of a request, the time in the server's queue included.
-        num_retries: Further attempts after a lost connection, a timeout, and the statuses 502, 503 and 504. Pauses
-            grow from half a second to half a minute; 10 retries last over two minutes, in which a server may be
-            started again.
-        batch_size: Images a request.
-        concurrency: Requests under way at once.
-        columns: Columns of the dataset that are sent; all if `None`.
+        reward: Name of the function on the server, and of the reward in metrics.
+        token: Token for the server. `None`: the environment variable `TRL_TPGRPO_REWARD_TOKEN`.
+        timeout: Seconds per attempt, including time in the server's queue.
+        num_retries: Number of retries after a lost connection, a timeout, and the statuses 502, 503 and 504. Pauses
+            grow from half a second to half a minute; 10 retries take over two minutes, enough to restart a server.
+        batch_size: Images per request.
+        concurrency: Number of concurrent requests.
+        columns: Columns of the dataset to send. `None`: all.
     """
 
     def __init__(
@@ -99,21 +98,21 @@ class RemoteReward:
     ):
         check_numbers(timeout, batch_size=batch_size, num_retries=num_retries, concurrency=concurrency)
         if not reward.isidentifier():
-            raise ValueError(f"reward must be a name that the server has, such as 'pick_score', got {reward!r}.")
+            raise ValueError(f"reward must be a name on the server, such as 'pick_score', got {reward!r}.")
         self.server = _checked_url("url", url)
         self.url = f"{self.server}/{reward}"
         self.__name__ = reward
-        # The attributes `batch_size` and `timeout` would tell the trainer to split the calls, and to end them.
+        # Not `batch_size` and `timeout`: with these attributes, the trainer would split and end calls.
         self.num_images_per_request, self.seconds_per_attempt = batch_size, timeout
         self.num_retries, self.concurrency = num_retries, concurrency
         self.columns = None if columns is None else tuple(columns)
         self._client_options: dict[str, Any] = {
             "headers": _headers(os.environ.get(TOKEN_VARIABLE) if token is None else token),
-            "timeout": None,  # httpx2's are for single steps; `_post` has one from the connection to the last byte
+            "timeout": None,  # httpx2's are for single operations; `_post` limits the whole request
             "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency),
             "trust_env": not is_loopback(urlsplit(url).hostname or ""),  # no proxy to this machine
         }
-        self._random = random.Random()  # the global one is the training's
+        self._random = random.Random()  # the global generator belongs to training
         self._slots: weakref.WeakKeyDictionary[Any, asyncio.Semaphore] = weakref.WeakKeyDictionary()
 
     async def __call__(
@@ -125,7 +124,7 @@ class RemoteReward:
         log_extra: Callable[[str, list], None] | None = None,
         **columns: list,
     ) -> list[float | None]:
-        """Score N images, or raise a `RemoteRewardError`; a `ValueError` if an image or a column cannot be sent."""
+        """Score N images; raise a `RemoteRewardError`, or a `ValueError` if an image or column cannot be sent."""
         sent, size = self._sendable(columns), self.num_images_per_request
         async with httpx2.AsyncClient(**self._client_options) as client:
             batches = (slice(start, start + size) for start in range(0, len(images), size))
@@ -140,7 +139,7 @@ class RemoteReward:
         return [reward for answer in answers for reward in answer["rewards"]]
 
     def check_available(self) -> None:
-        """Ask the server whether it has the reward; raise a `RemoteRewardError` if not, or if it does not answer."""
+        """Check that the server has the reward; raise a `RemoteRewardError` if not, or without an answer."""
         stop = tenacity.stop_after_attempt(self.num_retries + 1)
         retrying = tenacity.AsyncRetrying(retry=RETRIED, wait=self._pause, stop=stop, before_sleep=self._warn)
 
@@ -148,7 +147,7 @@ class RemoteReward:
             async with httpx2.AsyncClient(**self._client_options) as client:
                 return await retrying(self._fetch, client, "GET", f"{self.server}/health")
 
-        try:  # in a thread, as the caller's may have an event loop that runs
+        try:  # in a thread, because the caller's may have a running event loop
             answer: Answer = Worker().submit(lambda: asyncio.run(asked()), None).result()
         except tenacity.RetryError as error:
             what = f"does not answer: {self._last_failure(error)}. Is it running?"
@@ -158,24 +157,24 @@ class RemoteReward:
         try:
             served = list(json.loads(answer.body)["rewards"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            return  # another kind of server, which answers
+            return  # another kind of server
         if self.__name__ not in served:
             raise RemoteRewardError(f"The reward server {self.server} has no {self.__name__!r}, only {served}.")
 
     def _warn(self, state: tenacity.RetryCallState) -> None:
         if state.attempt_number == 1:
-            logger.warning("The reward server %s does not answer yet; it is asked again.", self.server)
+            logger.warning("The reward server %s does not answer yet; retrying.", self.server)
 
     def _sendable(self, columns: dict[str, list]) -> dict[str, list]:
-        """Return the columns that are sent; refuse one that is missing, or that JSON would not give back as it is."""
+        """Return the columns to send; raise a `ValueError` for one that is missing or that JSON cannot represent."""
         names = tuple(columns) if self.columns is None else self.columns
         for name in names:
             if name not in columns:
-                raise ValueError(f"There is no column {name!r} to send to {self.url}, only {list(columns)}.")
+                raise ValueError(f"The column {name!r} to send to {self.url} is missing; there are {list(columns)}.")
             for row, value in enumerate(columns[name]):
                 if not _is_json(value):
                     raise ValueError(
-                        f"The column {name!r} cannot be sent to {self.url}: JSON does not have {value!r} "
+                        f"The column {name!r} cannot be sent to {self.url}: JSON cannot represent {value!r} "
                         f"({type(value).__name__}, row {row}). Name the columns that the reward needs: columns=[...]."
                     )
         return {name: columns[name] for name in names}
@@ -188,7 +187,7 @@ class RemoteReward:
         columns = {name: values[rows] for name, values in columns.items()}
         stop = tenacity.stop_after_attempt(self.num_retries + 1)
         retrying = tenacity.AsyncRetrying(retry=RETRIED, wait=self._pause, stop=stop)
-        # A request is made within its slot, so that no more of them are in memory than are under way.
+        # A request is built within its slot, so that only requests in progress are in memory.
         async with self._slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.concurrency)):
             body = await asyncio.to_thread(_encoded, first_row, images, prompts, columns)
             try:
@@ -210,7 +209,7 @@ class RemoteReward:
         return Answer(response.status_code, response.headers.get("Retry-After", ""), body)
 
     def _pause(self, state: tenacity.RetryCallState) -> float:
-        """Return the seconds until the next attempt, which the server may have asked for."""
+        """Return the seconds until the next attempt, which the server may set."""
         pause, outcome = tenacity.wait_exponential(FIRST_PAUSE, MAX_PAUSE)(state), state.outcome
         if outcome is not None and not outcome.failed:
             asked = outcome.result().retry_after
@@ -233,48 +232,48 @@ class RemoteReward:
         row, message, kind = _error(answer)
         known = isinstance(row, int) and 0 <= row < len(prompts)
         where = f" (row {first_row + row}, prompt {prompts[row]!r})" if known else ""
-        remedy = REMEDIES.get(answer.status, "See docs/remote_rewards.md for what the server's answers mean")
+        remedy = REMEDIES.get(answer.status, "docs/remote_rewards.md explains the server's answers")
         remedy = remedy.format(server=self.server, batch_size=self.num_images_per_request)
         answered = f"The reward server {self.url} answered with status {answer.status}{where}"
-        # What hangs does so whatever the images, of which none is then tried alone.
+        # A hang does not depend on the images, so none is tried alone.
         return (ServerUnavailable if kind == "reward_hung" else RemoteRewardError)(f"{answered}: {message} {remedy}.")
 
     def _parsed(self, answer: Answer, number: int) -> dict[str, Any]:
-        """Return the rewards, metrics and extra columns of an answer, or refuse what is not of the protocol's form."""
+        """Return the rewards, metrics and extra columns of an answer; raise an error for an invalid answer."""
         try:
             fields = json.loads(answer.body)
             rewards, metrics, extra = fields["rewards"], fields.get("metrics", {}), fields.get("extra", {})
             for what, values in [("rewards", rewards), *((f"values of {name!r}", extra[name]) for name in extra)]:
                 if type(values) is not list or len(values) != number:
-                    raise ValueError(f"{len(values)} {what} for {number} images, or no list of them")
+                    raise ValueError(f"{len(values)} {what} for {number} images, or not a list")
             logged = [(name, value) for name, values in metrics.items() for value in values]
             for what, value in [*(("reward", reward) for reward in rewards), *logged]:
                 if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
-                    raise ValueError(f"{reprlib.repr(value)} is no {what}")
+                    raise ValueError(f"{reprlib.repr(value)} is not a valid {what}")
             logged = [(name, math.nan if value is None else float(value)) for name, value in logged]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise RemoteRewardError(
-                f"The reward server {self.url} answered with what is no answer of protocol 1: {type(error).__name__}: "
+                f"The reward server {self.url} sent an invalid answer (protocol 1): {type(error).__name__}: "
                 f"{error}. It began with {_beginning(answer, 100)!r}. See docs/remote_rewards.md."
             ) from error
         return {"rewards": rewards, "metrics": logged, "extra": extra}
 
 
 async def body_of(response: httpx2.Response) -> bytes:
-    """Read an answer as it comes, up to `MAX_ANSWER`, and unpack nothing; raise a `RemoteRewardError` if need be."""
+    """Read an answer up to `MAX_ANSWER` bytes, without decompression; else raise a `RemoteRewardError`."""
     body, title = bytearray(), f"The reward server {response.url} answered with"
     coding = response.headers.get("Content-Encoding", "identity")
     if coding != "identity" and response.status_code == 200:
-        raise RemoteRewardError(f"{title} Content-Encoding {coding[:40]!r}, which it was not asked for.")
+        raise RemoteRewardError(f"{title} Content-Encoding {coding[:40]!r}, which was not requested.")
     async for chunk in response.aiter_raw():
         body += chunk
         if len(body) > MAX_ANSWER:
-            raise RemoteRewardError(f"{title} more than {MAX_ANSWER} bytes: take a smaller `batch_size`.")
+            raise RemoteRewardError(f"{title} more than {MAX_ANSWER} bytes: use a smaller `batch_size`.")
     return bytes(body)
 
 
 def remote_reward_from_url(url: str) -> RemoteReward:
-    """Return the remote reward of an URL such as `http://127.0.0.1:8000/pick_score`, with the environment's token."""
+    """Return the remote reward of a URL such as `http://127.0.0.1:8000/pick_score`, with the environment's token."""
     server, _, reward = _checked_url("A remote reward", url).rpartition("/")
     if not reward.isidentifier() or server in ("http:/", "https:/"):
         raise ValueError(f"A remote reward is http://HOST:PORT/REWARD, got {url!r}.")
@@ -282,7 +281,7 @@ def remote_reward_from_url(url: str) -> RemoteReward:
 
 
 def check_numbers(timeout: float, **counts: int) -> None:
-    """Refuse a timeout that is not above 0, retries below 0 and other counts below 1."""
+    """Raise a `ValueError` for a timeout of 0 or less, retries below 0 and other counts below 1."""
     for name, count in counts.items():
         least = 0 if name == "num_retries" else 1
         if count < least:
@@ -292,7 +291,7 @@ def check_numbers(timeout: float, **counts: int) -> None:
 
 
 async def gathered(calls: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Await calls at once and return what they return; the first error ends the others."""
+    """Await calls concurrently and return their results; the first error cancels the others."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(call) for call in calls]
@@ -302,7 +301,7 @@ async def gathered(calls: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
 
 
 def base64_png(image: Image.Image) -> str:
-    """Encode an image without loss, compressed as little as is quick."""
+    """Encode an image as PNG in base64, with fast compression."""
     file = io.BytesIO()
     image.save(file, format="PNG", compress_level=1)
     return base64.b64encode(file.getvalue()).decode()
@@ -311,14 +310,14 @@ def base64_png(image: Image.Image) -> str:
 def _encoded(first_row: int, images: list[Image.Image], prompts: list[str], columns: dict[str, list]) -> bytes:
     for row, image in enumerate(images, first_row):
         if image.mode not in PNG_MODES:
-            raise ValueError(f"The image of row {row} has mode {image.mode!r}, which PNG does not have: convert it.")
-    # The id is the same in all attempts, so that the server does not score twice.
+            raise ValueError(f"The image of row {row} has mode {image.mode!r}, not supported by PNG: convert it.")
+    # All attempts have the same id, so that the server does not score twice.
     body = {"id": uuid.uuid4().hex, "images": list(map(base64_png, images)), "prompts": prompts, "columns": columns}
     return json.dumps(body, allow_nan=False).encode()
 
 
 def _error(answer: Answer) -> tuple[Any, str, Any]:
-    """Return row, message and type of an error, or else the beginning of an answer, which may be a proxy's."""
+    """Return row, message and type of an error, or the beginning of another answer, such as a proxy's."""
     try:
         error = json.loads(answer.body)["error"]
         return error.get("row"), str(error["message"])[:500], error.get("type")
@@ -327,11 +326,11 @@ def _error(answer: Answer) -> tuple[Any, str, Any]:
 
 
 def _beginning(answer: Answer, number: int) -> str:
-    """Return the first bytes as text; the codec that the server names is not taken, as it may be any of Python's."""
+    """Return the first bytes as text, without the codec named by the server, which may be any of Python's."""
     return answer.body[:number].decode(errors="replace")
 
 
-def _headers(token: str | None) -> httpx2.Headers:  # a dictionary would show the token where it is printed
+def _headers(token: str | None) -> httpx2.Headers:  # a dictionary would show the token if printed
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     if token is None:
         return httpx2.Headers(headers)
@@ -341,17 +340,17 @@ def _headers(token: str | None) -> httpx2.Headers:  # a dictionary would show th
 
 
 def _checked_url(name: str, url: str) -> str:
-    """Return the URL without a slash at its end, or refuse one whose password or query would be shown in messages."""
+    """Return the URL without a trailing slash; raise a `ValueError` for a password or query (shown in messages)."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{name} must be an URL such as http://127.0.0.1:8000, got {parts.scheme or url!r}.")
+        raise ValueError(f"{name} must be a URL such as http://127.0.0.1:8000, got {parts.scheme or url!r}.")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError(f"{name} must have no user, password, query or fragment; a token is given by itself.")
+        raise ValueError(f"{name} must have no user, password, query or fragment; pass a token separately.")
     return url.rstrip("/")
 
 
 def _is_json(value: Any) -> bool:
-    """Say whether the value comes back from JSON as it is."""
+    """Check whether JSON represents the value exactly."""
     if type(value) is list:
         return all(_is_json(item) for item in value)
     if type(value) is dict:

@@ -1,8 +1,7 @@
-"""Calling reward functions: in batches of the size that each declares, and beside the model where it may be.
+"""Calls of reward functions, in the batch sizes that they declare, and in parallel with the model if possible.
 
-A function that waits for something else (a server, native code that releases the interpreter) declares
-`runs_in = "thread"` or is `async`: its calls are under way while the next images are sampled and decoded. The others
-are called as images are handed in.
+A function that waits for something else (a server, native code that releases the GIL) declares `runs_in = "thread"` or
+is `async`: its calls run while the next images are sampled and decoded. Other functions are called immediately.
 """
 
 import copy
@@ -30,9 +29,9 @@ from .threads import EventLoop, Worker, call_here
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """N images to be scored, or the latents that they would be decoded from, or the noisy states before these.
+    """N images to score, or their latents, or noisy states.
 
-    Functions that score groups get `group_sizes` neighbours at once. What no function takes may be missing.
+    Functions that score groups receive `group_sizes` neighbours at once. Unused items may be missing.
     """
 
     images: list[Image.Image]
@@ -47,7 +46,7 @@ class ImageBatch:
         return len(self.prompts)
 
     def view(self, reward_func: RewardFunc, rows: slice) -> dict[str, Any]:
-        """Return what a function gets to score; tensors are its own."""
+        """Return the items that a function scores; tensors are copies."""
         declaration = declared(reward_func)
         if declaration.scores_states:
             assert self.states is not None
@@ -70,31 +69,31 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class Scores:
-    """What F functions gave N images."""
+    """Results of F functions for N images."""
 
-    rewards: Tensor  # float32, (F, N), on the CPU; NaN where a function does not apply, or one failed
-    failed: Tensor  # bool, (N,), on the CPU; true where a function failed, if failures are skipped
+    rewards: Tensor  # float32, (F, N), on the CPU; NaN where a function does not apply or failed
+    failed: Tensor  # bool, (N,), on the CPU; true where a function failed (and failures are skipped)
     errors: list[RewardError] = field(default_factory=list)
-    extra: dict[str, list] = field(default_factory=dict)  # logged columns, N values each; None where none was logged
+    extra: dict[str, list] = field(default_factory=dict)  # logged columns, N values each; None if not logged
 
 
 class Scorer:
-    """Caller of reward functions, whose failures are errors (`"stop"`) or only mark images (`"skip"`)."""
+    """Calls reward functions; failures are errors (`"stop"`) or mark images (`"skip"`)."""
 
     def __init__(self, failures: str = "stop"):
         self.failures = failures
         self._workers: dict[int, Worker] = defaultdict(Worker)
-        self._event_loops: dict[int, EventLoop] = defaultdict(EventLoop)  # one a function: one may block its own
+        self._event_loops: dict[int, EventLoop] = defaultdict(EventLoop)  # one per function; it may block its own
         self._beside: list[Future] = []
-        self.settings: dict[str, Any] = {}  # of the process, when no call was under way
+        self.settings: dict[str, Any] = {}  # of the process, before any call
 
     def start(
         self, reward_funcs: list[RewardFunc], batch: ImageBatch, extra: dict, advance: Callable = lambda number: None
     ) -> "Scoring":
-        """Begin to score images; those with `runs_in="main"` have been called on return.
+        """Start to score images; functions with `runs_in="main"` are finished on return.
 
         `extra` are further arguments of each function, such as `trainer_state`; `advance` is called with 1 after each
-        function, and with 0 after each call that is over.
+        function, and with 0 after each call.
         """
         if not self.is_under_way:
             self.settings = settings()
@@ -105,9 +104,9 @@ class Scorer:
         return scoring
 
     def submit(self, reward_func: RewardFunc, arguments: dict[str, Any]) -> Future:
-        """Call a function where it runs; the future is cancelled if the call takes longer than its timeout.
+        """Call a function in its thread or loop; the future is cancelled if the call exceeds its timeout.
 
-        What a call in the main thread, or one that this waits for, changes in the process is put back.
+        Changes of process settings by a call that the main thread waits for are undone.
         """
         timeout, call = declared(reward_func).timeout, partial(_call_on_copies, reward_func, arguments)
         if runs_beside(reward_func):
@@ -123,7 +122,7 @@ class Scorer:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether a call has been begun in another thread and has neither ended nor been given up."""
+        """Whether a call in another thread is still running and was not given up."""
         return not all(future.done() for future in self._beside)
 
 
@@ -132,12 +131,12 @@ class _Call:
     index: int  # of the function
     rows: slice
     future: Future
-    metrics: list[tuple[str, float]]  # kept until the function has returned: they are recorded in the main thread
+    metrics: list[tuple[str, float]]  # kept until the function returns, because they are recorded in the main thread
     extra: dict[str, list]
 
 
 class Scoring:
-    """Batch that is being scored; arguments as of `Scorer.start`."""
+    """Batch while it is scored; arguments as in `Scorer.start`."""
 
     def __init__(
         self, scorer: Scorer, reward_funcs: list[RewardFunc], batch: ImageBatch, extra: dict, advance: Callable
@@ -149,7 +148,7 @@ class Scoring:
         self._scores = Scores(rewards, torch.zeros(len(batch), dtype=torch.bool))
 
     def begin(self, index: int) -> None:
-        """Start the calls of one function, and end them too unless they run beside the model."""
+        """Start the calls of one function, and wait for them unless they run in parallel with the model."""
         function = self.reward_funcs[index]
         for rows in self.batch.parts(function):
             if runs_beside(function):
@@ -158,12 +157,12 @@ class Scoring:
                 self._collect(self._call(index, rows))
 
     def result(self) -> Scores:
-        """Wait for the functions that are under way; raise the first `RewardError` unless failures are skipped."""
+        """Wait for running functions; raise the first `RewardError` unless failures are skipped."""
         while self._pending and not self._has_stopped:
             self._collect(self._pending.pop(0))
         beside = [reward_name(function) for function in self.reward_funcs if runs_beside(function)]
         if beside and not self._scorer.is_under_way and (changed := put_back(self._scorer.settings)):
-            what = f"changed {' and '.join(changed)} beside the model, which is for runs_in='main' alone"
+            what = f"changed {' and '.join(changed)} while the model was running; use runs_in='main' for this"
             self._scores.errors.append(RewardError(" or ".join(beside), what))
         if self._has_stopped:
             raise self._scores.errors[0]
@@ -186,21 +185,21 @@ class Scoring:
         return _Call(index, rows, self._scorer.submit(function, arguments), metrics, extra)
 
     def _collect(self, call: _Call) -> None:
-        """Take the rewards of a call, or note what it failed on."""
+        """Store the rewards of a call, or its failure."""
         try:
             self._scores.rewards[call.index, call.rows] = self._rewards(call)
         except RewardError as error:
             if declared(self.reward_funcs[call.index]).scores_groups:
-                self._scores.failed[call.rows] = True  # where one image is the cause, others were compared with it
+                self._scores.failed[call.rows] = True  # if one image is the cause, others were compared with it
                 error.prompt = self.batch.prompts[call.rows.start]
             elif error.row is None and isinstance(error.__cause__, RewardUnavailable | None):
-                self._scores.failed[call.rows] = True  # it hung, or no image can be the cause
+                self._scores.failed[call.rows] = True  # it hung, or the cause is not an image
             elif error.row is None or self._scorer.failures == "skip":
                 error = self._one_by_one(call, error)
             self._scores.errors.append(error)
 
     def _one_by_one(self, call: _Call, failure: RewardError) -> RewardError:
-        """Repeat a failed call for each of its images, and keep their rewards; return the first error."""
+        """Repeat a failed call image by image and store the rewards; return the first error."""
         first: RewardError | None = None
         for row in range(call.rows.start, call.rows.stop):
             alone = self._call(call.index, slice(row, row + 1))
@@ -215,12 +214,12 @@ class Scoring:
                 if hung or self._scorer.failures == "stop":
                     break
         if first is None:
-            failure.what += f" (on a batch of {call.rows.stop - call.rows.start} images, on none alone)"
+            failure.what += f" (on a batch of {call.rows.stop - call.rows.start} images, on no single image)"
             failure.row = failure.prompt = failure.image = None
         return first or failure
 
     def _rewards(self, call: _Call) -> Tensor:
-        """Wait for a call and return its rewards, (N,); what it logged is kept if it succeeded."""
+        """Wait for a call and return its rewards, (N,); store its logs if it succeeded."""
         function, batch, rows = self.reward_funcs[call.index], self.batch, call.rows
         name = reward_name(function)
         try:
@@ -229,12 +228,12 @@ class Scoring:
             timeout = declared(function).timeout
             raise RewardError(name, f"has not returned within its timeout of {timeout} seconds") from None
         self._advance(0)
-        if error is not None:  # whatever a user's function raises is reported with its row
+        if error is not None:  # any exception of a user's function is reported with its row
             raise RewardError(name, f"raised {type(error).__name__}: {text_of(error)}") from error
         values = call.future.result()
         numbers = call_here(partial(checked, function, values, batch.prompts[rows], batch.images[rows], rows.start))
         if (error := numbers.exception()) is not None:
-            what = f"returned what raises {type(error).__name__} as a number: {text_of(error)}"
+            what = f"returned a value whose conversion to a number raises {type(error).__name__}: {text_of(error)}"
             raise error if isinstance(error, RewardError) else RewardError(name, what)
         rewards = numbers.result()
         for column, values in call.extra.items():
@@ -247,20 +246,20 @@ class Scoring:
 
 
 def _call_on_copies(reward_func: RewardFunc, arguments: dict[str, Any]) -> Any:
-    """Call a function on lists of its own: what it does to images and columns, no other function and no log sees."""
+    """Call a function on copies of images and columns, so that its changes affect no other function and no log."""
     own = {name: copy.deepcopy(value) if isinstance(value, list) else value for name, value in arguments.items()}
     return reward_func(**own)
 
 
 def runs_beside(reward_func: RewardFunc) -> bool:
-    """Say whether calls of a function may be under way while the next images are sampled."""
+    """Check whether calls of a function can run while the next images are sampled."""
     return is_async(reward_func) or declared(reward_func).runs_in == "thread"
 
 
 def save_evidence(error: RewardError, folder: Path, step: int, process: int) -> None:
-    """Write what is known of a failure at an update (`step`), and its image if it has one, into a folder."""
+    """Save the description of a failure at an update (`step`), and its image if any, to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    function = re.sub(r"[^\w.-]+", "_", error.name)  # a "<lambda>" is no name for a file
+    function = re.sub(r"[^\w.-]+", "_", error.name)  # "<lambda>" is not a valid file name
     name = f"step_{step:06d}_{function}" + (f"_{process}" if process else "")
     told = {"reward_func": error.name, "what": error.what, "row": error.row, "prompt": error.prompt, "update": step}
     (folder / f"{name}.json").write_text(json.dumps(told, indent=1))

@@ -1,4 +1,4 @@
-"""What reward functions share with training: settings of the process, its working directory and its random states."""
+"""State that reward functions share with training: process settings, working directory and random states."""
 
 import os
 import pickle
@@ -25,7 +25,7 @@ def _set_autocast(found: list[tuple[str, bool, torch.dtype]]) -> None:
 
 
 def _set_device(found: torch.device) -> None:
-    torch.set_default_device(None if found.type == "cpu" else found)  # `None` is the CPU and slows no operator down
+    torch.set_default_device(None if found.type == "cpu" else found)  # `None` is the CPU, without a cost per operator
 
 
 SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
@@ -47,19 +47,19 @@ RANDOM: tuple[tuple[Callable[[], bytes], Callable[[int], object]], ...] = (
 
 
 def settings() -> dict[str, Any]:
-    """Return the settings of the process by name, `None` where one cannot be told."""
+    """Return the settings of the process by name; `None` if unknown."""
     return {name: _told(get) for name, (get, _) in SETTINGS.items()}
 
 
 def _told(get: Callable[[], Any]) -> Any:
     try:
         return get()
-    except (OSError, RuntimeError):  # a folder that was deleted; a precision that was set in torch's new and old way
+    except (OSError, RuntimeError):  # a deleted folder; a precision set by torch's new and old API
         return None
 
 
 def put_back(before: dict[str, Any]) -> list[str]:
-    """Set what has changed to what it was before, unless that is a folder that is gone, and return the names."""
+    """Restore changed settings (except a deleted folder) and return their names."""
     changed = [name for name, (get, _) in SETTINGS.items() if before[name] not in (None, _told(get))]
     for name in changed:
         with suppress(FileNotFoundError):
@@ -69,10 +69,10 @@ def put_back(before: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def unchanged(before: dict[str, Any]) -> Iterator[None]:
-    """Put settings, modes of autograd and random states back at the end, in the main thread.
+    """Restore settings, autograd modes and random states at the end, in the main thread.
 
-    Random states that have moved go on from a seed that is made of what they were: what comes after depends neither
-    on seeds nor on numbers that were drawn inside, and the next draws inside are others.
+    Changed random states continue from a seed derived from their former state: later numbers do not depend on seeds or
+    draws inside the context, and the next draws inside differ.
     """
     random_before, with_grad = [get() for get, _ in RANDOM], torch.is_grad_enabled()
     try:

@@ -1,7 +1,7 @@
-"""Calls with a timeout, in a thread or on an event loop, of which one that hangs stops neither the next nor the exit.
+"""Calls with a timeout, in a thread or on an event loop; a call that hangs blocks neither later calls nor the exit.
 
-What a call returns or raises, `SystemExit` and the like too, is in a `Future`, which is cancelled when the call takes
-longer than its timeout.
+The result or exception of a call (`SystemExit` too) is in a `Future`, which is cancelled if the call exceeds its
+timeout.
 """
 
 import asyncio
@@ -19,15 +19,15 @@ from typing import Any
 import torch
 
 
-GRACE = 5.0  # seconds in which an event loop must answer after a call was given up
+GRACE = 5.0  # seconds in which an event loop must respond after a call was given up
 GRACE_AT_END = 60.0  # seconds in which a program must end after one was
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def call_here(call: Callable[[], Any]) -> Future:
-    """Return the future of a call that is made at once; what the handler of a signal raises meanwhile is raised here.
+    """Make a call now and return its future; exceptions of a signal handler are raised here.
 
-    A KeyboardInterrupt without a signal is the call's own failure.
+    A KeyboardInterrupt without a signal is a failure of the call.
     """
     future: Future = Future()
     arrived: list[int] = []
@@ -45,7 +45,7 @@ def call_here(call: Callable[[], Any]) -> Future:
         _settle(future, call)
     finally:
         for number, former_handler in former.items():
-            if former_handler is not None:  # else it was not set by Python
+            if former_handler is not None:  # otherwise it was not set by Python
                 signal.signal(number, former_handler)
     error = future.exception()
     if arrived and error is not None and not isinstance(error, Exception):
@@ -54,21 +54,21 @@ def call_here(call: Callable[[], Any]) -> Future:
 
 
 class Worker:
-    """Thread that makes calls in turn; where one hangs, another thread makes the next ones."""
+    """Thread that makes calls one after another; if one hangs, another thread makes the next calls."""
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[tuple[Future, Callable[[], Any], float | None]] = queue.SimpleQueue()
         _thread(self._work).start()
 
     def submit(self, call: Callable[[], Any], timeout: float | None) -> Future:
-        """Make a call after those before it; the seconds of its timeout begin when it does."""
+        """Make a call after earlier calls; its timeout starts with it."""
         future: Future = Future()
         self._calls.put((future, call, timeout))
         return future
 
     def _work(self) -> None:
         successor = _thread(self._work)
-        # A local variable for what the queue gives would keep the images of the last call.
+        # A local variable for the queue's item would keep the images of the last call.
         while _ends_in_time(successor, *self._calls.get()):
             pass
 
@@ -88,7 +88,7 @@ def _ends_in_time(successor: threading.Thread, future: Future, call: Callable[[]
 
 
 class EventLoop:
-    """Thread that awaits calls, all at once; where one blocks the loop, a new thread's loop awaits the next ones."""
+    """Thread that awaits calls concurrently; if one blocks the loop, a new thread awaits the next calls."""
 
     def __init__(self) -> None:
         self._begin()
@@ -99,7 +99,7 @@ class EventLoop:
         _thread(partial(_run_forever, self._loop)).start()
 
     def submit(self, call: Callable[[], Awaitable], timeout: float | None) -> Future:
-        """Await what a call returns; a call that takes too long is cancelled, whether it lets itself be or not."""
+        """Await the result of a call; a call that exceeds its timeout is cancelled."""
         if not self._answered.wait(GRACE):
             self._begin()
         future: Future = Future()
@@ -130,16 +130,16 @@ class EventLoop:
 
 
 def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
-    """Go on when a task that a call has begun ends the loop, as by SystemExit: those who await it are told."""
+    """Restart the loop if a task ends it, for example by SystemExit; callers are told."""
     while True:
         with suppress(BaseException):
             loop.run_forever()
 
 
 def _timer(timeout: float | None, give_up: Callable[[], object]) -> threading.Timer:
-    """Return a timer, which has begun if there is a timeout, and that the interpreter does not wait for.
+    """Return a daemon timer, started if there is a timeout.
 
-    A program whose calls were given up ends in any case.
+    A program with abandoned calls can still exit.
     """
 
     def give_up_and_leave() -> None:
@@ -155,15 +155,15 @@ def _timer(timeout: float | None, give_up: Callable[[], object]) -> threading.Ti
 
 @cache
 def _end_in_any_case() -> None:
-    """Limit the time in which Python waits, when the program ends, for threads that a call has left behind."""
+    """Limit the time that Python waits at exit for threads left by a call."""
     end = partial(faulthandler.dump_traceback_later, GRACE_AT_END, exit=True, file=2)
     threading._register_atexit(end)  # type: ignore[attr-defined]  # the public `atexit` comes after the waiting
 
 
 def _thread(target: Callable[[], object]) -> threading.Thread:
-    """Return a thread that computes as the main one does when it scores: without gradients, on the present device.
+    """Return a thread that scores like the main one: without gradients, on the current device.
 
-    It is a daemon: the interpreter waits for an executor's threads before it exits, and for one that hangs forever.
+    It is a daemon, because the interpreter waits at exit for an executor's threads, even if one hangs.
     """
     device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
 
@@ -179,7 +179,7 @@ def _thread(target: Callable[[], object]) -> threading.Thread:
 def _settle(future: Future, call: Callable[[], Any]) -> None:
     try:
         result = call()
-    except BaseException as error:  # even SystemExit, which would end the thread and nothing else
+    except BaseException as error:  # even SystemExit, which would end only the thread
         future.set_exception(error)
     else:
         future.set_result(result)

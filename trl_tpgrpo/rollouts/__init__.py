@@ -1,4 +1,4 @@
-"""From rows of a dataset to trajectories with rewards."""
+"""Rollouts: rows of a dataset -> trajectories with rewards."""
 
 from .sampling import Rollouts
 from .windows import NOISE, PROBED_GROUPS

@@ -1,4 +1,4 @@
-"""From rows of a dataset to trajectories, their images, the rewards of these, and the reward table.
+"""Rows of a dataset -> trajectories, images, rewards and the reward table.
 
 Shapes: `B` rows of this process, `N` of all processes, `M` images, `F` reward functions, `K` SDE steps, `C` completed
 states.
@@ -50,14 +50,14 @@ from .windows import CARD, DRAW, EVALUATION, NOISE, Rows, Windows
 
 logger = logging.getLogger(__name__)
 
-MAX_PENDING = 2  # sweeps that may wait for their rewards while the next is sampled; their images are kept until then
+MAX_PENDING = 2  # sweeps whose rewards may be pending while the next is sampled; their images stay in memory
 
 
 class Rollouts:
-    """Samples and scores rows of a dataset, with the model and the trainer's state that two getters give.
+    """Samples and scores rows of a dataset; two getters return the model and the trainer's state.
 
-    `batch_sizes` has the samples that the `"model"` and the `"vae"` are given at once, measured at the first use if
-    absent; of an evaluation at another size too, under names with it.
+    `batch_sizes` has the batch sizes of the `"model"` and the `"vae"`, measured at the first use if absent. An
+    evaluation at another image size has its own, under names with that size.
     """
 
     def __init__(
@@ -96,13 +96,13 @@ class Rollouts:
         self.windows = Windows(args, metrics["train"], self._probe)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what has been measured."""
+        """Return the measured values."""
         return {**self.windows.state_dict(), "batch_sizes": self.batch_sizes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was measured, unless the settings fix it now."""
+        """Restore the measured values that the current settings do not fix."""
         self.windows.load_state_dict(state)
-        if self.args.rollout_batch_size is None:  # a fixed one may be another than before, say for lack of memory
+        if self.args.rollout_batch_size is None:  # a fixed size may differ from the former one
             self.batch_sizes = state["batch_sizes"]
 
     def generate(self, rows: Rows, generation: int) -> Trajectories:
@@ -157,7 +157,7 @@ class Rollouts:
             if len(pending) > MAX_PENDING:
                 sampled.append(self._finish_sweep(pending.popleft()))
             if any(one.error for one in sampled) and self.accelerator.num_processes == 1:
-                break  # several processes must keep in step until they stop together
+                break  # several processes must stay in step until they stop together
         sampled += [self._finish_sweep(one) for one in pending]
         self._stop_together(next((one.error for one in sampled if one.error), None))
         states = torch.cat([one.rollout.states for one in sampled])
@@ -170,7 +170,7 @@ class Rollouts:
         return states, log_probs, torch.cat(kept) if kept else None, table
 
     def _finish_sweep(self, pending: Pending) -> Sampled:
-        """Wait for a sweep's rewards, and keep no image of it but what callbacks want to see."""
+        """Wait for a sweep's rewards, and keep only the images that callbacks want."""
         sampled = self._scored(pending, "train")
         if sampled.images:
             final = sampled.rollout.image_of[:, -1].tolist()
@@ -185,7 +185,7 @@ class Rollouts:
     ) -> RewardTable:  # fmt: skip
         """Gather the rewards (B, F, C + 1) of all processes' trajectories, of which some have failed (B,).
 
-        For a credit rule from outside, what it may read besides is gathered too.
+        For a custom credit rule, its other inputs are gathered too.
         """
         device, group = self.args.device, self.args.num_generations
         gathered, all_failed = (self.accelerator.gather(value.to(device)).cpu() for value in (rewards, failed))
@@ -206,7 +206,7 @@ class Rollouts:
     def _check_completions(
         self, rows: Rows, encoded: Encoded, window: Window, generation: int, table: RewardTable
     ) -> None:
-        """Log how faithful the completions of the first prompts are to exact ones of the same trajectories."""
+        """Log how well completions of the first prompts agree with exact ones of the same trajectories."""
         first_row = self.accelerator.process_index * len(rows)
         rows = rows[: self.args.num_generations]
         generators = self.generators(NOISE, generation, len(rows), first_row)
@@ -225,8 +225,8 @@ class Rollouts:
     def evaluate(self, rows: Rows, first: int, num_rows: int, window: Window | None = None) -> tuple[Sampled, Tensor]:
         """Sample B rows, of which the first is row `first` of `num_rows`, and record their rewards.
 
-        The ODE samples, or the SDE in `window`, images of `eval_height` x `eval_width`. Return this process's B
-        trajectories and the rewards (N, F) of all, without rows that only fill the last batches up.
+        Images of `eval_height` x `eval_width` are sampled by the ODE, or by the SDE in `window`. Return this process's
+        B trajectories and the rewards (N, F) of all processes, without padding rows of the last batches.
         """
         generators, group = self.generators(EVALUATION, 0, len(rows), first), self.args.num_generations_eval
         functions = [*self.reward_funcs, *self.eval_reward_funcs]
@@ -270,14 +270,14 @@ class Rollouts:
             rows: Rows of a dataset: a prompt and the columns that the reward functions read. Functions that score
                 groups need each prompt `num_generations` times in a row.
             generators: B generators, each the only source of its trajectory's randomness (see `roll_out`).
-            window: SDE steps of `num_inference_steps`; `None` takes `num_inference_steps_eval` ODE steps.
-            completion: Rule by which states in the window are completed, or which of them are scored as they are
-                where all functions score states; `None`: none is.
-            reward_funcs: F functions to score with; `None`: those that are trained on.
+            window: SDE steps of `num_inference_steps`; `None`: `num_inference_steps_eval` ODE steps.
+            completion: Rule for completing latents in the window or, if all functions score noisy states, for
+                choosing the latents to score; `None`: none.
+            reward_funcs: F functions to score with; `None`: the training rewards.
 
         Raises:
             RewardError: If a reward function fails.
-            ValueError: If one scores groups, and the rows are no whole ones.
+            ValueError: If a function scores groups and the rows are not whole groups.
             FloatingPointError: If a prediction is not finite.
         """
         functions = reward_funcs or self.reward_funcs
@@ -301,7 +301,7 @@ class Rollouts:
 
     @torch.no_grad()
     def sample(self, rows: Rows) -> list[Image.Image]:
-        """Make an image of each of N rows' prompts, by the ODE in `num_inference_steps_eval` steps."""
+        """Sample one image for each of N rows by the ODE in `num_inference_steps_eval` steps."""
         if not rows:
             return []
         generators = self.generators(CARD, 0, len(rows), first=0)
@@ -310,7 +310,7 @@ class Rollouts:
     def recomputed(self, trajectories: Trajectories, autocast: Callable[[], Any]) -> Trajectories:
         """Compute log-probabilities, and means where they are kept, as training does, in the context of `autocast`."""
         steps = [self._recomputed(trajectories.transitions(k), autocast) for k in range(len(trajectories.window))]
-        self.metrics["train"].record("num_train_evaluations", len(trajectories) * len(steps), "sum")
+        self.metrics["train"].record("nfe_train", len(trajectories) * len(steps), "sum")
         log_probs = torch.stack([log_prob for log_prob, _ in steps], 1)
         means = None if trajectories.means is None else torch.stack([mean for _, mean in steps if mean is not None], 1)
         return replace(trajectories, log_probs=log_probs, means=means)
@@ -334,12 +334,12 @@ class Rollouts:
         reward_funcs: list[RewardFunc],
         group: int | None = None,
     ) -> Pending:
-        """Sample and decode, and begin to score; groups are of `num_generations` rows, or of so many."""
+        """Sample and decode, and begin to score groups of `group` (default: `num_generations`) rows."""
         mode, metrics, group = self._mode, self.metrics[self._mode], group or self.args.num_generations
         declarations = list(map(declared, reward_funcs))
         scores_states = any(one.scores_states for one in declarations)
         if len(rows) % group and any(one.scores_groups for one in declarations):
-            raise ValueError(f"A reward function scores groups: {len(rows)} rows are no whole ones of {group} images.")
+            raise ValueError(f"A reward function scores groups: {len(rows)} rows are no multiple of {group} images.")
         with self.phase("rollout", self._num_steps(window), mode) as advance:
             rollout = self.roll_out(encoded, generators, window, completion, advance)
         pixels, images = None, []
@@ -347,9 +347,9 @@ class Rollouts:
             with self.phase("decode", len(rollout.final_latents), mode) as advance:
                 pixels = self.decode(rollout.final_latents, advance, keep_on_device=self._scores_tensors)
                 images = to_images(pixels)
-        counts = {"evaluations": rollout.num_evaluations, "calls": rollout.num_calls}
-        for name, value in {**counts, "decoded_images": len(images), "scored_images": len(rollout.rows)}.items():
-            metrics.record(f"num_{name}", value, "sum")
+        counts = {"nfe": rollout.nfe, "num_calls": rollout.num_calls, "num_decoded_images": len(images)}
+        for name, value in {**counts, "num_scored_images": len(rollout.rows)}.items():
+            metrics.record(name, value, "sum")
         with self.phase("score", len(reward_funcs), mode) as advance:
             shown, sigmas = [rows[row] for row in rollout.rows.tolist()], self._schedule(window).sigmas
             scored = (completion or EXACT).states(len(window)) if window else range(0)
@@ -369,7 +369,7 @@ class Rollouts:
         return Pending(rollout, encoded.prompts.tolist(), images, scoring)
 
     def _scored(self, pending: Pending, mode: str) -> Sampled:
-        """Wait for the rewards; an error that has to stop the run is in the result, so that no process stops alone."""
+        """Wait for the rewards; the result holds an error that must stop the run, so that no process stops alone."""
         rollout, images = pending.rollout, pending.images
         with self.phase("score", 1, mode):
             try:
@@ -426,7 +426,7 @@ class Rollouts:
     ) -> Tensor:
         """Decode final latents (M, ...), see [`~trl_tpgrpo.policies.base.FlowPolicy.decode`].
 
-        Without a `batch_size`, which may have to be measured, all processes have to call it.
+        Without a `batch_size`, which may have to be measured, call it on all processes.
         """
         with on_device([self.policy.pipeline.vae], self.policy.device, self.args.offload_between_phases):
             batch_size = batch_size or self._batch_size(
@@ -435,7 +435,7 @@ class Rollouts:
             return self.policy.decode(latents, batch_size, on_batch, keep_on_device)
 
     def _batch_size(self, part: str, run: Callable[[int], object]) -> int:
-        """Return how many samples of the size that is made now a part is given at once, by `run` if measured."""
+        """Return the batch size of a part for the current image size; `run` measures it if needed."""
         size, args = self.policy.guidance, self.args
         is_other = (size.height, size.width) != (args.height, args.width)
         name = f"{part} at {size.height} x {size.width}" if is_other else part
@@ -453,7 +453,7 @@ class Rollouts:
 
     @contextmanager
     def phase(self, name: str, total: int, mode: str = "train") -> Iterator[Callable[..., None]]:
-        """Time a phase of `total` units and show it; give the function to call when some are done."""
+        """Time a phase of `total` units and show it; yield the function to call when some are done."""
         with self.metrics[mode].seconds(name), self.progress.phase(name, total) as advance:
             yield advance
 
@@ -469,14 +469,14 @@ class Rollouts:
         return "train" if self.accelerator.unwrap_model(self._model()).training else "eval"
 
     def weighted(self, rewards: Tensor) -> Tensor:
-        """Sum rewards (N, F) of the functions that are trained on, where they apply: (N,); NaN where none does."""
+        """Return the weighted sum (N,) of the training rewards (N, F) that apply; NaN if none does."""
         return (rewards * self.reward_weights).nansum(1).where(~rewards.isnan().all(1), torch.nan)
 
     def generators(self, purpose: int, number: int, num_rows: int, first: int | None = None) -> Generators:
-        """Make generators that depend on the seed, their purpose and a row's index among those of all processes.
+        """Make generators that depend on the seed, the purpose and the row's index over all processes.
 
-        `purpose` is `NOISE`, `EVALUATION`, `PROBE` or `CARD`, `number` the index of the rollout, `first` that of this
-        process's first row; `None`: as in a rollout, where all processes have as many rows.
+        `purpose` is `NOISE`, `EVALUATION`, `PROBE` or `CARD`, `number` the index of the rollout, and `first` the index
+        of this process's first row; `None`: as in a rollout, where all processes have equal numbers of rows.
         """
         if first is None:
             first = self.accelerator.process_index * num_rows
@@ -485,7 +485,7 @@ class Rollouts:
         return [torch.Generator("cpu").manual_seed(int(seed.generate_state(1, np.uint64)[0])) for seed in seeds]
 
     def _stop_together(self, error: RewardError | None) -> None:
-        """Stop all processes if a reward function has failed on one, which the others would wait for."""
+        """Stop all processes if a reward function has failed on one, because the others would wait for it."""
         failures = gather_object([None if error is None else (error.name, error.outcome)])
         if error is not None:
             raise self._with_evidence(error)
@@ -501,7 +501,7 @@ class Rollouts:
 
 @torch.no_grad()
 def _measure_batch_size(run: Callable[[int], object], accelerator: Accelerator) -> int:
-    """Find the batch size at which `run` takes the least time a sample, the same on all processes."""
+    """Find the batch size at which `run` needs the least time per sample, the same on all processes."""
 
     def once(batch_size: int) -> float:
         start = time.perf_counter()
@@ -512,7 +512,7 @@ def _measure_batch_size(run: Callable[[int], object], accelerator: Accelerator) 
 
     def seconds(batch_size: int) -> float:
         try:
-            fastest = min(once(batch_size) for _ in range(6))  # the first of them warms up
+            fastest = min(once(batch_size) for _ in range(6))  # the first is a warm-up
         except torch.OutOfMemoryError:
             fastest = float("inf")
         return accelerator.reduce(torch.tensor(fastest, device=accelerator.device), "mean").item()

@@ -1,4 +1,4 @@
-"""The SDE windows of rollouts: drawn for each, or measured before the first, as is the noise of their steps."""
+"""SDE windows and noise levels of rollouts: fixed, drawn for each rollout, or measured before the first."""
 
 import logging
 from collections.abc import Callable
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 Rows = list[dict[str, Any]]
 
 NOISE, WINDOW, EVALUATION, PROBE, CARD, CALIBRATION, DRAW = range(7)
-"""Purposes of a seed; the random numbers of one never depend on how many another took."""
+"""Purposes of a seed; random numbers of one purpose do not depend on those of another."""
 
-PROBED_GROUPS = 16  # prompts of a process that noise and window are measured on
+PROBED_GROUPS = 16  # prompts per process for measuring noise and window
 
 
 class Windows:
-    """Windows of one run, the same on all processes.
+    """SDE windows of a run, the same on all processes.
 
     `rewards_of(rows, window, purpose, number, title)` samples rows with exact completions and returns the rewards of
     all processes' trajectories, (N, K + 1).
@@ -38,7 +38,7 @@ class Windows:
         self.measured: Window | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what has been measured, and for which steps and SDE."""
+        """Return the measured values, and the steps and SDE that they are for."""
         return {"calibrated_noise": self.calibrated_noise, "measured_window": self.measured, "measured_in": self._in}
 
     @property
@@ -46,17 +46,17 @@ class Windows:
         return [*self.args.sde_window_limits, self.args.sde_type]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was measured, unless the settings fix it now, or had it measured for other steps or SDEs."""
+        """Restore the measured values, unless the settings fix them now or the steps or the SDE have changed."""
         if state.get("measured_in", self._in) != self._in:
-            logger.warning("sde_window_range or sde_type has changed: what was measured in them is measured anew.")
+            logger.warning("sde_window_range or sde_type has changed: noise and window are measured again.")
             return
         if self.args.noise_calibration_iterations:
-            self.calibrated_noise = state.get("calibrated_noise")  # absent where written before
+            self.calibrated_noise = state.get("calibrated_noise")  # absent in older checkpoints
         if self.args.sde_window_share is not None and (window := state["measured_window"]) is not None:
-            self.measured = self._window(window.start, window.stop)  # with the noise of now
+            self.measured = self._window(window.start, window.stop)  # with the current noise
 
     def __call__(self, rows: Rows, generation: int) -> Window:
-        """Return the window of a rollout of B rows, on which noise and window are measured if they have to be."""
+        """Return the window of a rollout of B rows; measure noise and window on them if needed."""
         if self.args.noise_calibration_iterations and self.calibrated_noise is None:
             self.calibrated_noise, self.measured = self._calibrate_noise(rows), None
         if self.args.sde_window_share is not None and self.measured is None:
@@ -67,18 +67,18 @@ class Windows:
         """Draw the rollout's SDE window, the same on all processes.
 
         Raises:
-            ValueError: If its noise is yet to be calibrated, which a training does before its first rollout.
+            ValueError: If the noise is not calibrated yet; training does so before its first rollout.
         """
         if self.args.noise_calibration_iterations and self.calibrated_noise is None:
-            what = "noise_calibration_iterations is for training, whose first rollout it precedes"
-            raise ValueError(f"{what}: set it to 0 here, and noise_level to the levels that a training has logged.")
+            what = "noise_calibration_iterations works in training only, before the first rollout"
+            raise ValueError(f"{what}: set it to 0 here, and noise_level to the levels that training has logged.")
         starts = self.args.window_starts
         seed = np.random.SeedSequence([self.args.seed, WINDOW, generation])
         start = starts[int(np.random.default_rng(seed).integers(len(starts)))]
         return self._window(start, start + self.args.num_sde_steps)
 
     def _calibrate_noise(self, rows: Rows) -> list[float]:
-        """Find and log the noise of each step with as many positive as negative step rewards, on the first prompts."""
+        """Find and log noise levels with balanced signs of step rewards, on the first prompts."""
         args, rows = self.args, self._probed(rows)
         start, stop = args.sde_window_limits
 
@@ -95,7 +95,7 @@ class Windows:
         return levels.tolist()
 
     def _measure(self, rows: Rows, share: float) -> Window:
-        """Find the shortest window with the wanted share of the step rewards' variance, on the first prompts."""
+        """Find the shortest window with the required share of the step rewards' variance, on the first prompts."""
         first, last = self.args.sde_window_limits
         rewards = self._rewards_of(self._probed(rows), self._window(first, last), PROBE, 0, "")
         start, stop = shortest_window(step_reward_variances(rewards, self.args.num_generations), share)
@@ -103,7 +103,7 @@ class Windows:
 
     def _probed(self, rows: Rows) -> Rows:
         group = self.args.num_generations
-        # Groups that straddle processes are whole only if all rows are taken
+        # Groups that span processes are whole only if all rows are used
         return rows[: PROBED_GROUPS * group] if len(rows) % group == 0 else rows
 
     def _window(self, start: int, stop: int) -> Window:

@@ -1,7 +1,7 @@
-"""The rule-based judge of the shapes world: what a picture shows, and how well that fits the caption.
+"""The rule-based judge of the shapes world: detects shapes and compares them with the caption.
 
-GenEval in miniature: find the coloured shapes, match them with the caption's, check count and position. `strict` asks
-for exactly the scene of the caption; `graded` is in [0, 1] and gives credit for parts of it.
+Like GenEval, it finds the coloured shapes, matches them with the caption's, and checks count and position. `strict` is
+1 for exactly the scene of the caption, else 0. `graded` is in [0, 1], with credit for parts of the scene.
 """
 
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ except ImportError as error:
 
 _SMALLEST_AREA = 6
 _RECOGNISED = {"circle": 0.7, "square": 0.7, "triangle": 0.55}
-"""Least quality of a recognised shape: blobs are below it, 99% of what the VAE makes of true shapes above."""
+"""Smallest quality of a recognised shape: blobs are below it, 99% of shapes decoded by the VAE above."""
 _NAMES = tuple(COLOURS)
 
 
 @dataclass(frozen=True)
 class Detection:
-    """Connected patch of one colour: most likely shape, how well that fits (IoU, 0 to 1), and centre (x, y)."""
+    """Connected patch of one colour: most likely shape, its fit (IoU, 0 to 1), and centre (x, y)."""
 
     colour: str
     shape: str
@@ -45,7 +45,7 @@ class Score:
 
 
 def score_images(images: list[Image.Image], prompts: list[str]) -> list[Score]:
-    """Score each image, 32 x 32, against a prompt, a caption of the shapes world; others are a `ValueError`."""
+    """Score each image (32 x 32) for its prompt, a caption of the shapes world; others raise a `ValueError`."""
     captions = [parse_caption(prompt) for prompt in prompts]
     return [_score(caption, found) for caption, found in zip(captions, detect(images), strict=True)]
 
@@ -100,7 +100,7 @@ def _colour_masks(images: list[Image.Image]) -> np.ndarray:
 
 
 def _recognise(patch: np.ndarray) -> tuple[str, float]:
-    """Return the shape that, stretched to the patch's box, fits best, and the IoU times the box's aspect ratio."""
+    """Return the best fitting shape, stretched to the patch's box, and the IoU times the box's aspect ratio."""
     height, width = patch.shape
     across = (np.arange(width)[None, :] + 0.5) / width * 2 - 1
     down = (np.arange(height)[:, None] + 0.5) / height * 2 - 1
@@ -119,7 +119,7 @@ def _score(caption: Caption, found: list[Detection]) -> Score:
     quality = np.array([one.quality for one in found])
     fit = 0.5 * same_colour + 0.5 * same_shape * np.minimum(quality / 0.8, 1)  # (things, found)
     rows, columns = linear_sum_assignment(fit, maximize=True)
-    superfluous = max(len(found) - len(caption.things), 0)  # costs as much as what is missing
+    superfluous = max(len(found) - len(caption.things), 0)  # costs as much as missing ones
     graded = max(fit[rows, columns].sum() - superfluous, 0) / len(caption.things)
     exact = len(found) == len(caption.things)
     recognised = quality >= np.array([_RECOGNISED[one.shape] for one in found])

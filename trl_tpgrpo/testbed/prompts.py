@@ -1,4 +1,4 @@
-"""Prompts of the shapes world as a dataset: to train on, to tune on, and held out for reporting."""
+"""Prompts of the shapes world as a dataset: for training, for tuning, and held out for reporting."""
 
 import numpy as np
 from datasets import Dataset
@@ -7,14 +7,14 @@ from .world import KINDS, split_captions
 
 
 def prompt_dataset(split: str, num_prompts: int = 256, seed: int = 0) -> Dataset:
-    """Return prompts of one split with the columns `prompt` and `kind`, equally many of each kind, in random order.
+    """Return prompts of one split with the columns `prompt` and `kind`, balanced by kind, in random order.
 
     Kinds with too few captions repeat them. The splits share no set of things, see `world.split_captions`.
 
     Args:
         split: Split `"train"`, `"tuning"` (for choosing settings) or `"heldout"` (for reporting).
         num_prompts: Number of prompts, a multiple of 4.
-        seed: Seed of choice and order.
+        seed: Seed for selection and order.
     """
     splits = split_captions()
     if split not in splits:

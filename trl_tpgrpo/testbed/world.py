@@ -1,4 +1,4 @@
-"""The shapes world: captions of coloured shapes, and the geometry of pictures that show them.
+"""The shapes world: captions of coloured shapes, and the geometry of images of them.
 
 Coordinates are pixels, x to the right and y downwards. `benchmarks/pretrain.py` draws any number of such pictures.
 """
@@ -25,7 +25,7 @@ KINDS = ("single", "count", "pair", "position")
 
 @dataclass(frozen=True)
 class Thing:
-    """Coloured shape, as a caption names it."""
+    """Coloured shape in a caption."""
 
     colour: str
     shape: str
@@ -36,7 +36,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Caption:
-    """Content of a picture: things (one entry each, also when counted) and the relation of the first to the second."""
+    """Content of an image: things (one entry each, also if counted) and the relation of the first to the second."""
 
     kind: str
     things: tuple[Thing, ...]
@@ -67,9 +67,9 @@ _CAPTIONS = {str(caption): caption for caption in all_captions()}
 
 
 def parse_caption(text: str) -> Caption:
-    """Return the caption that reads `text`, or raise a `ValueError` if there is none."""
+    """Return the caption with this `text`; raise a `ValueError` if there is none."""
     if text not in _CAPTIONS:
-        raise ValueError(f"{text!r} is no caption of the shapes world, such as 'a red circle left of a blue square'.")
+        raise ValueError(f"{text!r} is not a caption of this world, such as 'a red circle left of a blue square'.")
     return _CAPTIONS[text]
 
 
@@ -95,7 +95,7 @@ def split_captions(seed: int = 0) -> dict[str, list[Caption]]:
 
 
 def inside(shape: str, across: np.ndarray, down: np.ndarray) -> np.ndarray:
-    """Say which points lie in a shape that fills [-1, 1] x [-1, 1]; `across` and `down` broadcast."""
+    """Return which points are inside a shape that fills [-1, 1] x [-1, 1]; `across` and `down` broadcast."""
     if shape == "circle":
         return across**2 + down**2 <= 1
     in_box = (np.abs(across) <= 1) & (np.abs(down) <= 1)

@@ -1,4 +1,4 @@
-"""Architectures without weights: config files of a model of each family, and pipelines built from such files."""
+"""Architectures without weights: config files of a model of each family, and pipelines built from them."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ FOLDERS = {
     "krea/Krea-2-Raw": Path(__file__).parent / "krea-2-raw",
     "lodestones/Chroma1-HD": Path(__file__).parent / "chroma1-hd",
 }
-"""Folders by Hub id; the weights of most are behind a licence, their sizes are published facts."""
+"""Folders by Hub id; most weights are gated, but the configs' sizes are public."""
 
 
 def architecture_folder(name: str | Path, revision: str | None = None) -> Path:
@@ -44,22 +44,22 @@ def architecture_folder(name: str | Path, revision: str | None = None) -> Path:
         try:
             name = snapshot_download(str(name), revision=revision, allow_patterns=["*.json"])
         except (HTTPError, OSError, ValueError) as error:  # of the network or the Hub; of the name's form
-            raise ValueError(f"{name!r} is no folder, and its config files cannot be fetched: {error}") from error
+            raise ValueError(f"{name!r} is not a folder, and its configs cannot be downloaded: {error}") from error
     if not (Path(name) / "model_index.json").exists():
-        raise ValueError(f"{name} holds no model_index.json: it is no diffusers pipeline.")
+        raise ValueError(f"{name} has no model_index.json: it is not a diffusers pipeline.")
     return Path(name)
 
 
 def load_architecture(name: str | Path, dtype: torch.dtype = torch.float32, **parts: Any) -> DiffusionPipeline:
-    """Build the pipeline of a name or folder with new weights, on the current device, instead of loading trained ones.
+    """Build the pipeline of a name or folder with new weights, on the current device.
 
-    Tokenizers and processors are left out, since their vocabularies are not in the config files.
+    Tokenizers and processors are left out, because their vocabularies are not in the config files.
 
     Args:
         name: Hub id or folder.
         dtype: dtype of the weights.
-        **parts: Components and options to take instead of those of the files, tokenizers among them; `None` leaves a
-            component out.
+        **parts: Components (also tokenizers) and options that replace those of the files; `None` leaves out a
+            component.
     """
     folder = architecture_folder(name)
     index = json.loads((folder / "model_index.json").read_text())
@@ -68,7 +68,7 @@ def load_architecture(name: str | Path, dtype: torch.dtype = torch.float32, **pa
     names = [key for key, value in given.items() if is_part(value)]
     options = {key: value for key, value in given.items() if key not in names}
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # `to` would take twice the memory
+    torch.set_default_dtype(dtype)  # `to` would need twice the memory
     try:
         built = {key: load_part(folder, key) for key in names}
     finally:
@@ -78,12 +78,12 @@ def load_architecture(name: str | Path, dtype: torch.dtype = torch.float32, **pa
 
 
 def is_part(value: Any) -> bool:
-    """Tell a component of `model_index.json`, which is a library and a class, from an option of the pipeline."""
+    """Check whether an entry of `model_index.json` is a component (library and class), not an option."""
     return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str | None) for name in value)
 
 
 def load_part(folder: Path, name: str) -> Any:
-    """Build a component with new weights; `None` for one that the pipeline lacks, for tokenizers and processors."""
+    """Build a component with new weights; `None` for absent ones, tokenizers and processors."""
     index = json.loads((folder / "model_index.json").read_text())
     check_classes(index, folder)
     library, class_name = index[name]

@@ -1,4 +1,4 @@
-"""A server for reward functions, for those that need a machine or an environment of their own.
+"""Server for reward functions that need another machine or environment.
 
-It needs Python 3.8, Pillow, Starlette and uvicorn, so that it runs where what is served is old.
+It needs only Python 3.8, Pillow, Starlette and uvicorn, so that it runs in old environments.
 """

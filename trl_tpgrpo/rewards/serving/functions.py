@@ -1,4 +1,4 @@
-"""A reward function that is served: what it declares, how it is called, and what is a reward."""
+"""A served reward function: its attributes, its calls, and checks of its rewards."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ logger = logging.getLogger(__name__)
 
 RESERVED_NAMES = ("health",)
 DECLARED = {"__name__", "batch_size", "image_type", "scores_states", "scores_groups", "timeout", "to"}
-MAX_MESSAGE = 2000  # characters of what a function raised
+MAX_MESSAGE = 2000  # characters of an error message
 
 
 class Outcome(NamedTuple):
-    """What one call gave N images."""
+    """Result of a call for N images."""
 
-    rewards: list[float | None | Refusal]  # N; a `Refusal` where the function has returned what is no reward
-    metrics: dict[str, list[float | None]]  # logged values; `None` for NaN, which JSON does not have
+    rewards: list[float | None | Refusal]  # N; a `Refusal` for an invalid reward
+    metrics: dict[str, list[float | None]]  # logged values; `None` for NaN, which JSON lacks
     extra: dict[str, list]  # logged columns, N values each
 
 
 class ServedReward:
-    """A reward function, or a class of such that needs no arguments, and what it declares."""
+    """A reward function (or a class without arguments) and its attributes."""
 
     def __init__(self, function: Any, device: str | None = None):
         self.function: Any = function() if inspect.isclass(function) else function
         self.device = device
-        layers = [self.function]  # what is set on a partial comes before what its function has
+        layers = [self.function]  # attributes of a partial have priority over its function's
         while isinstance(layers[-1], functools.partial):
             layers.append(layers[-1].func)
         found = {name: getattr(layer, name) for layer in reversed(layers) for name in DECLARED & set(dir(layer))}
@@ -54,7 +54,7 @@ class ServedReward:
         self.timeout: float | None = found.get("timeout")
         self.image_type: str = found.get("image_type", "pil")
         if not (self.name.isidentifier() and self.name.isascii()) or self.name in RESERVED_NAMES:
-            raise ValueError(f"The reward function's name {self.name!r} cannot be part of an URL: set its __name__.")
+            raise ValueError(f"The reward function's name {self.name!r} cannot be part of a URL: set its __name__.")
         if self.image_type not in ("pil", "pt"):
             wrong = f"image_type={self.image_type!r}, not 'pil' or 'pt'"
             raise ValueError(f"The reward function {self.name!r} has {wrong}.")
@@ -73,12 +73,12 @@ class ServedReward:
             move(device)
 
     def call(self, images: list[Image.Image], prompts: list[str], columns: dict[str, list]) -> Outcome | Refusal:
-        """Score N images; return a `Refusal` if the function raises anything, or returns no list of N values."""
+        """Score N images; return a `Refusal` if the function raises, or does not return a list of N values."""
         try:
             return self._call(images, prompts, columns)
         except Refusal as refusal:
             return refusal
-        except BaseException as error:  # even KeyboardInterrupt, which is no one's at a keyboard in this thread
+        except BaseException as error:  # even KeyboardInterrupt, which does not come from the keyboard in this thread
             logger.error("The reward function %r raised.", self.name, exc_info=error)
             kind = type(error).__name__
             message = f"The reward function {self.name!r} raised {kind}: {text_of(error)}."
@@ -96,7 +96,7 @@ class ServedReward:
             metrics.setdefault(name, []).append(None if math.isnan(number) else number)
 
         def log_extra(name: str, values: Sequence) -> None:
-            listed = json.loads(json.dumps(list(values), allow_nan=False))  # which later changes leave alone
+            listed = json.loads(json.dumps(list(values), allow_nan=False))  # a copy, against later changes
             if not isinstance(name, str) or len(listed) != len(images):
                 raise ValueError(f"log_extra({name!r}) got {len(listed)} values for {len(images)} images")
             extra[name] = listed
@@ -105,7 +105,7 @@ class ServedReward:
         log: dict[str, Any] = {"trainer_state": None, "log_metric": log_metric, "log_extra": log_extra}
         values = self.function(images=given, prompts=prompts, **columns, **log)
         if inspect.isawaitable(values):
-            values = asyncio.run(asyncio.wait_for(values, timeout=None))  # which takes what `run` does not
+            values = asyncio.run(asyncio.wait_for(values, timeout=None))  # for arguments that `run` does not accept
         return Outcome(self._checked(values, len(images)), metrics, extra)
 
     def _tensor(self, images: list[Image.Image]) -> Any:
@@ -118,7 +118,7 @@ class ServedReward:
 
     def _checked(self, values: Any, number: int) -> list[float | None | Refusal]:
         try:
-            len(values)  # what has none may have no end
+            len(values)  # without a length, it may be endless
             rewards = [None if value is None else self._reward(value) for value in values]
         except TypeError:
             raise self._wrong(f"must return a list of numbers, got {type(values).__name__}") from None
@@ -130,9 +130,9 @@ class ServedReward:
         try:
             reward = float(None if isinstance(value, str) else value)  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
-            return self._wrong(f"returned {reprlib.repr(value)}, no number")
+            return self._wrong(f"returned {reprlib.repr(value)}, which is not a number")
         if not math.isfinite(reward):
-            return self._wrong(f"returned {reward} (None is for where a reward does not apply)")
+            return self._wrong(f"returned {reward} (return None where the reward does not apply)")
         return reward
 
     def _wrong(self, what: str) -> Refusal:
@@ -140,22 +140,22 @@ class ServedReward:
 
 
 def text_of(error: BaseException) -> str:
-    """Return what an error says, cut if it is long."""
+    """Return the message of an error, shortened if it is long."""
     try:
         return str(error)[:MAX_MESSAGE]
-    except BaseException:  # whatever a user's `__str__` raises
-        return "it cannot say what"
+    except BaseException:  # any exception of a user's `__str__`
+        return "no message: its __str__ fails"
 
 
 def dotted(path: str) -> str:
-    """Return the dotted form of an import path that may be written `a.b`, `a:b` or `./a.py:b`."""
+    """Return the dotted form of an import path in the form `a.b`, `a:b` or `./a.py:b`."""
     return re.sub(r"\.py:|[:/]", ".", re.sub(r"^\./", "", path))  # Python 3.8 has no `removeprefix`
 
 
 def import_path(name: str, given: Any, known: Sequence[str] = ()) -> str:
-    """Return the dotted import path of a function or class, `given` itself by a path in any form, or a `known` name.
+    """Return the dotted import path of `given` (a function, class or path in any form), or a `known` name.
 
-    A `ValueError` with the setting's `name` says that nothing is there, or that an object cannot be found again.
+    Raises a `ValueError` with the setting's `name` if nothing is found, or an object cannot be imported again.
     """
     if given in known:
         return given
@@ -167,34 +167,34 @@ def import_path(name: str, given: Any, known: Sequence[str] = ()) -> str:
         module, own_name = (getattr(given, attribute, None) for attribute in ("__module__", "__qualname__"))
         path = f"{module}.{own_name}"
         if getattr(sys.modules.get(str(module)), str(own_name), None) is not given:
-            remedy = "define it at the top of a module or script, and not as a lambda or within a function"
-            raise ValueError(f"{name}: {given!r} cannot be found again as {path}: {remedy}.")
+            remedy = "define it at the top level of a module or script, not as a lambda or inside a function"
+            raise ValueError(f"{name}: {given!r} cannot be imported as {path}: {remedy}.")
     if known and "." not in path:
         alike = difflib.get_close_matches(path, known, n=1)
         hint = f": did you mean {alike[0]}?" if alike else "."
         raise ValueError(f"{name} must be one of {known}, or an import path such as my_rules.mine, got {path!r}{hint}")
     if not callable(found := find_function(path, name)):
-        raise ValueError(f"{name}: {path} is neither a function nor a class, but {found!r}.")
+        raise ValueError(f"{name}: {path} must be a function or a class, got {found!r}.")
     return path
 
 
 def find_function(path: str, what: str = "reward function") -> Callable[..., Any]:
-    """Find what an import path in any form of `dotted` leads to, looked up from the current directory too.
+    """Import an object by a path in any form of `dotted`, also from the current directory.
 
-    `what` it is for is named in the `ValueError` that says why there is nothing.
+    A `ValueError` names `what` it is for, and the reason why it was not found.
     """
     module_path, _, name = dotted(path).rpartition(".")
     if not module_path or module_path.startswith("."):
-        form = "an import path from the current folder on, such as my_rewards.mine or ./folder/my_rewards.py:mine"
+        form = "an import path in the current folder, such as my_rewards.mine or ./folder/my_rewards.py:mine"
         raise ValueError(f"The {what} {path!r} must be {form}.")
     folder = os.getcwd()
     sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_path)
     except ModuleNotFoundError as error:
-        where = "It is looked for in the current folder and among the installed packages."
+        where = "The current folder and the installed packages are searched."
         raise ValueError(f"The module of the {what} {path!r} cannot be imported: {error}. {where}") from error
-    except Exception as error:  # whatever a user's module raises
+    except Exception as error:  # any exception of a user's module
         *_, last = traceback.extract_tb(error.__traceback__)
         where = f"{last.filename}, line {last.lineno}"
         said = f"{type(error).__name__}: {error} ({where})"

@@ -1,4 +1,4 @@
-"""The HTTP side: `GET /health`, `POST /{reward}`, tokens, limits, and answers kept for those who lost theirs."""
+"""The HTTP server: `GET /health`, `POST /{reward}`, tokens, limits, and answers kept for repeated requests."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from .worker import Job, Worker
 
 
 NUM_READERS = 4  # threads in which bodies are read, and images decoded
-MAX_BODIES = 16  # of the largest size, that may be in memory before they are read
-MAX_SECONDS = 120  # for a request to come in, and of silence between two
-GRACE_SECONDS = 5  # in which one that has not is told so
+MAX_BODIES = 16  # largest requests in memory before parsing
+MAX_SECONDS = 120  # for receiving a request, and between two
+GRACE_SECONDS = 5  # for telling the client about it
 
 
 class RewardServer:
-    """Serves reward functions at (host, port) from `__enter__` until `__exit__`; port 0 takes a free one."""
+    """Serves reward functions at (host, port) from `__enter__` until `__exit__`; port 0: any free port."""
 
     def __init__(
         self, address: tuple[str, int], rewards: list[ServedReward], limits: Limits, token: str | None = None
@@ -52,11 +52,11 @@ class RewardServer:
         health = Route("/health", self._health, methods=["GET"])
         score = Route("/{name:path}", self._score, methods=["POST"])
         app = Starlette(routes=[health, score], exception_handlers={Refusal: _refused, HTTPException: _refused})
-        # With "auto", uvloop, httptools or websockets would change the server where they happen to be installed.
+        # With "auto", uvloop, httptools or websockets would change the server if installed.
         fixed: dict[str, Any] = {"loop": "asyncio", "ws": "none", "lifespan": "off", "log_config": None}
         fixed.update(http=_Connection, timeout_keep_alive=MAX_SECONDS)
         self._uvicorn = uvicorn.Server(uvicorn.Config(app, **fixed))
-        # Not in the main thread: there uvicorn takes the signals, differently in each of its versions.
+        # Not in the main thread, where uvicorn handles signals, differently by version.
         self._thread = threading.Thread(target=self._serve, name="reward-server", daemon=True)
 
     def __enter__(self) -> RewardServer:
@@ -64,7 +64,7 @@ class RewardServer:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Take no more requests, answer those that have been taken, and close."""
+        """Accept no more requests, answer accepted ones, and close."""
         self._uvicorn.should_exit = True
         self._thread.join()
         self._socket.close()
@@ -85,13 +85,13 @@ class RewardServer:
         self._check_token(request)
         name, headers, limit = request.path_params["name"].strip("/"), request.headers, self.limits.max_payload
         if name not in self.workers:
-            raise Refusal(404, "not_found", f"There is no {request.url.path!r} here, only {sorted(self.workers)}.")
+            raise Refusal(404, "not_found", f"There is no {request.url.path!r}, only {sorted(self.workers)}.")
         if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise Refusal(415, "no_json", "The request's Content-Type must be application/json.")
         if "content-length" not in headers:
             raise Refusal(411, "no_length", "The request needs a Content-Length.")
         if int(headers["content-length"]) > limit:
-            message = f"The request has {headers['content-length']} bytes; at most {limit} are taken (--max_payload)."
+            message = f"The request has {headers['content-length']} bytes, the limit is {limit} (--max_payload)."
             raise Refusal(413, "payload_too_large", message)
         job = await self._read(name, request)
         return _answer(await job.answer)
@@ -99,24 +99,24 @@ class RewardServer:
     def _check_token(self, request: Request) -> None:
         shown = request.headers.get("authorization", "").encode("latin-1")
         if self._credentials is not None and not hmac.compare_digest(shown, self._credentials):
-            message = "The request has no token, or not the right one (--token_file)."
+            message = "The request has no valid token (--token_file)."
             raise Refusal(401, "bad_token", message, headers={"WWW-Authenticate": "Bearer"})
 
     async def _read(self, name: str, request: Request) -> Job:
-        """Queue a request, or find it where it is if it has come before."""
+        """Queue a request, or find the earlier one with its id."""
         body, read = bytearray(), asyncio.get_running_loop().run_in_executor
         try:
             await asyncio.wait_for(self._receive(request, body), MAX_SECONDS)
             parsed = await read(self._readers, parse_request, bytes(body), self.limits)
         except (ClientDisconnect, asyncio.TimeoutError):  # noqa: UP041 - not the builtin before Python 3.11
-            message = f"The rest of the request has not come within {MAX_SECONDS} seconds."
+            message = f"The request did not arrive within {MAX_SECONDS} seconds."
             raise Refusal(503, "cut_off", message, headers={"Retry-After": "1", "Connection": "close"}) from None
         finally:
             self._bytes_held -= len(body)
         key, worker = (name, parsed.id), self.workers[name]
         if key not in self._jobs:
             if self._uvicorn.should_exit:
-                raise Refusal(503, "stopping", "The server is being stopped.", headers={"Retry-After": "1"})
+                raise Refusal(503, "stopping", "The server is shutting down.", headers={"Retry-After": "1"})
             job = self._jobs[key] = worker.take(parsed)
             self._forget_answers()
             try:
@@ -127,7 +127,7 @@ class RewardServer:
             worker.submit(job, parsed)
             return job
         if self._jobs[key].digest != parsed.digest:
-            raise Refusal(409, "id_in_use", f"Another request had the id {parsed.id!r}.")
+            raise Refusal(409, "id_in_use", f"Another request has used the id {parsed.id!r}.")
         return self._jobs[key]
 
     async def _receive(self, request: Request, body: bytearray) -> None:
@@ -135,11 +135,11 @@ class RewardServer:
             body += chunk
             self._bytes_held += len(chunk)
             if self._bytes_held > MAX_BODIES * self.limits.max_payload:
-                message = f"Requests of {self._bytes_held} bytes are coming in already."
+                message = f"Requests of {self._bytes_held} bytes are already being received."
                 raise Refusal(503, "busy", message, headers={"Retry-After": "1", "Connection": "close"})
 
     def _forget_answers(self) -> None:
-        """Forget the oldest answers beyond those that are kept."""
+        """Drop the oldest answers beyond the limit."""
         number = len(self._jobs) - self.limits.num_kept_answers
         if number > 0:
             for key in [key for key, job in self._jobs.items() if job.answer.done()][:number]:
@@ -147,7 +147,7 @@ class RewardServer:
 
 
 class _Connection(H11Protocol):
-    """Connection that ends when a request, refused or not, has not come in whole in time."""
+    """Connection that is closed if a request does not arrive completely in time."""
 
     _deadline: Any = None
 
@@ -168,11 +168,11 @@ class _Connection(H11Protocol):
 
 
 def _check_length(request: Request) -> None:
-    """Refuse what two programs may read as requests of different length, and go on with no such connection."""
+    """Reject a request whose length is ambiguous, and close its connection."""
     named = {"content-length", "transfer-encoding"} & set(request.headers.keys())
     has_body = bool(named) and request.headers.get("content-length") != "0"
     if len(named) > 1 or (has_body and request.method != "POST"):
-        message = f"{request.method} with {' and '.join(sorted(named))}: it is not clear where the request ends."
+        message = f"{request.method} with {' and '.join(sorted(named))}: the end of the request is ambiguous."
         raise Refusal(400, "ambiguous_length", message, headers={"Connection": "close"})
 
 

@@ -1,6 +1,6 @@
-"""Requests made into calls: a bounded queue of images, and one thread that scores them in batches.
+"""A bounded queue of images, and one thread that scores them in batches.
 
-All but the calls themselves runs in the server's event loop, so that nothing here needs a lock.
+Everything except the calls runs in the server's event loop, so that no lock is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_HANGING = 8  # calls, each of which keeps a thread
 
 
 class Job:
-    """A request on its way; `answer` becomes what the client gets, or raises the `Refusal` that it gets instead."""
+    """A request in progress; `answer` becomes the client's answer, or raises a `Refusal`."""
 
     def __init__(self, request: ScoreRequest):
         self.digest, self.num_left = request.digest, len(request.images)
@@ -42,13 +42,13 @@ class Job:
             self.answer.set_result(self.body)
 
     def refuse(self, refusal: Refusal) -> None:
-        """Give up the whole request; the first reason counts."""
+        """Reject the whole request; the first reason counts."""
         if not self.answer.done():
             self.answer.set_exception(refusal)
 
 
 class Item:
-    """One image that waits, and its row of the request; items with the same key may share a call."""
+    """One waiting image with its row of the request; items with the same key can share a call."""
 
     def __init__(self, job: Job, request: ScoreRequest, row: int, image_type: str):
         self.job, self.row, self.image, self.prompt = job, row, request.images[row], request.prompts[row]
@@ -58,9 +58,9 @@ class Item:
 
 
 class Worker:
-    """Scores what is submitted in the order of submission, one call of the function after the other, in one thread.
+    """Scores submitted images in order, one call after another, in one thread.
 
-    A call that takes too long is given up, and another thread makes the next ones.
+    A call that exceeds its timeout is abandoned, and another thread makes the next calls.
     """
 
     def __init__(self, reward: ServedReward, limits: Limits):
@@ -76,7 +76,7 @@ class Worker:
         self._task: asyncio.Future | None = None
 
     def health(self) -> dict[str, Any]:
-        """Return what `GET /health` says of the function."""
+        """Return the entry of the function in `GET /health`."""
         seconds = None if self._called_at is None else round(time.monotonic() - self._called_at, 1)
         return {
             "batch_size": self.reward.batch_size,
@@ -92,11 +92,11 @@ class Worker:
         return sum(not call.done() for call in self._hung)
 
     def take(self, request: ScoreRequest) -> Job:
-        """Keep room for a request whose images are to be decoded, or raise a `Refusal` (503) if there is none now."""
+        """Reserve room for a request before decoding; raise a `Refusal` (503) if there is none."""
         number, num_bytes = len(request.images), len(request.images) * request.bytes_per_image
         most = MAX_WAITING * self.limits.max_unpacked
         if self.num_waiting + number > self.limits.max_queue or self._bytes_waiting + num_bytes > most:
-            message = f"The queue of {self.reward.name!r} is full: {self.num_waiting} images wait for their turn."
+            message = f"The queue of {self.reward.name!r} is full: {self.num_waiting} images are waiting."
             seconds = math.ceil(self.num_waiting / 2 * self._seconds_per_image)  # until half of them are scored
             retry_after = str(max(1, min(MAX_RETRY_AFTER, seconds)))
             raise Refusal(503, "queue_full", message, headers={"Retry-After": retry_after})
@@ -105,7 +105,7 @@ class Worker:
         return Job(request)
 
     def submit(self, job: Job, request: ScoreRequest) -> None:
-        """Queue a request that has been taken and decoded, or refused since: its room is free when its turn comes."""
+        """Queue an accepted request (decoded, or rejected since); its room is freed at its turn."""
         self._waiting.extend(Item(job, request, row, self.reward.image_type) for row in range(len(request.images)))
         if self._task is None or self._task.done():
             self._task = asyncio.ensure_future(self._work())
@@ -121,7 +121,7 @@ class Worker:
                 self.num_scored += len(items)
 
     def _next_batch(self) -> list[Item]:
-        """Take the images that have waited longest, without those of requests that have failed already."""
+        """Take the images that have waited longest, except those of failed requests."""
         items: list[Item] = []
         limit, num_bytes = self.reward.batch_size or self.limits.max_queue, self.limits.max_unpacked
         while self._waiting and len(items) < limit and (not items or self._waiting[0].key == items[0].key):
@@ -136,7 +136,7 @@ class Worker:
         return items
 
     async def _score(self, items: list[Item]) -> list[tuple[list[Item], Outcome | Refusal]]:
-        """Score a batch, or one by one if the function raises on it, to serve the requests that are not the cause."""
+        """Score a batch; if the function raises, score one by one, to serve the other requests."""
         outcome = await self._call(items)
         if isinstance(outcome, Refusal) and len(items) == 1:
             outcome = outcome.at(items[0].row)
@@ -144,8 +144,8 @@ class Worker:
             one_by_one = [part for item in items for part in await self._score([item])]
             if any(isinstance(alone, Refusal) for _, alone in one_by_one):
                 return one_by_one
-            # Batches of this size are what fails, and nobody should have to guess that from a slow server.
-            where = f" (on a batch of {len(items)} images, on none alone)."
+            # Only batches fail: say so, because the server is slow then.
+            where = f" (on a batch of {len(items)} images, on no single image)."
             outcome = replace(outcome, status=500, message=outcome.message[:-1] + where)
         return [(items, outcome)]
 
@@ -153,9 +153,7 @@ class Worker:
         images, prompts = [item.image for item in items], [item.prompt for item in items]
         columns = {name: [item.columns[name] for item in items] for name in items[0].columns}
         if self._num_hanging >= MAX_HANGING:
-            what = (
-                f"{MAX_HANGING} calls of the reward function {self.reward.name!r} hang: no more are made beside them."
-            )
+            what = f"{MAX_HANGING} calls of the reward function {self.reward.name!r} hang: no further calls are made."
             return Refusal(500, "reward_hung", what)
         call = self._thread.submit(self.reward.call, images, prompts, columns)
         self._called_at = time.monotonic()
