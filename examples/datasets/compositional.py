@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "datasets>=4.7.0",
+#     "transformers>=5.10.2",
+# ]
+# ///
 """Compositional prompts of GenEval's six kinds (arXiv 2310.11513), with what each asks for: for the reward `geneval`.
 
     python examples/datasets/compositional.py --output_dir data/compositional

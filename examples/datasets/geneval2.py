@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "datasets>=4.7.0",
+#     "transformers>=5.10.2",
+# ]
+# ///
 """GenEval 2's prompts and questions (arXiv 2512.16853), to evaluate with: for a judge with `soft_tifa_gm`.
 
     python examples/datasets/geneval2.py --source geneval2_data.jsonl --output_dir data/geneval2

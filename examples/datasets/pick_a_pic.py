@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "datasets>=4.7.0",
+#     "transformers>=5.10.2",
+# ]
+# ///
 """Prompts that people have written for images: Pick-a-Pic's (arXiv 2305.01569), for rewards such as `pick_score`.
 
     python examples/datasets/pick_a_pic.py --output_dir data/pick_a_pic

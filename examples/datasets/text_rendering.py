@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "datasets>=4.7.0",
+#     "transformers>=5.10.2",
+# ]
+# ///
 """Prompts that ask for a text in the image, and the text: for the reward `ocr`.
 
     python examples/datasets/text_rendering.py --output_dir data/text_rendering
