@@ -156,7 +156,7 @@ def draw_figures(trainer: TPGRPOTrainer, dataset: Dataset, images: list[Images],
     figures = {
         "before_after": before_after_figure([dataset[row]["prompt"] for row in rows], before, after, right),
         "reward": reward_figure(trainer.state.log_history, {0: rewards[0], trainer.state.global_step: rewards[1]}),
-        "trajectory": draw_trajectory(trainer, list(dataset.take(min(16, len(dataset))))),
+        "trajectory": draw_trajectory(trainer, list(dataset)),
     }
     for name, figure in figures.items():
         figure.savefig(Path(trainer.args.output_dir) / f"{name}.png", dpi=150, bbox_inches="tight")
@@ -173,7 +173,9 @@ def draw_trajectory(trainer: TPGRPOTrainer, rows: list[dict[str, Any]]) -> Figur
     sampled = trainer.sample_and_score(rows, generators, window, EXACT)
     rewards = sampled.rewards[:, 0]  # the one reward function
     turning = turning_points(rewards, trainer.args.credit_rule)
-    chosen = int((aggregated_rewards(rewards) * turning).sum(1).argmax())
+    gained = aggregated_rewards(rewards) * turning
+    gained[:, 0] *= 0.01  # a step that reverses a trend is shown rather than one that begins it
+    chosen = int(gained.sum(1).argmax())
     images = [sampled.images[index] for index in sampled.rollout.image_of[chosen]]
     values, turns, states = rewards[chosen].numpy(), turning[chosen].numpy(), list(range(len(images)))
     return trajectory_figure(rows[chosen]["prompt"], images, values, turns, states)
