@@ -401,7 +401,7 @@ def test_columns_that_json_cannot_carry_are_named(values: list, shown: str) -> N
             1,
             2,
         ]
-        with pytest.raises(ValueError, match="no column 'fine' to send .*, only \\['odd'\\]"):
+        with pytest.raises(ValueError, match="column 'fine' to send .* is missing; there are \\['odd'\\]"):
             score(RemoteReward(url, "root", columns=["fine"]), [1, 4], odd=values)
 
 
