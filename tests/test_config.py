@@ -217,7 +217,7 @@ WRONG = [
             "scale_rewards": "batch",
             "completion": "exact_from_1",
         },
-        "a completion of the first latent (no '_from_1')",
+        "a completion of the first latent",
     ),
     ({"advantage_baseline": "fitted", "credit": "outcome"}, "leave out advantage_baseline, got 'fitted'"),
     ({"transition_share": 1.0, "beta": 0.0}, "transition_share must be above 0 and below 1, or None, got 1.0"),

@@ -275,12 +275,12 @@ def test_a_policy_class_that_does_not_fit_is_refused(files: Path, tmp_path: Path
         "my_rules.discounted": "policy_class must be a subclass of trl_tpgrpo.policies.base.FlowPolicy, got <function",
         "my_policies.Nameless": "Nameless must set pipeline_class to the class of its pipelines",
         "my_policies.Unguided": "Unguided.default_guidance must be a dict of options of the pipeline",
-        "my_policies.MyPolicy": "MyPolicy serves StableDiffusion3PAGPipeline, and the pipeline is a FluxPipeline",
+        "my_policies.MyPolicy": "MyPolicy is for StableDiffusion3PAGPipeline, and the pipeline is a FluxPipeline",
         "test_from_outside.FlowPolicy": "FlowPolicy must set pipeline_class to the class of its pipelines",
     }.items():
         with pytest.raises(ValueError, match=message):
             build(tmp_path, tiny_flux(), policy_class=path)
-    with pytest.raises(ValueError, match="serves StableDiffusion3PAGPipeline, and the pipeline is a Flux"):
+    with pytest.raises(ValueError, match="is for StableDiffusion3PAGPipeline, and the pipeline is a Flux"):
         sample.input_options(tiny_flux(), [], 32, 32, OwnPolicy)
     assert issubclass(OwnPolicy, FlowPolicy) and type(build_policy(tiny_sd3(), Guidance(32, 32))) is SD3Policy
     with pytest.raises(ValueError, match="my_policies' has no policy_class 'Mine'"):

@@ -215,19 +215,19 @@ def good(rewards: object, **more: object) -> Reply:
         (good([1.0, "2"]), "'2' is not a valid reward"),
         (good([1.0, True]), "True is not a valid reward"),
         ((200, {}, b'{"rewards": [1.0, NaN]}'), "nan is not a valid reward"),
-        ((200, {}, b'{"rewards": [1.0, 1' + b"0" * 400 + b"]}"), "invalid answer \\(protocol 1\\): OverflowError"),
-        ((200, {}, b"[" * 100_000), "sent an invalid answer \\(protocol 1\\): RecursionError"),
+        ((200, {}, b'{"rewards": [1.0, 1' + b"0" * 400 + b"]}"), "invalid body \\(protocol 1\\): OverflowError"),
+        ((200, {}, b"[" * 100_000), "an invalid body \\(protocol 1\\): RecursionError"),
         (good([1.0, 2.0], metrics={"a": ["3"]}), "ValueError: '3' is not a valid a"),
         ((200, {}, b'{"rewards": [1, 2], "metrics": {"a": [Infinity]}}'), "ValueError: inf is not a valid a"),
         (good([1.0, 2.0], extra={"text": "ab"}), "2 values of 'text' for 2 images, or not a list"),
         ((200, {}, b" " * (16 * 2**20 + 1)), "with more than 16777216 bytes: use a smaller `batch_size`"),
         ((200, {"Content-Encoding": "br"}, b""), "with Content-Encoding 'br', which was not requested"),
         ((418, {"Content-Type": "text/plain; charset=zlib_codec"}, b"tea"), "with status 418: it said 'tea'"),
-        (good(None), "sent an invalid answer \\(protocol 1\\): TypeError"),
+        (good(None), "an invalid body \\(protocol 1\\): TypeError"),
         (good([1.0, 2.0], extra={"text": ["a"]}), "1 values of 'text' for 2 images"),
-        (good([1.0, 2.0], metrics=[1]), "sent an invalid answer \\(protocol 1\\): AttributeError"),
-        ((200, {}, b'{"rewards": [1.0, '), "sent an invalid answer \\(protocol 1\\): JSONDecodeError.*It began with"),
-        (as_json([1.0, 2.0]), "sent an invalid answer \\(protocol 1\\): TypeError"),
+        (good([1.0, 2.0], metrics=[1]), "an invalid body \\(protocol 1\\): AttributeError"),
+        ((200, {}, b'{"rewards": [1.0, '), "an invalid body \\(protocol 1\\): JSONDecodeError.*It began with"),
+        (as_json([1.0, 2.0]), "an invalid body \\(protocol 1\\): TypeError"),
         (
             (500, {}, b"<html>Oops</html>"),
             "status 500: it said '<html>Oops</html>'. The error is in the reward function",
@@ -348,9 +348,7 @@ def test_the_token_opens_and_is_not_shown(monkeypatch) -> None:
 def test_a_payload_that_is_too_large_names_the_remedy() -> None:
     with serving(root, max_payload=3000) as server:
         url = f"http://127.0.0.1:{server.port}"
-        message = (
-            r"status 413: The request has \d+ bytes; at most 3000 .* Use a smaller `batch_size` \(now 16\), or raise"
-        )
+        message = r"status 413: The request has \d+ bytes, the limit is 3000 .* Use a smaller `batch_size` \(now 16\), or raise"
         with pytest.raises(RemoteRewardError, match=message):
             score(RemoteReward(url, "root"), range(16))
         assert score(RemoteReward(url, "root", batch_size=2), range(16)) == [math.sqrt(number) for number in range(16)]
@@ -401,7 +399,7 @@ def test_columns_that_json_cannot_carry_are_named(values: list, shown: str) -> N
             1,
             2,
         ]
-        with pytest.raises(ValueError, match="no column 'fine' to send .*, only \\['odd'\\]"):
+        with pytest.raises(ValueError, match="column 'fine' to send .* is missing; there are \\['odd'\\]"):
             score(RemoteReward(url, "root", columns=["fine"]), [1, 4], odd=values)
 
 

@@ -253,7 +253,7 @@ class RemoteReward:
             logged = [(name, math.nan if value is None else float(value)) for name, value in logged]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise RemoteRewardError(
-                f"The reward server {self.url} sent an invalid answer (protocol 1): {type(error).__name__}: "
+                f"The reward server {self.url} answered with an invalid body (protocol 1): {type(error).__name__}: "
                 f"{error}. It began with {_beginning(answer, 100)!r}. See docs/remote_rewards.md."
             ) from error
         return {"rewards": rewards, "metrics": logged, "extra": extra}
