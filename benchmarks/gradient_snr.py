@@ -440,7 +440,7 @@ def report(found: dict) -> str:
             for name, scale in (("snr", 1000), ("cosine", 1), ("progress", 1000), ("progress_ratio", 1))
         )
         if row["snr"] <= max(1.96 * row["snr_error"], 1e-9):
-            cosine = "-"  # of a direction that is not told from noise
+            cosine = progress = ratio = "-"  # of a direction that cannot be told from noise
         rule = row["rule"].replace(" | ", ", ")
         columns = (rule, row["reward_noise"], f"{row['evaluations']:.0f}", snr, cosine, progress, ratio)
         lines.append(f"| {' | '.join(map(str, columns))} |")

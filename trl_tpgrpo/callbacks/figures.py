@@ -44,8 +44,10 @@ def trajectory_figure(
         below = figure.add_subplot(grid[1, column])
         _show(below, image, GREY)
         below.set_xlabel(f"{reward:.2f}", fontsize=9)
-    lines = {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
-    figure.legend(lines.values(), lines, loc="upper center", bbox_to_anchor=(0.5, 0.06), frameon=False, fontsize=9)
+    lines = {str(line.get_label()): line for line in axis.lines if not str(line.get_label()).startswith("_")}
+    figure.legend(
+        list(lines.values()), list(lines), loc="upper center", bbox_to_anchor=(0.5, 0.06), frameon=False, fontsize=9
+    )
     return figure
 
 
