@@ -348,7 +348,7 @@ def test_the_token_opens_and_is_not_shown(monkeypatch) -> None:
 def test_a_payload_that_is_too_large_names_the_remedy() -> None:
     with serving(root, max_payload=3000) as server:
         url = f"http://127.0.0.1:{server.port}"
-        message = r"status 413: The request has \d+ bytes, the limit is 3000 .* Use a smaller `batch_size` \(now 16\), or raise"
+        message = r"status 413: The request has \d+ bytes, the limit is 3000 .* Use a smaller `batch_size` \(now 16\)"
         with pytest.raises(RemoteRewardError, match=message):
             score(RemoteReward(url, "root"), range(16))
         assert score(RemoteReward(url, "root", batch_size=2), range(16)) == [math.sqrt(number) for number in range(16)]
