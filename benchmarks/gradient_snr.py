@@ -18,8 +18,8 @@ benchmarks/results/gradient_snr/, one file a setting; settings that have one are
 
     python benchmarks/gradient_snr.py
 
-`--words FOLDER` does the same for a pipeline that `pretrain.py --world words` has made. Every report ends with the
-profile: which share of the signal each step has.
+`--words` does the same for the words world. Every report ends with the profile: which share of the signal each step
+has.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def shapes_testbed() -> Testbed:
 
 def words_testbed(folder: Path) -> Testbed:
     """Load the words world, with the pipeline in a folder."""
-    guidance = Guidance(words.HEIGHT, words.WIDTH, guidance_scale=1.0, max_sequence_length=0)
+    guidance = Guidance(words.HEIGHT, words.WIDTH, guidance_scale=words.GUIDANCE_SCALE, max_sequence_length=0)
     return Testbed(
         build_policy(load_pipeline(folder), guidance), words.split_prompts()["train"], words_judge.words_reward
     )
@@ -159,7 +159,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--words", type=Path, help="folder of a pipeline of the words world")
+    words_help = "the words world; its pipeline is in this folder (default: benchmarks/words/weights)"
+    parser.add_argument("--words", type=Path, nargs="?", const=words.WEIGHTS, help=words_help)
     parser.add_argument("--num_batches", type=int, default=12, help="of 64 trajectories (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/gradient_snr")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs/images/gradient_snr.png")

@@ -1,7 +1,6 @@
 """What the recogniser reads of the words world: renders, reconstructions, and what a pretrained pipeline draws.
 
-    python benchmarks/words_figures.py  # renders alone
-    python benchmarks/words_figures.py --pipeline outputs/words
+    python benchmarks/words_figures.py
 
 The go or no-go of the second testbed: strict at least 0.97 for renders, 0.93 for reconstructions, 0.25 to 0.5 for the
 pipeline.
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 from pretrain import decode_latents, encode_pictures
 from words.judge import recogniser, strict_reward, words_reward
-from words.world import HEIGHT, WIDTH, all_prompts, draw, split_prompts
+from words.world import GUIDANCE_SCALE, HEIGHT, WEIGHTS, WIDTH, all_prompts, draw, split_prompts
 
 from trl_tpgrpo.policies.loading import load_pipeline
 
@@ -26,7 +25,7 @@ COLUMNS = 16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pipeline", type=Path, help="folder that pretrain.py has written")
+    parser.add_argument("--pipeline", type=Path, default=WEIGHTS, help="(default: the one in benchmarks/words)")
     parser.add_argument("--num_images", type=int, default=1024, help="for each figure (default: %(default)s)")
     parser.add_argument("--sheets", type=Path, help="folder for pictures of what was judged")
     args = parser.parse_args()
@@ -35,23 +34,23 @@ def main() -> None:
     prompts = [prompts[index] for index in rng.integers(len(prompts), size=args.num_images)]
     pictures = np.stack([draw(prompt, rng) for prompt in prompts])
     show("renders", [Image.fromarray(one) for one in pictures], prompts, args.sheets)
-    if args.pipeline is None:
-        return
     pipeline = load_pipeline(args.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     latents = encode_pictures(pipeline.vae, torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1)
     show("reconstructions", decode_latents(pipeline, latents), prompts, args.sheets)
     for split, prompts in split_prompts().items():
         chosen = (prompts * -(-args.num_images // len(prompts)))[: args.num_images]
-        show(f"{split} prompts, 8 steps, no guidance", sample(pipeline, chosen), chosen, args.sheets)
+        for scale in (1.0, GUIDANCE_SCALE):
+            images = sample(pipeline, chosen, scale)
+            show(f"{split} prompts, 8 steps, guidance {scale:g}", images, chosen, args.sheets)
 
 
-def sample(pipeline: object, prompts: list[str]) -> list[Image.Image]:
+def sample(pipeline: object, prompts: list[str], guidance_scale: float) -> list[Image.Image]:
     images: list[Image.Image] = []
     for start in range(0, len(prompts), 64):
         chunk = prompts[start : start + 64]
         generators = [torch.Generator().manual_seed(start + offset) for offset in range(len(chunk))]
-        options = {"num_inference_steps": 8, "guidance_scale": 1.0, "height": HEIGHT, "width": WIDTH}
+        options = {"num_inference_steps": 8, "guidance_scale": guidance_scale, "height": HEIGHT, "width": WIDTH}
         images += pipeline(chunk, generator=generators, max_sequence_length=0, **options).images
     return images
 
@@ -68,7 +67,7 @@ def show(name: str, images: list[Image.Image], prompts: list[str], sheets: Path 
     )
     if sheets is not None:
         sheets.mkdir(parents=True, exist_ok=True)
-        sheet(images[: COLUMNS * COLUMNS]).save(sheets / f"{name.split(',')[0].replace(' ', '_')}.png")
+        sheet(images[: COLUMNS * COLUMNS]).save(sheets / f"{name.replace(',', '').replace(' ', '_')}.png")
 
 
 def sheet(images: list[Image.Image]) -> Image.Image:

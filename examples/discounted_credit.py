@@ -1,4 +1,4 @@
-"""A credit rule of one's own: the gain of each step, discounted by its number. docs/trainer.md explains rules.
+"""A custom credit rule: the step reward, discounted by the number of the step. docs/trainer.md explains rules.
 
 trl-tpgrpo train --config examples/recipes/testbed.yaml --credit examples/discounted_credit.py:discounted
 """

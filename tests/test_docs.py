@@ -83,8 +83,8 @@ def test_contributing_names_targets_files_and_benchmarks_that_exist() -> None:
     assert listed == {path.stem for path in ROOT.glob("benchmarks/*.py")} - not_run
 
 
-def test_file_tree_of_the_readme_is_that_of_the_package() -> None:
-    tree = (ROOT / "README.md").read_text().split("```\ntrl_tpgrpo/\n")[1].split("```")[0]
+def test_file_tree_of_contributing_is_that_of_the_package() -> None:
+    tree = (ROOT / "CONTRIBUTING.md").read_text().split("```\ntrl_tpgrpo/\n")[1].split("```")[0]
     listed = set(re.findall(r"^  ([\w.]+)/?[ ,]", tree, re.MULTILINE)) | {"commands"}
     present = {path.name for path in (ROOT / "trl_tpgrpo").iterdir() if not path.name.startswith("_")} - {"py.typed"}
     assert listed == present

@@ -17,10 +17,10 @@ from trl_tpgrpo import TPGRPOTrainer
 ROOT = Path(trl_tpgrpo.__file__).parent
 OVERRIDDEN = {
     "_finish_current_push", "_get_eval_sampler", "_get_grad_norm", "_get_train_sampler", "_load_best_model",
-    "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_prepare_inputs", "_push_from_checkpoint",
-    "_save_checkpoint", "_send_telemetry", "_set_signature_columns_if_needed", "_tag_names", "compute_loss",
-    "create_model_card", "evaluate", "get_train_dataloader", "init_hf_repo", "log", "predict", "prediction_step",
-    "push_to_hub", "save_model", "train", "training_step",
+    "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_name", "_paper", "_prepare_inputs",
+    "_push_from_checkpoint", "_save_checkpoint", "_send_telemetry", "_set_signature_columns_if_needed", "_tag_names",
+    "compute_loss", "create_model_card", "evaluate", "get_train_dataloader", "init_hf_repo", "log", "predict",
+    "prediction_step", "push_to_hub", "save_model", "train", "training_step",
 }  # fmt: skip
 """Methods of TRL's or transformers' trainer."""
 
@@ -29,6 +29,8 @@ USED = {
     "trl.trainer.base_config._BaseConfig._VALID_DICT_FIELDS",
     "trl.trainer.base_trainer._BaseTrainer",
     "trl.trainer.utils.RepeatSampler",
+    "trl.trainer.utils.get_comet_experiment_url",
+    "trl.trainer.utils.get_trackio_space_url",
     "trl.cli.accelerate_config.resolve_accelerate_config_argument",
     "transformers.Trainer._get_dataloader",
     "transformers.Trainer._get_output_dir",

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "batches": {"algorithm", "policies", "rewards"},
     "callbacks": {"algorithm", "batches"},
     "rollouts": {"algorithm", "batches", "config", "metrics", "policies", "rewards"},
-    "hub": {"policies"},
+    "hub": {"__version__", "policies"},  # the version is on the card
     "trainer": {
         "algorithm",
         "batches",
@@ -51,7 +51,7 @@ MAY_IMPORT = {
 }
 """Data goes one way: scorer -> rollouts -> batches -> trainer -> algorithm."""
 
-MAY_TOUCH_TRL = {"config", "data", "trainer", "commands"}
+MAY_TOUCH_TRL = {"config", "data", "hub", "trainer", "commands"}
 
 
 def part_of(path: Path) -> str:

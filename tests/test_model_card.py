@@ -2,17 +2,23 @@
 
 import copy
 import re
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+import trl
 import yaml
 from datasets import Dataset
 from hub_server import WRITE, HubServer, metadata_problems
 from huggingface_hub import ModelCard
 from test_trainer import build, config, lora, prompts
 from tiny import tiny_sd3
+from trl import GRPOTrainer
 
 from trl_tpgrpo import TPGRPOConfig
 from trl_tpgrpo.commands import train
+from trl_tpgrpo.hub import card
 from trl_tpgrpo.hub.card import rewards_by_update, to_yaml
 from trl_tpgrpo.policies.weights import load_weights
 
@@ -27,22 +33,65 @@ def test_the_card_tells_the_run_and_is_valid(hub: HubServer, tmp_path: Path) -> 
     )  # fmt: skip
     trainer.train()
     trainer.push_to_hub(dataset_name="someone/prompts", tags="mine", model_name="bright")
-    card = ModelCard(hub.files("me/run")["README.md"].decode())
-    card.validate()
-    assert metadata_problems(str(card)) == []
-    data = card.data.to_dict()
+    written = ModelCard(hub.files("me/run")["README.md"].decode())
+    written.validate()
+    assert metadata_problems(str(written)) == []
+    data = written.data.to_dict()
     assert (data["library_name"], data["pipeline_tag"], data["datasets"]) == (
         "diffusers", "text-to-image", "someone/prompts",
     )  # fmt: skip
-    assert {"trl", "tp-grpo", "text-to-image", "lora", "diffusers", "mine"} == set(data["tags"])
+    tags = {"trl", "tp-grpo", "text-to-image", "lora", "diffusers", "generated_from_trainer", "mine"}
+    assert tags == set(data["tags"])
     assert "base_model" not in data and "base_model_relation" not in data  # it has been built in memory
     urls = [sample["output"]["url"] for sample in data["widget"]]
     assert [sample["text"] for sample in data["widget"]] == prompts(4)["prompt"] and set(urls) == CARD_IMAGES
     values = [entry["eval_held_reward"] for entry in trainer.state.log_history if "eval_held_reward" in entry]
     first, last = values[0], values[-1]
-    assert f"| `eval_held_reward` | {first:.4g} (update 0) | {last:.4g} (update 2) |" in card.text
-    assert card.text.startswith("\n# bright") and "- `updates`: 2" in card.text and "- `seed`: 42" in card.text
-    assert "2602.06422" in card.text and "vonwerra2020trl" in card.text
+    assert f"| `eval_held_reward` | {first:.4g} (update 0) | {last:.4g} (update 2) |" in written.text
+    assert written.text.startswith("\n# bright")
+    assert "- `updates`: 2" in written.text and "- `seed`: 42" in written.text
+    assert "on the [someone/prompts](https://huggingface.co/datasets/someone/prompts) dataset" in written.text
+
+
+def test_the_card_has_trls_sections_versions_and_citations(tmp_path: Path) -> None:
+    """Badges aside, what TRL's template says after its usage snippet, which is for language models."""
+    trainer = build(tmp_path / "run")
+    trainer.create_model_card()
+    text = (tmp_path / "run/README.md").read_text()
+    template = (Path(trl.__file__).parent / "templates/lm_model_card.md").read_text()
+    headings = re.findall(r"^##+ .*", template, re.MULTILINE)
+    assert [line for line in text.splitlines() if line in headings] == headings
+    for name, package in re.findall(r"- (\w+): \{\{ (\w+)_version \}\}", template):
+        assert f"\n- {name}: {version({'pytorch': 'torch'}.get(package, package))}\n" in text
+    assert re.search(r"@software\{vonwerra2020trl.*?\n\}", template, re.DOTALL)[0] in text
+    assert f"Cite {trainer._name} as:\n\n```bibtex\n{trainer._paper['citation']}\n```" in text
+    assert trainer._paper.keys() == GRPOTrainer._paper.keys() and trainer._paper["id"] in text
+    assert "<img" not in text and "Flow-GRPO]" not in text
+
+
+def test_the_card_has_the_badges_and_tags_of_where_the_run_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The addresses are set here, as no tracker's server is at hand; trackio's callback sets the tags of the model."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(wandb, "run", SimpleNamespace(url="https://wandb.ai/me/shapes/runs/1"))
+    monkeypatch.setattr(card, "get_comet_experiment_url", lambda: "https://www.comet.com/me/shapes/1")
+    monkeypatch.setenv("JOB_ID", "1")
+    trainer = build(tmp_path / "run", credit="outcome")
+    trainer.model.model_tags = ["trackio", "trackio:https://huggingface.co/spaces/me/shapes"]
+    trainer.create_model_card()
+    written = ModelCard((tmp_path / "run/README.md").read_text())
+    assert metadata_problems(str(written)) == [] and {"hf_jobs", *trainer.model.model_tags} <= set(written.data.tags)
+    template = (Path(trl.__file__).parent / "templates/lm_model_card.md").read_text()
+    badges = re.findall(r"(\[<img .*?/>\])\(\{\{ (\w+)_url \}\}\)", template)
+    urls = {"wandb": wandb.run.url, "comet": "https://www.comet.com/me/shapes/1"}
+    urls["trackio"] = "https://huggingface.co/spaces/me/shapes"
+    assert len(badges) == 3 and all(f"\n{badge}({urls[name]})\n" in written.text for badge, name in badges)
+    assert "the credit of [Flow-GRPO](https://huggingface.co/papers/2505.05470)" in written.text
+    monkeypatch.setattr(card, "get_trackio_space_url", lambda: "https://me-shapes.hf.space?project=a")
+    trainer.create_model_card()
+    tags = ModelCard((tmp_path / "run/README.md").read_text()).data.tags
+    assert [tag for tag in tags if "trackio" in tag] == ["trackio", "trackio:https://me-shapes.hf.space?project=a"]
 
 
 def test_the_hub_of_the_tests_refuses_wrong_metadata() -> None:
@@ -76,7 +125,7 @@ def test_rewards_of_training_where_nothing_was_evaluated(tmp_path: Path) -> None
     trainer.train()
     trainer.create_model_card()
     text = (tmp_path / "run/README.md").read_text()
-    assert "In training, of images by the SDE (there was no evaluation)" in text
+    assert "In training, for images of the SDE sampler (there was no evaluation)" in text
     assert re.search(r"\| `reward` \| [\d.]+ \(update 1\) \| [\d.]+ \(update 2\) \|", text)
     assert "mean_of_state" not in text and "<Gallery" not in text
 
@@ -84,7 +133,7 @@ def test_rewards_of_training_where_nothing_was_evaluated(tmp_path: Path) -> None
 def test_the_card_has_the_first_and_last_value_of_each_reward(tmp_path: Path) -> None:
     trainer = build(tmp_path / "run")
     trainer.create_model_card()
-    assert "## Rewards\n\nNone have been logged.\n\n## Training" in (tmp_path / "run/README.md").read_text()
+    assert "## Rewards\n\nNo rewards have been logged.\n\n## Training" in (tmp_path / "run/README.md").read_text()
     trainer.state.log_history = [
         {"step": 1, "reward": 9.0},
         {"step": 0, "eval_reward": 0.25, "eval_runtime": 1.0},

@@ -14,6 +14,7 @@ from test_trainer import build, prompts
 
 from trl_tpgrpo import TPGRPOTrainer
 from trl_tpgrpo.algorithm.credit import CreditRule, RewardTable
+from trl_tpgrpo.callbacks.figures import before_after_figure, trajectory_figure
 from trl_tpgrpo.callbacks.pictures import CAPTION, GAP, TITLE, grid, resized, rollout_pictures, trajectory_image
 from trl_tpgrpo.callbacks.samples import RolloutSample
 
@@ -127,6 +128,29 @@ def test_trackio_has_the_pictures_and_histograms(tmp_path: Path, monkeypatch: py
     assert logs["rollout/samples_00"]["_type"] == "trackio.image"
     assert ": 0." in logs["rollout/samples_00"]["caption"]
     assert len(list((tmp_path / "trackio").rglob("*.png"))) == 4
+
+
+def test_the_legend_explains_turning_points_and_the_arrow_is_their_credit() -> None:
+    rewards, turning = np.array([0.4, 0.1, 0.6, 0.5, 0.9]), np.array([False, True, False, True])
+    figure = trajectory_figure("a", [picture(8, "red")] * 5, rewards, turning, list(range(5)))
+    (legend,) = figure.legends
+    first, marked, arrow = (text.get_text() for text in legend.get_texts())
+    assert "image j" in first and "this step reverses the trend" in marked and "to the final image" in arrow
+    (drawn,) = [text for text in figure.axes[0].texts if text.arrow_patch is not None]
+    assert (drawn.xyann[1], drawn.xy[1]) == (0.1, 0.9)  # of the turning point with the largest change
+    said = [text.get_text() for text in figure.axes[0].texts]
+    assert {"turning point\n+0.80", "turning point\n+0.40", "+0.80"} <= set(said)
+    alone = trajectory_figure("a", [picture(8, "red")] * 5, rewards, turning & False, list(range(5)))
+    assert len(alone.legends[0].get_texts()) == 1 and not alone.axes[0].texts
+
+
+def test_before_and_after_say_how_many_images_are_right() -> None:
+    right = np.array([[[True, False], [False, False]], [[True, True], [False, True]]])
+    images = [[picture(8, "red")] * 2] * 2
+    figure = before_after_figure(["a red square left of a green triangle", "b"], images, images, right)
+    titles = [axis.get_title(loc="left") for axis in figure.axes if axis.get_title(loc="left")]
+    assert titles == ["before: 1 of 4 right", "after: 3 of 4 right"]
+    assert figure.axes[0].get_ylabel() == "a red square left of a\ngreen triangle"
 
 
 # ----------------------------------------------------------------------------------------------------------- grids

@@ -37,7 +37,7 @@ from .callbacks.sample_table import SamplePrinter
 from .callbacks.samples import Samples
 from .config import TPGRPOConfig
 from .data import EpochSampler, SetEpoch, check_datasets, needed_rows, prompt_columns
-from .hub import HubRepository, RunCard, sample_rows
+from .hub import PAPER, HubRepository, RunCard, sample_rows
 from .metrics import Metrics, record_surrogate, rollout_metrics
 from .policies import loading, sharding, weights
 from .policies.embeddings import PromptEmbeddings
@@ -81,10 +81,11 @@ class TPGRPOTrainer(_BaseTrainer):
         peft_config ([`~peft.LoraConfig`], *optional*):
             Config of the LoRA adapter to train; without `target_modules` the paper's for the model's family. `None`:
             train all weights of the transformer.
-
     """
 
     _tag_names = ["trl", "tp-grpo"]
+    _name = "TP-GRPO"
+    _paper = PAPER
     args: Any  # a TPGRPOConfig, whose optional settings are set by now
 
     def __init__(
@@ -478,8 +479,7 @@ class TPGRPOTrainer(_BaseTrainer):
     ) -> None:
         """Write `README.md`, with the images of the last push if any, and `recipe.yaml`."""
         if self.is_world_process_zero():
-            tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
-            self.card.write(self.state, self.hub_model_id, model_name, dataset_name, tags, self.recipe_settings)
+            self.card.write(self, model_name, dataset_name, [tags] if isinstance(tags, str) else tags or [])
 
     def push_to_hub(
         self,

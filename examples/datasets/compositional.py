@@ -1,15 +1,22 @@
-"""Compositional prompts of GenEval's six kinds (arXiv 2310.11513), with what each asks for: for the reward `geneval`.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "datasets>=4.7.0",
+#     "transformers>=5.10.2",
+# ]
+# ///
+"""Compositional prompts of GenEval's six kinds (arXiv 2310.11513) with their objects, for the reward `geneval`.
 
     python examples/datasets/compositional.py --output_dir data/compositional
     trl-tpgrpo train --dataset_name data/compositional --reward_funcs geneval ...
 
-The prompts are drawn here, not GenEval's own 553, which stay a test set. Columns:
+The script draws new prompts. It does not use GenEval's own 553, which remain a test set. Columns:
 
 - `prompt`
 - `tag`: `single_object`, `two_object`, `counting`, `colors`, `position` or `color_attr`
-- `include`: the objects that must be there, as JSON: `class`, `count`, and where it matters `color` or `position`,
-  such as `["left of", 0]`: the relation to another object, and that one's number
-- `exclude`: what there may not be, as JSON: so many of a class as make a wrong count
+- `include`: the objects that the image must contain, as JSON: `class`, `count`, and if required `color` or `position`,
+  such as `["left of", 0]`: the relation to another object, and the number of that object
+- `exclude`: the objects that it must not contain, as JSON: as many of a class as make a wrong count
 """
 
 import json

@@ -1,13 +1,20 @@
-"""GenEval 2's prompts and questions (arXiv 2512.16853), to evaluate with: for a judge with `soft_tifa_gm`.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "datasets>=4.7.0",
+#     "transformers>=5.10.2",
+# ]
+# ///
+"""GenEval 2's prompts and questions (arXiv 2512.16853), for evaluation by a judge with `soft_tifa_gm`.
 
     python examples/datasets/geneval2.py --source geneval2_data.jsonl --output_dir data/geneval2
     trl-tpgrpo evaluate --dataset_name data/geneval2 --by atom_count --reward_funcs my_rewards.judge ...
 
-The file is that of its authors' repository, `facebookresearch/GenEval2`, under CC BY-NC 4.0. Columns:
+The source file is in its authors' repository, `facebookresearch/GenEval2`, under CC BY-NC 4.0. Columns:
 
 - `prompt`
 - `questions`: the published questions with their answers, `{"question": "Is the cup red?", "answer": "yes"}`
-- `atom_count`: how much the prompt asks for, 3 to 10: there are more questions, as "a cup" is counted too
+- `atom_count`: number of atoms in the prompt, 3 to 10. There are more questions, since "a cup" is counted too
 """
 
 import json

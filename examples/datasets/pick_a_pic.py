@@ -1,11 +1,17 @@
-"""Prompts that people have written for images: Pick-a-Pic's (arXiv 2305.01569), for rewards such as `pick_score`.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "datasets>=4.7.0",
+#     "transformers>=5.10.2",
+# ]
+# ///
+"""Prompts written by people, from Pick-a-Pic (arXiv 2305.01569), for rewards such as `pick_score`.
 
     python examples/datasets/pick_a_pic.py --output_dir data/pick_a_pic
     trl-tpgrpo train --dataset_name data/pick_a_pic --reward_funcs pick_score ...
 
-Column: `prompt`. Prompts are taken once each, without those that are too short or long to say something to the text
-encoders. They are people's own words, unfiltered by the data set's authors: look at them before you show what a model
-makes of them.
+Column: `prompt`. The script removes duplicates and prompts that are too short or too long for the text encoders. The
+authors of the data set have not filtered the prompts: read them before you publish images of them.
 """
 
 import random

@@ -1,10 +1,17 @@
-"""Prompts that ask for a text in the image, and the text: for the reward `ocr`.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "datasets>=4.7.0",
+#     "transformers>=5.10.2",
+# ]
+# ///
+"""Prompts that ask for a text in the image, with the text, for the reward `ocr`.
 
     python examples/datasets/text_rendering.py --output_dir data/text_rendering
     trl-tpgrpo train --dataset_name data/text_rendering --reward_funcs ocr ...
 
-Columns: `prompt`, in which the text stands between double quotes, and `text`. Texts are one to four words drawn from a
-list; those of the test split do not occur in the training split.
+Columns: `prompt`, with the text between double quotes, and `text`. Texts are one to four words drawn from a list. No
+text of the test split is in the training split.
 """
 
 import random

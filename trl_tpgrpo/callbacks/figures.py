@@ -2,6 +2,7 @@
 
 from io import BytesIO
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -26,30 +27,47 @@ def trajectory_figure(
     `turning` says whether a turning point leads from image j to image j + 1: bool, (C,).
     """
     number = len(images)
-    figure = Figure(figsize=(1.15 * number + 1.2, 4.4))
+    figure = Figure(figsize=(1.15 * number + 1.2, 4.6))
     grid = figure.add_gridspec(2, number, height_ratios=[2.4, 1], hspace=0.35, wspace=0.08)
     axis = figure.add_subplot(grid[0, :], xlim=(-0.5, number - 0.5))
-    axis.plot(range(number), rewards, "o-", color=GREY, zorder=2)
-    for step in np.flatnonzero(turning).tolist():
+    axis.plot(range(number), rewards, "o-", color=GREY, zorder=2, label="reward of image j, which is shown below")
+    marked = np.flatnonzero(turning)
+    for step in marked.tolist():
         _mark_turning_point(axis, step, rewards)
+    if len(marked):
+        _draw_total_change(axis, int(marked[np.abs(rewards[-1] - rewards[marked]).argmax()]), rewards)
     axis.margins(y=0.35)
     axis.set_xticks(range(number), list(map(str, states)))
-    axis.set(xlabel="SDE steps before the ODE completes the image", ylabel="reward", title=prompt)
+    axis.set(xlabel="SDE steps j before the ODE sampler finishes the image", ylabel="reward", title=prompt)
     _plain(axis)
     for column, (image, reward) in enumerate(zip(images, rewards, strict=True)):
         below = figure.add_subplot(grid[1, column])
         _show(below, image, GREY)
         below.set_xlabel(f"{reward:.2f}", fontsize=9)
+    lines = {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
+    figure.legend(lines.values(), lines, loc="upper center", bbox_to_anchor=(0.5, 0.06), frameon=False, fontsize=9)
     return figure
 
 
 def _mark_turning_point(axis: Any, step: int, rewards: np.ndarray) -> None:
     gain = rewards[-1] - rewards[step]
     colour, below = (GREEN, -28) if gain > 0 else (RED, 12)
-    axis.plot([step, step + 1], rewards[step : step + 2], "-", color=colour, linewidth=3, zorder=3)
+    kind, verb = "gain" if gain > 0 else "loss", "reverses" if step else "begins"
+    name = f"turning point with a {kind}: this step {verb} the trend of the reward"
+    axis.plot([step, step + 1], rewards[step : step + 2], "-", color=colour, linewidth=3, zorder=3, label=name)
     axis.plot(step, rewards[step], "o", color=colour, markersize=10, zorder=4)
     style = {"xytext": (0, below), "textcoords": "offset points", "ha": "center", "fontsize": 8, "color": colour}
     axis.annotate(f"turning point\n{gain:+.2f}", (step, rewards[step]), **style)
+
+
+def _draw_total_change(axis: Any, step: int, rewards: np.ndarray) -> None:
+    """Draw the change from a step to the final image: a line at the reward before the step, and from it an arrow."""
+    end, name = len(rewards) - 1, "arrow: credit of a turning point, the total change from its step to the final image"
+    axis.plot([step, end + 0.25], [rewards[step]] * 2, "--", color=BLUE, linewidth=1.2, zorder=1, label=name)
+    arrow = {"arrowstyle": "-|>", "color": BLUE, "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0}
+    axis.annotate("", (end + 0.2, rewards[-1]), (end + 0.2, rewards[step]), arrowprops=arrow)
+    middle = (end + 0.12, (rewards[-1] + rewards[step]) / 2)
+    axis.annotate(f"{rewards[-1] - rewards[step]:+.2f}", middle, ha="right", va="center", fontsize=9, color=BLUE)
 
 
 def as_image(figure: Figure) -> Image.Image:
@@ -65,16 +83,18 @@ def before_after_figure(
     """Draw P x N images of P prompts before and after, framed green where they are `right`: bool, (2, P, N)."""
     number = len(before[0])
     widths = {"width_ratios": [1] * number + [0.35] + [1] * number, "wspace": 0.08, "hspace": 0.12}
-    figure = Figure(figsize=(2 * number + 4.2, 1.05 * len(prompts) + 0.6))
+    figure = Figure(figsize=(2.1 * number + 2.6, 1.05 * len(prompts) + 0.6))
     axes = figure.subplots(len(prompts), 2 * number + 1, squeeze=False, gridspec_kw=widths)
     for row, prompt in enumerate(prompts):
         axes[row, number].axis("off")
         columns, shown = np.delete(axes[row], number), [*before[row], *after[row]]
         for axis, image, is_right in zip(columns, shown, right[:, row].flatten(), strict=True):
             _show(axis, image, GREEN if is_right else RED)
-        axes[row, 0].set_ylabel(prompt, rotation=0, ha="right", va="center", fontsize=9, labelpad=8)
-    axes[0, (number - 1) // 2].set_title("before", fontsize=11)
-    axes[0, number + 1 + (number - 1) // 2].set_title("after", fontsize=11)
+        caption = {"rotation": 0, "ha": "right", "va": "center", "fontsize": 13, "labelpad": 8}
+        axes[row, 0].set_ylabel(fill(prompt, 22), **caption)
+    for name, first, is_right in (("before", 0, right[0]), ("after", number + 1, right[1])):
+        title = f"{name}: {is_right.sum()} of {is_right.size} right"
+        axes[0, first].set_title(title, fontsize=15, loc="left")
     return figure
 
 

@@ -35,7 +35,11 @@ def main(argv: list[str]) -> int:
     images = read_images(args.image, len(prompts))
     own: Any = args.policy_class and find_function(args.policy_class, "policy_class")
     adapter = args.adapter and find_weights(args.adapter)
-    pipeline = build_pipeline(args.model_name_or_path, None, args.dtype, args.device)
+    if adapter and args.quantization and is_whole(adapter):
+        raise ValueError(
+            f"--quantization needs a LoRA: {adapter} has all weights of a transformer."
+        )
+    pipeline = build_pipeline(args.model_name_or_path, None, args.dtype, args.device, args.quantization)
     inputs = input_options(pipeline, images, args.height, args.width, own)
     if adapter:
         load_adapter(pipeline, adapter)
@@ -67,12 +71,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of each prompt's first image (default: %(default)s)")
     for name, (kind, text) in SAMPLING_OPTIONS.items():
         add(f"--{name}", type=kind, help=f"{text} (default: the pipeline's)")
+    quantization = "format of the transformer, as in training (default: not quantized)"
+    add("--quantization", choices=["nf4", "int8", "fp8"], help=quantization)
     add("--dtype", help="data type of the model (default: bfloat16 on a GPU, float32 on the CPU)")
     add("--device", help="device of the model (default: cuda if available, else cpu)")
     return parser
 
 
-def build_pipeline(model: str, adapter: str | None, dtype: str | None, device: str | None) -> Any:
+def build_pipeline(
+    model: str, adapter: str | None, dtype: str | None, device: str | None, quantization: str | None = None
+) -> Any:
     """Load a pipeline and, with an `adapter`, the trained weights."""
     import torch  # imported here, so that option errors are fast
 
@@ -80,7 +88,7 @@ def build_pipeline(model: str, adapter: str | None, dtype: str | None, device: s
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    pipeline = load_pipeline(model, dtype).to(device)
+    pipeline = load_pipeline(model, dtype, quantization).to(device)
     if adapter is not None:
         load_adapter(pipeline, adapter)
     pipeline.set_progress_bar_config(leave=False)

@@ -5,9 +5,12 @@ The recipe has the settings of a run for `trl-tpgrpo train --config`: what is no
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import yaml
@@ -15,8 +18,9 @@ from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 from PIL import Image
-from transformers import TrainerState
+from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
+from .. import __version__
 from ..policies.base import FlowPolicy
 from ..policies.embeddings import Prompt
 
@@ -31,6 +35,24 @@ PERSONAL = {"push_to_hub", "report_to", "run_name", "project", "disable_tqdm", "
 
 ADAPTER_OPTIONS = {"r", "lora_alpha", "target_modules", "use_rslora", "use_dora"}
 """Settings of an adapter that are options of the command line."""
+
+PAPER = {
+    "title": "Alleviating Sparse Rewards by Modeling Step-Wise and Long-Term Sampling Effects in Flow-Based GRPO",
+    "id": "2602.06422",
+    "citation": dedent("""\
+        @article{tong2026alleviating,
+            title   = {Alleviating Sparse Rewards by Modeling Step-Wise and Long-Term Sampling Effects in Flow-Based GRPO},
+            author  = {Yunze Tong and Mushui Liu and Canyu Zhao and Wanggui He and Shiyi Zhang and Hongwei Zhang and Peng Zhang
+                       and Jinlong Liu and Ju Huang and Jiamang Wang and Hao Jiang and Pipei Huang},
+            year    = 2026,
+            journal = {arXiv preprint arXiv:2602.06422},
+        }"""),  # noqa: E501
+}
+"""The trainer's `_paper`, with the keys that TRL's trainers have."""
+
+LIBRARIES = {"TRL": "trl", "Transformers": "transformers", "Diffusers": "diffusers", "PEFT": "peft",
+             "Pytorch": "torch", "Datasets": "datasets", "Tokenizers": "tokenizers"}  # fmt: skip
+"""Packages on the card by the names that TRL's cards give them."""
 
 LOCAL = object()  # stands for a value that means something on one machine only
 HEADER = """# The settings of this run that differ from the defaults.
@@ -49,22 +71,16 @@ class RunCard:
     prompts: list[str]  # that images are sampled for
     images: list[Image.Image] = field(default_factory=list)  # of the trained model, none before the first push
 
-    def write(
-        self,
-        state: TrainerState,
-        repo_id: str | None,
-        model_name: str | None,
-        dataset_name: str | None,
-        tags: list[str],
-        options: dict[str, Any] | None,
-    ) -> None:
+    def write(self, trainer: Any, model_name: str | None, dataset_name: str | None, tags: list[str]) -> None:
         """Write `README.md`, its images, and `recipe.yaml` to `output_dir`, over those of a card before.
 
-        `None` for `model_name` is the name of the repository or folder, and for the command line's `options`, which
-        make the recipe, what follows from the attributes.
+        `None` for `model_name` is the name of the repository or folder. Without the trainer's `recipe_settings`, which
+        are the command line's, the recipe follows from the attributes.
         """
         folder = Path(self.args.output_dir)
         dataset = None if dataset_name is None or is_local(dataset_name) else dataset_name
+        tags = [*trainer._tag_names, *getattr(trainer.model, "model_tags", ()), *tags]  # the model's are from trackio
+        repo_id, options = trainer.hub_model_id, trainer.recipe_settings
         name = (model_name or repo_id or folder.name).split("/")[-1]
         for stale in folder.glob(SAMPLE_FILE.format("*")):
             stale.unlink()
@@ -72,16 +88,18 @@ class RunCard:
             file = folder / SAMPLE_FILE.format(number)
             file.parent.mkdir(parents=True, exist_ok=True)
             image.save(file)
-        self._card(state, name, repo_id or name, dataset, tags).save(folder / CARD_FILE)
+        self._card(trainer, name, repo_id or name, dataset, tags).save(folder / CARD_FILE)
         options = self._options(dataset) | self.args.given if options is None else options
         settings = self.args.to_dict()  # enums as their values
         recipe = to_yaml({option: settings.get(option, value) for option, value in options.items()})
         (folder / RECIPE_FILE).write_text(self._adapter_note + recipe, encoding="utf-8")
 
-    def _card(self, state: TrainerState, name: str, repo: str, dataset: str | None, tags: list[str]) -> ModelCard:
-        """Return the card, with metadata in the Hub's conventions for diffusers."""
+    def _card(self, trainer: Any, name: str, repo: str, dataset: str | None, tags: list[str]) -> ModelCard:
+        """Return the card, with metadata in the Hub's conventions for diffusers and the rest in those of TRL."""
+        state = trainer.state
         is_lora, base_model = self.adapter is not None, self._base_model
         shown = enumerate(self.prompts[: len(self.images)])
+        urls = run_urls(tags)
         task = "image-to-image" if self.policy.takes_image else "text-to-image"
         metadata = ModelCardData(
             base_model=base_model,
@@ -90,7 +108,7 @@ class RunCard:
             pipeline_tag=task,
             datasets=dataset if dataset and "/" in dataset else None,  # others, as "testbed", are not on the Hub
             model_name=name,
-            tags=sorted({*tags, task, "diffusers", *(["lora"] if is_lora else [])}),
+            tags=sorted({*hub_tags(tags, urls["trackio_url"]), task, *(["lora"] if is_lora else [])}),
             widget=[{"text": prompt, "output": {"url": SAMPLE_FILE.format(i)}} for i, prompt in shown] or None,
         )
         evaluated = rewards_by_update(state.log_history, r"eval_(.+_)?(reward|rewards/.+/mean)")
@@ -101,6 +119,11 @@ class RunCard:
             args=self.args,
             is_lora=is_lora,
             repo=repo,
+            dataset=metadata.datasets,
+            trainer_name=trainer._name,
+            paper=trainer._paper,
+            versions={"trl-tpgrpo": __version__} | {name: version(package) for name, package in LIBRARIES.items()},
+            **urls,
             scales=self.policy.scales,
             takes_image=self.policy.takes_image,
             input_size=self.policy.input_size,
@@ -139,6 +162,24 @@ class RunCard:
         name = self.policy.pipeline.config.get("_name_or_path")
         is_private = not name or is_local(name) or Path(name).exists() or self.policy.pipeline.num_fused_loras
         return None if is_private else name
+
+
+def run_urls(tags: list[str]) -> dict[str, str | None]:
+    """Return the address of the run at each tracker; that of a trackio run that has ended is in a tag of the model."""
+    wandb_run = getattr(sys.modules.get("wandb"), "run", None)
+    spaces = [tag.removeprefix("trackio:") for tag in tags if tag.startswith("trackio:")]
+    return {
+        "wandb_url": None if wandb_run is None else wandb_run.url,
+        "trackio_url": get_trackio_space_url() or next(iter(spaces), None),
+        "comet_url": get_comet_experiment_url(),
+    }
+
+
+def hub_tags(tags: list[str], trackio_url: str | None) -> set[str]:
+    """Return tags with those that TRL adds, which say where the run was and where trackio shows it."""
+    where = [*(["hf_jobs"] if "JOB_ID" in os.environ else []), "diffusers", "generated_from_trainer"]
+    shown = [] if trackio_url is None else ["trackio", f"trackio:{trackio_url}"]
+    return {*(tag for tag in tags if not tag.startswith("trackio:")), *where, *shown}
 
 
 def rewards_by_update(log_history: list[dict[str, Any]], pattern: str) -> dict[str, list[tuple[int, float]]]:
