@@ -36,9 +36,7 @@ def main(argv: list[str]) -> int:
     own: Any = args.policy_class and find_function(args.policy_class, "policy_class")
     adapter = args.adapter and find_weights(args.adapter)
     if adapter and args.quantization and is_whole(adapter):
-        raise ValueError(
-            f"--quantization needs a LoRA: {adapter} has all weights of a transformer."
-        )
+        raise ValueError(f"--quantization needs a LoRA: {adapter} has all weights of a transformer.")
     pipeline = build_pipeline(args.model_name_or_path, None, args.dtype, args.device, args.quantization)
     inputs = input_options(pipeline, images, args.height, args.width, own)
     if adapter:
