@@ -1,4 +1,4 @@
-"""What a run gives to the Hub: weights, card, images, recipe and checkpoints."""
+"""Pushes to the Hub: weights, card, images, recipe and checkpoints."""
 
 from .card import PAPER, RunCard, sample_rows
 from .repository import HubError, HubRepository

@@ -1,6 +1,6 @@
-"""The card that goes to the Hub with a trained adapter or transformer, and the recipe beside it.
+"""The model card of a trained adapter or transformer on the Hub, and the recipe.
 
-The recipe has the settings of a run for `trl-tpgrpo train --config`: what is not the default, and nothing private.
+The recipe has the settings of a run for `trl-tpgrpo train --config`, without defaults and private values.
 """
 
 import os
@@ -27,11 +27,11 @@ from ..policies.embeddings import Prompt
 
 CARD_FILE, RECIPE_FILE, SAMPLE_FILE = "README.md", "recipe.yaml", "images/sample_{}.png"
 CARD_FILES = CARD_FILE, RECIPE_FILE, SAMPLE_FILE.format("*")
-NUM_SAMPLES, FIRST_ROWS = 4, 64  # distinct prompts with an image on the card, and rows in which they are looked for
+NUM_SAMPLES, FIRST_ROWS = 4, 64  # distinct prompts with an image on the card, and rows that are searched for them
 
 PERSONAL = {"push_to_hub", "report_to", "run_name", "project", "disable_tqdm", "resume_from_checkpoint",
             "resume_with_changes", "ddp_find_unused_parameters", "local_rank", "debug"}  # fmt: skip
-"""Settings not of the method but of who ran it, like all `hub_*` and `trackio_*`."""
+"""Settings of the user, not of the method, like all `hub_*` and `trackio_*`."""
 
 ADAPTER_OPTIONS = {"r", "lora_alpha", "target_modules", "use_rslora", "use_dora"}
 """Settings of an adapter that are options of the command line."""
@@ -54,7 +54,7 @@ LIBRARIES = {"TRL": "trl", "Transformers": "transformers", "Diffusers": "diffuse
              "Pytorch": "torch", "Datasets": "datasets", "Tokenizers": "tokenizers"}  # fmt: skip
 """Packages on the card by the names that TRL's cards give them."""
 
-LOCAL = object()  # stands for a value that means something on one machine only
+LOCAL = object()  # replaces a value that is valid on one machine only
 HEADER = """# The settings of this run that differ from the defaults.
 # trl-tpgrpo train --config recipe.yaml --output_dir FOLDER
 """
@@ -62,17 +62,17 @@ HEADER = """# The settings of this run that differ from the defaults.
 
 @dataclass(kw_only=True)
 class RunCard:
-    """What is told of a run, without what only its machine knows."""
+    """Data of a run for the card, without values that are valid on its machine only."""
 
     args: Any  # settings of the run
-    policy: FlowPolicy  # whose transformer is trained
-    adapter: LoraConfig | None  # that is trained; None: all weights
+    policy: FlowPolicy  # with the trained transformer
+    adapter: LoraConfig | None  # trained adapter; None: all weights
     reward_funcs: dict[str, list[Callable]]  # by option of the command line
-    prompts: list[str]  # that images are sampled for
-    images: list[Image.Image] = field(default_factory=list)  # of the trained model, none before the first push
+    prompts: list[str]  # prompts for sample images
+    images: list[Image.Image] = field(default_factory=list)  # of the trained model; empty before the first push
 
     def write(self, trainer: Any, model_name: str | None, dataset_name: str | None, tags: list[str]) -> None:
-        """Write `README.md`, its images, and `recipe.yaml` to `output_dir`, over those of a card before.
+        """Write `README.md`, its images, and `recipe.yaml` to `output_dir`, replacing earlier ones.
 
         `None` for `model_name` is the name of the repository or folder. Without the trainer's `recipe_settings`, which
         are the command line's, the recipe follows from the attributes.
@@ -138,7 +138,7 @@ class RunCard:
         )
 
     def _options(self, dataset: str | None) -> dict[str, Any]:
-        """Return the options of the command line, besides the config's, that a run set up in Python amounts to."""
+        """Return the command line options (besides the config's) for a run that was set up in Python."""
         options = {"model_name_or_path": self._base_model or LOCAL, "dataset_name": dataset or LOCAL}
         options |= {option: import_paths(functions) for option, functions in self.reward_funcs.items() if functions}
         if self.adapter is not None:
@@ -150,7 +150,7 @@ class RunCard:
 
     @property
     def _adapter_note(self) -> str:
-        """Comment with the adapter's settings for which the command line has no options."""
+        """Comment with adapter settings for which the command line has no options."""
         defaults, adapter = LoraConfig().to_dict(), {} if self.adapter is None else self.adapter.to_dict()
         others = {name: adapter[name] for name in adapter.keys() - ADAPTER_OPTIONS if adapter[name] != defaults[name]}
         told = ", ".join(f"{name}={_ordered(value)!r}" for name, value in sorted(others.items()))
@@ -158,7 +158,7 @@ class RunCard:
 
     @property
     def _base_model(self) -> str | None:
-        """Hub id of the pipeline; `None` for a model that nobody else could load, as with an adapter fused into it."""
+        """Hub id of the pipeline; `None` for a model that others cannot load, such as one with a fused adapter."""
         name = self.policy.pipeline.config.get("_name_or_path")
         is_private = not name or is_local(name) or Path(name).exists() or self.policy.pipeline.num_fused_loras
         return None if is_private else name
@@ -192,7 +192,7 @@ def rewards_by_update(log_history: list[dict[str, Any]], pattern: str) -> dict[s
 
 
 def sample_rows(datasets: Iterable[Any], columns: list[str]) -> list[dict[str, Any]]:
-    """Return rows of the first dataset there is, of those that are a dict of datasets the first: distinct prompts."""
+    """Return rows with distinct prompts of the first available dataset (of a dict: its first)."""
     for dataset in datasets:
         chosen = next(iter(dataset.values()), None) if isinstance(dataset, dict) else dataset
         if isinstance(chosen, Dataset) and len(chosen):
@@ -204,7 +204,7 @@ def sample_rows(datasets: Iterable[Any], columns: list[str]) -> list[dict[str, A
 
 
 def to_yaml(settings: dict[str, Any]) -> str:
-    """Return the recipe, which names what was left out because only the machine of the run has it."""
+    """Return the recipe, with a comment on values left out because only the run's machine has them."""
     portable = _portable_items(settings)
     local = sorted(name for name, value in portable.items() if value is LOCAL)
     note = f"# To be given, as the run had folders or functions of its own: {', '.join(local)}\n" if local else ""
@@ -213,12 +213,12 @@ def to_yaml(settings: dict[str, Any]) -> str:
 
 
 def is_local(name: str) -> bool:
-    """Return whether a name of a model or dataset means something on this machine only."""
+    """Check whether a name of a model or dataset is valid on this machine only."""
     return os.path.isabs(name) or name.startswith((".", "~")) or ("/" in name and Path(name).exists())
 
 
 def import_paths(functions: list[Callable]) -> Any:
-    """Return where functions are imported from, if all are at the top of a module that has a name, else `LOCAL`."""
+    """Return the import paths of functions, if all are at the top level of a named module, else `LOCAL`."""
     paths = [f"{getattr(one, '__module__', None)}.{getattr(one, '__qualname__', '<')}" for one in functions]
     return LOCAL if any("<" in path or path.startswith(("__main__.", "None.")) for path in paths) else paths
 
