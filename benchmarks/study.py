@@ -335,7 +335,7 @@ def reaching_table(kept: Kept, base: dict) -> list[str]:
     generator = np.random.default_rng(0)
     for (method, _), runs in kept.items():
         drawn = [shares(resampled(runs, generator), resampled(reference, generator), base) for _ in range(2000)]
-        share, (low, high) = shares(runs, reference, base), np.nanpercentile(drawn, [2.5, 97.5])
+        share, (low, high) = shares(runs, reference, base), np.percentile(drawn, [2.5, 97.5], method="nearest")
         total = mean_of(reference, "evaluations")
         never = f"not within {mean_of(runs, 'evaluations'):,.0f}" if np.isinf(share) else f"{share * total:,.0f}"
         shown = "" if np.isinf(share) else f"{share:.2f} [{low:.2f}, {high:.2f}]"
