@@ -35,6 +35,7 @@ NOT_CHECKED = (
     "conda",
     "cp",
     "curl",
+    "docker",
     "git",
     "hf",
     "ls",
