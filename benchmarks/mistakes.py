@@ -95,7 +95,7 @@ MISTAKES = {
     f"{RUN} --output_dir used": "used has checkpoints of an earlier run (checkpoint-5): resume it by",
     f"{RUN} --resume_from_checkpoint out/checkpoint-5": "out/checkpoint-5: there is none",
     "sample --model_name_or_path testbed": "There is no prompt: use --prompt or --prompts_file.",
-    "sample --model_name_or_path testbed --prompt x --adapter folder": "folder holds neither a LoRA",
+    "sample --model_name_or_path testbed --prompt x --adapter folder": "folder has neither a LoRA",
     "sample --model_name_or_path testbed --prompt x --adapter foldr": "there is no folder foldr: did you mean folder?",
     f"plan {MODEL} --dataset_name prompts.csv {SIZES} --generation_batch_size 8": "The dataset has 2 prompts, but one "
     "rollout needs 4.",

@@ -301,7 +301,7 @@ def wrong(**changes: list) -> Dataset:
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (wrong().remove_columns("image"), r"train_dataset needs a column 'image', .*, got \['prompt'\]"),
+        (wrong().remove_columns("image"), r"train_dataset needs a column 'image' .*, got \['prompt'\]"),
         (wrong(image=["a.png", "b.png", "c.png"]), "must hold images, got str. For paths, use dataset.cast_column"),
         (wrong(image=[*pictures()[:2], None]), "train_dataset: the image of row 2 is missing"),
         (wrong(image=[None, *pictures()[:2]]).select([1, 2, 0]), "train_dataset: the image of row 2 is missing"),

@@ -310,7 +310,7 @@ def test_weights_of_an_interrupted_run_are_those_of_its_newest_whole_checkpoint(
     assert images[0] == images[1]
     trainer.save_model()
     assert sample.find_weights(str(run)) == str(run)
-    with pytest.raises(FileNotFoundError, match="holds neither a LoRA"):
+    with pytest.raises(FileNotFoundError, match="has neither a LoRA"):
         sample.find_weights(str(tmp_path))
 
 

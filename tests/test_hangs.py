@@ -302,7 +302,7 @@ def test_what_a_function_in_a_thread_changes_is_refused_by_name_and_put_back(run
     """As the model is sampled meanwhile; what the thread alone has, such as the mode of gradients, is its own."""
     kind = failing(runs_in, lambda: (torch.set_default_dtype(torch.float64), os.chdir(tmp_path)))
     before = state()
-    with pytest.raises(RewardError, match="'mine' changed torch's default dtype and the working directory beside"):
+    with pytest.raises(RewardError, match="'mine' changed torch's default dtype and the working directory while"):
         Scorer().start([kind], BATCH, {}).result()
     assert state() == before
 

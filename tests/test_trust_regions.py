@@ -289,7 +289,7 @@ def test_published_bounds_are_the_defaults_of_each_loss() -> None:
         ({"chunk_sizes": [4, 5]}, "need importance_sampling_level='chunk', got 'step'"),
         ({"importance_sampling_level": "chunk", "chunk_sizes": [4, 4]}, r"9 SDE steps together, got \[4, 4\]"),
         ({"importance_sampling_level": "chunk", "chunk_sizes": [0, 9]}, "at least 1 each"),
-        ({"importance_sampling_level": "chunk", "chunk_sizes": [9], "sde_window_share": 0.5}, "is measured"),
+        ({"importance_sampling_level": "chunk", "chunk_sizes": [9], "sde_window_share": 0.5}, "measures the number"),
     ],
 )
 def test_bounds_without_effect_are_refused(changes: dict, message: str) -> None:

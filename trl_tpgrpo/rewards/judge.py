@@ -247,8 +247,8 @@ class VLMJudge:
             case {"question": str(text), "answer": str(answer)} if self.is_soft and answer.isalnum():
                 return text, answer.lower()
         raise ValueError(
-            f"The column 'questions' has {question!r}, row {row}: a question must be a text, or a text and what is "
-            "expected, as in {'question': 'Is there a dog?', 'answer': 'no'}; of soft_tifa another word too."
+            f"The column 'questions' has {question!r} in row {row}: a question must be a string or a dict such as "
+            "{'question': 'Is there a dog?', 'answer': 'no'}; with 'soft_tifa' the answer may be any word."
         )
 
     @property
