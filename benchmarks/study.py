@@ -288,7 +288,7 @@ def end_table(kept: Kept, base: dict[str, float]) -> list[str]:
     """What held-out scores have gained at the end, and what that is beside the reference's gain."""
     lines = [
         "| method | learning rate | seeds | updates | images scored | CPU seconds | reward gained | strict gained "
-        "| beside the reference | p, corrected | p of a difference beyond the margin |",
+        "| difference to the reference | p, corrected | p of equivalence |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     gains = {

@@ -107,7 +107,9 @@ def test_all_that_is_trained_gets_a_gradient(family, full: bool, beta: float, tm
 def test_what_gets_no_gradient_is_named(tmp_path: Path) -> None:
     trainer = build(tmp_path, full=True)
     trainer.model.extra = torch.nn.Linear(2, 2)  # which the model never calls
-    with pytest.raises(RuntimeError, match=r"^2 of \d+ trainable tensors have no gradient: extra.weight, extra.bias\.$"):
+    with pytest.raises(
+        RuntimeError, match=r"^2 of \d+ trainable tensors have no gradient: extra.weight, extra.bias\.$"
+    ):
         trainer.train()
 
 
