@@ -14,7 +14,7 @@ INSTALL := pip install --quiet --no-compile
 
 .PHONY: demo test test-floors check docs package lock
 
-demo: $(READY)          ## train the embedded model for a few minutes and show what it learned, in demo/
+demo: $(READY)          ## train the bundled toy model for a few minutes and show what it learned, in demo/
 	$(VENV)/bin/trl-tpgrpo demo
 
 test: $(READY)          ## run the tests

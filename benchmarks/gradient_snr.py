@@ -1,6 +1,6 @@
 """What credit is worth at a fixed policy, without a training run: signal and noise of the policy gradient.
 
-The embedded model samples batches of trajectories with their completions, and the gradient of the log-probability of
+The toy model samples batches of trajectories with their completions, and the gradient of the log-probability of
 each of their SDE steps is kept as a sketch (Charikar et al., 2002: random signs, added up in far fewer places, which
 keeps inner products). The gradient of a batch under any credit is then a weighted sum, so that all rules are compared
 on the same trajectories:

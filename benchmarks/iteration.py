@@ -1,4 +1,4 @@
-"""What an iteration of training costs with credit by step, against one of Flow-GRPO with the same window and batch.
+"""The cost of a training iteration with step-level credit, relative to Flow-GRPO with the same window and batch.
 
 Rollouts of 8 prompts x 8 images with one update each, T = 10, K = 9, on the testbed or a tiny FLUX, all ways in turns
 in one process with one thread, on the same prompts. A ratio is that of CPU seconds within a turn, and the median over

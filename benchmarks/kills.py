@@ -1,4 +1,4 @@
-"""Kill a run at moments drawn at random, resume it, and compare the weights to the bit with a run that was not killed.
+"""Kill a run at moments drawn at random, resume it, and compare the weights bit by bit with a run that was not killed.
 
 Runs of 6 updates on the testbed that save each time, keep two checkpoints, train twice on each rollout and average:
 for a LoRA and for all weights. Each is forked from this process, sent SIGKILL after a share of the time that a whole

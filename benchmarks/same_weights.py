@@ -1,4 +1,4 @@
-"""Train with two states of the code and compare the weights to the bit.
+"""Train with two states of the code and compare the weights bit by bit.
 
     python benchmarks/same_weights.py --before REVISION
 

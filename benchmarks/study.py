@@ -1,4 +1,4 @@
-"""What credit by step is worth on the testbed: the held-out reward of six methods by function evaluations (NFE).
+"""What step-level credit is worth on the toy model: held-out reward of six methods by function evaluations (NFE).
 
 The design is in the constants below, and was committed before the first reported run. The stages "rate" and "noise"
 choose the learning rate and the noise for the reference, with seeds and captions of their own; in the stage "heldout"
@@ -61,7 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fitted credit, transitions drawn": FITTED,
     "fitted credit, transitions drawn, first three steps": {**FITTED, "sde_window_size": 3},
 }  # fmt: skip
-"""The rows of the design. Those with credit by step are in the paper's window, all steps but the last, unless said."""
+"""The rows of the design. Step-level credit is in the paper's window, all steps but the last, unless stated."""
 
 INSTRUMENT: dict[str, dict[str, Any]] = {
     **{f"noise level {one}": {**FLOW, "sde_window_size": 3, "noise_level": one} for one in (0.25, 0.4, 0.55, 0.7)},
