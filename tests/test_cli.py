@@ -179,6 +179,13 @@ def test_sample_takes_what_train_has_saved(extra: list[str], tmp_path: Path) -> 
     assert list(plain.getdata()) != list(trained.getdata())
 
 
+def test_sample_quantizes_under_a_lora_alone(tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    options = ["--model_name_or_path", "testbed", "--prompt", "x", "--adapter", str(tmp_path)]
+    with pytest.raises(ValueError, match="--quantization needs a LoRA: .* has all weights of a transformer"):
+        sample.main([*options, "--quantization", "nf4"])
+
+
 def test_sample_without_a_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="no prompt: use --prompt or --prompts_file"):
         sample.main(["--model_name_or_path", "testbed"])
