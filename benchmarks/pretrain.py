@@ -1,7 +1,7 @@
 """Build the testbed's tiny pipeline from nothing: draw pictures, train the VAE, then encoders and transformer.
 
     python benchmarks/pretrain.py --output_dir trl_tpgrpo/testbed/weights
-    python benchmarks/pretrain.py --world words --output_dir outputs/words --state_dir outputs/state --stop_at 0.4
+    python benchmarks/pretrain.py --world words --output_dir outputs/words --distillation_steps 2000
 
 Every class is diffusers' or transformers' own, so the result is an ordinary `StableDiffusion3Pipeline` folder. What
 deviates from a textbook run, each to get there in CPU-minutes: small batches and zero-initialised residual branches
@@ -14,6 +14,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def pretrain(
     num_pictures: int,
     seed: int,
     num_evaluations: int = 10,
-    stop_at: float = 1.0,
+    distillation_steps: int = 0,
+    guidance_scale: float = 4.0,
     state_dir: Path | None = None,
 ) -> None:
     """Train everything and save the pipeline in float16 at `output_dir`, at every evaluation and at the end.
@@ -98,7 +100,9 @@ def pretrain(
         num_pictures: Number of pictures to train on.
         seed: Seed of everything random.
         num_evaluations: How often the averaged weights are evaluated, 512 images each, and saved.
-        stop_at: Strict score at which training ends early.
+        distillation_steps: Further updates, in which the transformer learns to do without guidance what it does with
+            it (Meng et al., arXiv 2210.03142, for one guidance scale). FLUX.1-dev was made so.
+        guidance_scale: That guidance scale.
         state_dir: Folder of what is needed to go on after an interruption: the same call continues from there.
     """
     torch.manual_seed(seed)
@@ -111,13 +115,22 @@ def pretrain(
     strict = np.mean(world.strict_reward(reconstructions, captions[:2048]))
     tqdm.write(f"Strict score of the VAE's reconstructions: {strict:.3f}")
     del pictures, reconstructions
-    state = State(state_dir, "transformer")
-    for steps_done in train_transformer(pipeline, latents, captions, transformer_steps, num_evaluations, state):
-        save_in_float16(pipeline, output_dir)
-        strict = np.mean(world.strict_reward(sample(pipeline, world, captions[:512]), captions[:512]))
-        tqdm.write(f"Saved after {steps_done} steps; strict score without guidance: {strict:.3f}")
-        if strict >= stop_at:
-            break
+
+    def train(name: str, steps: int, loss: Loss) -> None:
+        state = State(state_dir, name)
+        for steps_done in train_transformer(pipeline, latents, captions, steps, num_evaluations, state, loss):
+            save_in_float16(pipeline, output_dir)
+            strict = np.mean(world.strict_reward(sample(pipeline, world, captions[:512]), captions[:512]))
+            tqdm.write(f"Saved after {steps_done} steps; strict score without guidance: {strict:.3f}")
+
+    train("transformer", transformer_steps, partial(flow_matching_loss, pipeline))
+    if distillation_steps:
+        loss = partial(distillation_loss, pipeline, copy.deepcopy(pipeline), guidance_scale)
+        train("student", distillation_steps, loss)
+
+
+Loss = Callable[[torch.Tensor, list[str]], torch.Tensor]
+"""Of clean latents (N, 8, H / 4, W / 4) and their prompts."""
 
 
 class State:
@@ -363,8 +376,9 @@ def train_transformer(
     steps: int,
     num_evaluations: int,
     state: State,
+    compute_loss: Loss,
 ) -> Iterator[int]:
-    """Train transformer and text encoders by flow matching; yield at each evaluation, averaged weights loaded."""
+    """Train transformer and text encoders; yield at each evaluation and end, both with averaged weights loaded."""
     trained = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]
     parameters = [parameter for module in trained for parameter in module.parameters()]
     optimizers = build_optimizers(trained)
@@ -383,7 +397,7 @@ def train_transformer(
     for step in progress:
         chosen = torch.randint(len(latents), (BATCH_SIZE,))
         texts = [captions[index] if torch.rand(()) > CAPTION_DROPOUT else "" for index in chosen]
-        loss = flow_matching_loss(pipeline, (latents[chosen] - shift) * scale, texts)
+        loss = compute_loss((latents[chosen] - shift) * scale, texts)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -400,20 +414,45 @@ def train_transformer(
             yield step
             ema.restore(parameters)
         state.save(step, parts, last=step == steps)
+    ema.copy_to(parameters)
 
 
 def flow_matching_loss(pipeline: StableDiffusion3Pipeline, clean: torch.Tensor, texts: list[str]) -> torch.Tensor:
     """Compute the mean squared error of the velocity at logit-normal noise levels."""
+    mixed, sigma, noise = mix(clean)
+    return mse_loss(predict_velocity(pipeline, mixed, sigma, texts), noise - clean)
+
+
+def distillation_loss(
+    pipeline: StableDiffusion3Pipeline,
+    teacher: StableDiffusion3Pipeline,
+    guidance_scale: float,
+    clean: torch.Tensor,
+    texts: list[str],
+) -> torch.Tensor:
+    """Compute the mean squared difference to the teacher's guided velocity, at the same noise levels."""
+    mixed, sigma, _ = mix(clean)
+    with torch.no_grad():
+        both = predict_velocity(teacher, mixed.repeat(2, 1, 1, 1), sigma.repeat(2), [""] * len(texts) + texts)
+    target = torch.lerp(*both.chunk(2), guidance_scale)
+    return mse_loss(predict_velocity(pipeline, mixed, sigma, texts), target)
+
+
+def mix(clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the latents at random noise levels, these levels, (N,), and the noise."""
+    sigma, noise = torch.sigmoid(torch.randn(len(clean))), torch.randn_like(clean)
+    return torch.lerp(clean, noise, sigma[:, None, None, None]), sigma, noise
+
+
+def predict_velocity(
+    pipeline: StableDiffusion3Pipeline, mixed: torch.Tensor, sigma: torch.Tensor, texts: list[str]
+) -> torch.Tensor:
     embeds, _, pooled, _ = pipeline.encode_prompt(
         texts, None, None, do_classifier_free_guidance=False, max_sequence_length=0
     )
-    sigma = torch.sigmoid(torch.randn(len(clean)))
-    noise = torch.randn_like(clean)
-    mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
-    velocity = pipeline.transformer(
+    return pipeline.transformer(
         hidden_states=mixed, timestep=sigma * 1000, encoder_hidden_states=embeds, pooled_projections=pooled
     ).sample
-    return mse_loss(velocity, noise - clean)
 
 
 def build_optimizers(modules: list[torch.nn.Module]) -> list[torch.optim.Optimizer]:
@@ -447,7 +486,8 @@ def main() -> None:
     parser.add_argument("--num_pictures", type=int, default=60_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_evaluations", type=int, default=10)
-    parser.add_argument("--stop_at", type=float, default=1.0, help="strict score at which training ends")
+    parser.add_argument("--distillation_steps", type=int, default=0, help="to draw without guidance (default: none)")
+    parser.add_argument("--guidance_scale", type=float, default=4.0, help="to distil from (default: %(default)s)")
     parser.add_argument("--state_dir", type=Path, help="to go on from after an interruption, by the same command")
     args = parser.parse_args()
     pretrain(**{**vars(args), "world": WORLDS[args.world]})

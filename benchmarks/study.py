@@ -8,6 +8,7 @@ stopped.
     python benchmarks/study.py --stage rate
     python benchmarks/study.py --stage noise
     python benchmarks/study.py
+    python benchmarks/study.py --stage longer
     python benchmarks/study.py --report
 """
 
@@ -72,6 +73,12 @@ INSTRUMENT: dict[str, dict[str, Any]] = {
 """What was tried, with the reference, so that images of the ODE gain as much as those of the SDE."""
 
 REFERENCE = "Flow-GRPO, first three steps"
+LONGER: dict[str, dict[str, Any]] = {
+    f"{REFERENCE}, rate falls to 0": {**METHODS[REFERENCE], "lr_scheduler_type": "linear", "max_steps": 72},
+}
+"""The reference at twice the budget. At a constant rate it wanders around half of the headroom."""
+
+SETTINGS_OF = METHODS | INSTRUMENT | LONGER
 RATE = 2e-4
 """Of all methods: the best for the reference on the tuning captions, the mean of three seeds at noise level 0.7."""
 
@@ -80,9 +87,11 @@ STAGES: dict[str, tuple[list[str], tuple[float, ...], Sequence[int], int]] = {
     "rate": ([REFERENCE], (1e-4, 2e-4, 3e-4), (1000, 1001, 1002), BUDGET // 2),
     "noise": (list(INSTRUMENT), (RATE,), (1000, 1001), BUDGET // 2),
     "heldout": (list(METHODS), (RATE,), SEEDS, BUDGET),
+    "longer": (list(LONGER), (3e-4,), SEEDS[:2], 2 * BUDGET),
 }
-"""Methods, learning rates, seeds and NFE of the three stages; the last is reported, on captions of its own."""
+"""Methods, learning rates, seeds and NFE of the four stages; the last two are on captions of their own."""
 
+BEST = 0.986  # reward of true pictures, encoded and decoded by the VAE: what an image can get
 MARGIN = 0.1  # of the reference's gain: a difference that is certainly smaller counts as none
 FORWARD_AND_BACKWARD = 3  # a transition that is trained on counts as this many function evaluations
 IMAGES = {"tuning": 8, "mark": 4, "heldout": 28}  # of each caption
@@ -105,7 +114,11 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"sde_window_size": None, **COMMON, **(METHODS | INSTRUMENT)[self.method]}
+        return {"sde_window_size": None, **COMMON, **SETTINGS_OF[self.method]}
+
+    @property
+    def split(self) -> str:
+        return "tuning" if self.stage in ("rate", "noise") else "heldout"
 
 
 def captions(split: str) -> Dataset:
@@ -138,20 +151,20 @@ class Scores(TrainerCallback):
         self.curve.append({**self.spent, "reward": logs["reward"]})
         control.should_training_stop |= self.spent["evaluations"] >= self.run.budget
         if control.should_training_stop:
-            self.end = score_the_end(self.trainer, self.run.stage)
-        elif self.spent["evaluations"] >= MARKS * (len(self.marks) + 1) and self.run.stage == "heldout":
+            self.end = score_the_end(self.trainer, self.run)
+        elif self.spent["evaluations"] >= MARKS * (len(self.marks) + 1) and self.run.split == "heldout":
             rows = captions("heldout")
             self.marks.append({**self.spent, **score(self.trainer.policy.pipeline, rows, IMAGES["mark"])})
 
 
-def score_the_end(trainer: TPGRPOTrainer, stage: str) -> dict[str, dict[str, float]]:
+def score_the_end(trainer: TPGRPOTrainer, run: Run) -> dict[str, dict[str, float]]:
     """What the weights are worth: images of the ODE and of the SDE that was trained on, of new and of known captions.
 
     Those of learning rates are scored by the ODE alone.
     """
-    pipeline, split = trainer.policy.pipeline, "heldout" if stage == "heldout" else "tuning"
+    pipeline, split = trainer.policy.pipeline, run.split
     own = score(pipeline, captions(split), IMAGES[split])
-    if stage == "rate":
+    if run.stage == "rate":
         return {"new": own}
     known = captions("train")
     return {
@@ -212,18 +225,16 @@ def train(run: Run, results: Path) -> None:
 
 
 def build_trainer(run: Run, folder: str, callback: Scores) -> TPGRPOTrainer:
-    """The method's settings at a constant learning rate, so that a run may be looked at anywhere."""
+    """At a constant rate, unless the settings say otherwise, so that a run may be looked at anywhere."""
     args = TPGRPOConfig(
         folder,
-        max_steps=100_000,
         learning_rate=run.learning_rate,
-        lr_scheduler_type="constant",
         guard_rails="off",
         report_to="none",
         disable_tqdm=True,
         logging_steps=1,
         seed=run.seed,
-        **run.settings,
+        **{"max_steps": 100_000, "lr_scheduler_type": "constant", **run.settings},
     )
     trainer = TPGRPOTrainer(TESTBED, shapes_reward, args, prompt_dataset("train"), callbacks=[callback])
     trainer.remove_callback(PrinterCallback)
@@ -256,13 +267,14 @@ def load(results: Path, stage: str) -> Kept:
     for path in sorted((results / stage).glob("*.json")):
         run = json.loads(path.read_text())
         kept[run["run"]["method"], run["run"]["learning_rate"]].append(run)
-    return dict(sorted(kept.items(), key=lambda item: ([*METHODS, *INSTRUMENT].index(item[0][0]), item[0][1])))
+    return dict(sorted(kept.items(), key=lambda item: (list(SETTINGS_OF).index(item[0][0]), item[0][1])))
 
 
 def report(results: Path, figure: Path) -> str:
     """The tables in Markdown; draws the figure."""
     base, kept = json.loads((results / "base.json").read_text()), load(results, "heldout")
     parts = [rate_table(load(results, "rate")), both_currencies(load(results, "noise"), base, "tuning")]
+    parts.append(longer_table(load(results, "longer"), base))
     if kept:
         parts += [
             end_table(kept, base["heldout"]),
@@ -307,6 +319,25 @@ def end_table(kept: Kept, base: dict[str, float]) -> list[str]:
             beside = f"{test['difference']:+.3f} \u00b1 {test['half_width']:.3f}"
             columns += [beside, f"{corrected[key]:.3f}", f"{test['p_equivalent']:.3f}"]
         lines.append(f"| {' | '.join(map(str, columns))} |" + " | | |" * (key not in tests))
+    return lines
+
+
+def longer_table(kept: Kept, base: dict) -> list[str]:
+    """Every run's held-out reward at the marks and at the end, and the gain as a share of the headroom."""
+    marks = range(2 * MARKS, 2 * BUDGET, 2 * MARKS)
+    lines = [
+        f"| method | learning rate | seed | {' | '.join(f'{mark // 1000}k' for mark in marks)} | end | at NFE "
+        "| share of the headroom | SDE images |",
+        "|" + "---|" * (len(marks) + 7),
+    ]
+    for (method, rate), runs in kept.items():
+        for run in runs:
+            spent, rewards = mean_curve([run], base)
+            cells = [f"{np.interp(mark, spent, rewards):.3f}" if mark < spent[-1] else "" for mark in marks]
+            share = (rewards[-1] - base["heldout"]["reward"]) / (BEST - base["heldout"]["reward"])
+            sde = run["end"]["new, SDE"]["reward"]
+            cells += [f"{rewards[-1]:.3f}", f"{spent[-1]:,.0f}", f"{share:.2f}", f"{sde:.3f}"]
+            lines.append(f"| {method} | {rate:g} | {run['run']['seed']} | {' | '.join(cells)} |")
     return lines
 
 
@@ -442,7 +473,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--stage", default="heldout", choices=list(STAGES), help="(default: %(default)s)")
-    add("--methods", nargs="+", choices=[*METHODS, *INSTRUMENT], help="(default: those of the stage)")
+    add("--methods", nargs="+", choices=list(SETTINGS_OF), help="(default: those of the stage)")
     add("--learning_rates", type=float, nargs="+", help="(default: those of the stage)")
     add("--seeds", type=int, nargs="+", help="(default: those of the stage)")
     add("--evaluations", type=float, help="function evaluations of a run (default: those of the stage)")

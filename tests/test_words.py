@@ -64,21 +64,41 @@ def test_interrupted_training_ends_where_the_other_does(monkeypatch: pytest.Monk
 
     def run(folder: Path, judged: Callable[..., Any] = lambda images, prompts: [0.0]) -> None:
         replaced = pretrain.World(**{**vars(WORDS), "strict_reward": judged})
-        pretrain.pretrain(replaced, folder / "pipeline", 6, 4, 16, seed=0, num_evaluations=2, state_dir=folder)
+        options: dict[str, Any] = {"num_evaluations": 2, "distillation_steps": 4, "state_dir": folder}
+        pretrain.pretrain(replaced, folder / "pipeline", 6, 4, 16, seed=0, **options)
 
-    def interrupt(images: list, prompts: list) -> list[float]:
-        if (broken / "transformer.pt").exists():
+    def interrupt_once(images: list, prompts: list) -> list[float]:
+        part = "transformer" if interrupted == [] else "student"
+        if part not in interrupted and (broken / f"{part}.pt").exists():
+            interrupted.append(part)
             raise KeyboardInterrupt
         return [0.0]
 
+    interrupted: list[str] = []
     run(whole)
-    with pytest.raises(KeyboardInterrupt):
-        run(broken, interrupt)
-    run(broken)
-    states = [torch.load(folder / "transformer.pt") for folder in (whole, broken)]
-    assert states[0]["step"] == states[1]["step"] == 4
-    for name, weight in states[0]["0"].items():
-        assert torch.equal(weight, states[1]["0"][name]), name
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(broken, interrupt_once)
+    run(broken, interrupt_once)
+    assert interrupted == ["transformer", "student"]
+    for part in interrupted:
+        states = [torch.load(folder / f"{part}.pt") for folder in (whole, broken)]
+        assert states[0]["step"] == states[1]["step"] == 4
+        for name, weight in states[0]["0"].items():
+            assert torch.equal(weight, states[1]["0"][name]), name
+
+
+def test_a_student_learns_what_the_teacher_draws_with_guidance() -> None:
+    teacher, student = (pretrain.build_pipeline(WORDS) for _ in range(2))
+    for parameter in teacher.transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    student.transformer.load_state_dict(teacher.transformer.state_dict())
+    for name in ("text_encoder", "text_encoder_2"):
+        getattr(student, name).load_state_dict(getattr(teacher, name).state_dict())
+    clean, texts = torch.randn(4, 8, 8, 16), world.all_prompts()[:4]
+    losses = [pretrain.distillation_loss(student, teacher, scale, clean, texts) for scale in (1.0, 4.0)]
+    assert losses[0] < 1e-10 < 1e-4 < losses[1]
+    assert pretrain.distillation_loss(student, teacher, 4.0, clean, [""] * 4) < 1e-10
 
 
 def test_profile_is_that_of_known_gradients() -> None:
