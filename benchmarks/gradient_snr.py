@@ -18,8 +18,8 @@ benchmarks/results/gradient_snr/, one file a setting; settings that have one are
 
     python benchmarks/gradient_snr.py
 
-`--words` does the same for the words world. Every report ends with the profile: which share of the signal each step
-has.
+`--world words` does the same for the words world, into gradient_snr_words/. Every report ends with the profile: which
+share of the signal each step has.
 """
 
 import argparse
@@ -35,13 +35,11 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from matplotlib import pyplot as plt
-from models import load_policy
-from study import FORWARD_AND_BACKWARD
+from study import FIGURES, FORWARD_AND_BACKWARD, RESULTS
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from words import judge as words_judge
-from words import world as words
+from worlds import WORLDS, World
 
 from trl_tpgrpo.algorithm.completion import CompletionRule
 from trl_tpgrpo.algorithm.credit import CREDITS, CreditRule, RewardTable
@@ -49,11 +47,8 @@ from trl_tpgrpo.algorithm.rollout import Window, roll_out
 from trl_tpgrpo.algorithm.sde import log_prob, transition
 from trl_tpgrpo.policies.base import FlowPolicy, Guidance, to_images
 from trl_tpgrpo.policies.loading import build_policy, load_pipeline
-from trl_tpgrpo.testbed import prompt_dataset
-from trl_tpgrpo.testbed.checker import shapes_reward
 
 
-ROOT = Path(__file__).parents[1]
 BATCH = 64
 BASE = {
     "sde_type": "flow_sde",
@@ -123,47 +118,40 @@ class Testbed:
     reward: Callable[[list, list[str]], list[float]]
 
 
-def shapes_testbed() -> Testbed:
-    """Load the shapes world."""
-    prompts = list(prompt_dataset("train").shuffle(seed=0)["prompt"])
-    return Testbed(load_policy("sd3"), prompts, shapes_reward)
-
-
-def words_testbed(folder: Path) -> Testbed:
-    """Load the words world, with the pipeline in a folder."""
-    guidance = Guidance(words.HEIGHT, words.WIDTH, guidance_scale=words.GUIDANCE_SCALE, max_sequence_length=0)
-    return Testbed(
-        build_policy(load_pipeline(folder), guidance), words.split_prompts()["train"], words_judge.words_reward
-    )
+def load(world: World) -> Testbed:
+    """Load a world's pipeline and prompts."""
+    policy = build_policy(load_pipeline(world.weights), Guidance(**world.pipeline_kwargs, guidance_scale=1.0))
+    return Testbed(policy, list(world.train_dataset().shuffle(seed=0)["prompt"]), world.reward)
 
 
 def main() -> None:
     args = make_parser().parse_args()
     torch.set_num_threads(1)
-    testbed = words_testbed(args.words) if args.words else shapes_testbed()
-    args.results.mkdir(parents=True, exist_ok=True)
+    folder = "gradient_snr" if args.world == "shapes" else f"gradient_snr_{args.world}"
+    results, figure = args.results or RESULTS / folder, args.figure or FIGURES / f"{folder}.png"
+    testbed = load(WORLDS[args.world])
+    results.mkdir(parents=True, exist_ok=True)
     for name in args.settings:
-        path = file_of(name, args.results)
+        path = file_of(name, results)
         if not path.exists():
             setting = {**BASE, **SETTINGS[name]}
             batches = sample_batches(testbed, setting, args.num_batches)
             found = {"rows": compare(batches, setting), "profile": profile(batches, setting)}
             path.write_text(json.dumps({"setting": name, "num_batches": args.num_batches, **found}) + "\n")
         print(report(json.loads(path.read_text())), flush=True)  # noqa: T201
-    found = [json.loads(file_of(name, args.results).read_text()) for name in args.settings]
+    found = [json.loads(file_of(name, results).read_text()) for name in args.settings]
     print(overview(found))  # noqa: T201
-    draw(found, args.figure)
+    draw(found, figure)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    words_help = "the words world; its pipeline is in this folder (default: benchmarks/words/weights)"
-    parser.add_argument("--words", type=Path, nargs="?", const=words.WEIGHTS, help=words_help)
+    parser.add_argument("--world", default="shapes", choices=list(WORLDS), help="(default: %(default)s)")
     parser.add_argument("--num_batches", type=int, default=12, help="of 64 trajectories (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/gradient_snr")
-    parser.add_argument("--figure", type=Path, default=ROOT / "docs/images/gradient_snr.png")
+    parser.add_argument("--results", type=Path, help="(default: benchmarks/results/gradient_snr, or with _words)")
+    parser.add_argument("--figure", type=Path, help="(default: docs/images/gradient_snr.png, or with _words)")
     return parser
 
 

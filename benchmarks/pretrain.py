@@ -1,7 +1,7 @@
 """Build the testbed's tiny pipeline from nothing: draw pictures, train the VAE, then encoders and transformer.
 
     python benchmarks/pretrain.py --output_dir trl_tpgrpo/testbed/weights
-    python benchmarks/pretrain.py --world words --output_dir outputs/words --distillation_steps 2000
+    python benchmarks/pretrain.py --world words --output_dir outputs/words --distillation_steps 1600
 
 Every class is diffusers' or transformers' own, so the result is an ordinary `StableDiffusion3Pipeline` folder. What
 deviates from a textbook run, each to get there in CPU-minutes: small batches and zero-initialised residual branches
@@ -87,7 +87,7 @@ def pretrain(
     seed: int,
     num_evaluations: int = 10,
     distillation_steps: int = 0,
-    guidance_scale: float = 4.0,
+    guidance_scale: float = 6.0,
     state_dir: Path | None = None,
 ) -> None:
     """Train everything and save the pipeline in float16 at `output_dir`, at every evaluation and at the end.
@@ -487,7 +487,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_evaluations", type=int, default=10)
     parser.add_argument("--distillation_steps", type=int, default=0, help="to draw without guidance (default: none)")
-    parser.add_argument("--guidance_scale", type=float, default=4.0, help="to distil from (default: %(default)s)")
+    parser.add_argument("--guidance_scale", type=float, default=6.0, help="to distil from (default: %(default)s)")
     parser.add_argument("--state_dir", type=Path, help="to go on from after an interruption, by the same command")
     args = parser.parse_args()
     pretrain(**{**vars(args), "world": WORLDS[args.world]})

@@ -1,4 +1,4 @@
-"""What step-level credit is worth on the toy model: held-out reward of six methods by function evaluations (NFE).
+"""What step-level credit is worth on the toy models: held-out reward of six methods by function evaluations (NFE).
 
 The design is in the constants below, and was committed before the first reported run. The stages "rate" and "noise"
 choose the learning rate and the noise for the reference, with seeds and captions of their own; in the stage "heldout"
@@ -10,6 +10,8 @@ stopped.
     python benchmarks/study.py
     python benchmarks/study.py --stage longer
     python benchmarks/study.py --report
+
+`--world words` does the same for words that a recogniser reads, with the settings chosen for the shapes.
 """
 
 import argparse
@@ -26,20 +28,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from matplotlib import pyplot as plt
 from scipy import stats
 from transformers import PrinterCallback, TrainerCallback
+from worlds import WORLDS, World
 
 from trl_tpgrpo import TPGRPOConfig, TPGRPOTrainer
-from trl_tpgrpo.commands.demo import SETTINGS, distinct
+from trl_tpgrpo.commands.demo import SETTINGS
 from trl_tpgrpo.policies.loading import load_pipeline
-from trl_tpgrpo.testbed import PIPELINE_KWARGS, TESTBED, prompt_dataset
-from trl_tpgrpo.testbed.checker import score_images, shapes_reward
 
 
 ROOT = Path(__file__).parents[1]
-RESULTS, FIGURE = ROOT / "benchmarks/results/study", ROOT / "docs/images/study.png"
+RESULTS, FIGURES = ROOT / "benchmarks/results", ROOT / "docs/images"
 
 # The instrument
 COMMON = {**SETTINGS, "sde_type": "cps", "noise_level": 0.5, "gradient_accumulation_steps": 8}
@@ -74,27 +74,27 @@ INSTRUMENT: dict[str, dict[str, Any]] = {
 
 REFERENCE = "Flow-GRPO, first three steps"
 LONGER: dict[str, dict[str, Any]] = {
-    f"{REFERENCE}, rate falls to 0": {**METHODS[REFERENCE], "lr_scheduler_type": "linear", "max_steps": 72},
+    f"{REFERENCE}, rate falls to 0": {**METHODS[REFERENCE], "lr_scheduler_type": "linear", "max_steps": 96},
 }
-"""The reference at twice the budget. At a constant rate it wanders around half of the headroom."""
+"""The reference with more than twice the budget. At a constant rate it wanders around half of the headroom."""
 
 SETTINGS_OF = METHODS | INSTRUMENT | LONGER
 RATE = 2e-4
 """Of all methods: the best for the reference on the tuning captions, the mean of three seeds at noise level 0.7."""
 
-SEEDS, BUDGET, MARKS = range(6), 300_000, 50_000
+SEEDS, BUDGET, LONGEST, MARKS = range(6), 300_000, 800_000, 50_000
 STAGES: dict[str, tuple[list[str], tuple[float, ...], Sequence[int], int]] = {
     "rate": ([REFERENCE], (1e-4, 2e-4, 3e-4), (1000, 1001, 1002), BUDGET // 2),
     "noise": (list(INSTRUMENT), (RATE,), (1000, 1001), BUDGET // 2),
     "heldout": (list(METHODS), (RATE,), SEEDS, BUDGET),
-    "longer": (list(LONGER), (3e-4,), SEEDS[:2], 2 * BUDGET),
+    "longer": (list(LONGER), (RATE,), SEEDS[:2], LONGEST),
 }
 """Methods, learning rates, seeds and NFE of the four stages; the last two are on captions of their own."""
 
-BEST = 0.986  # reward of true pictures, encoded and decoded by the VAE: what an image can get
 MARGIN = 0.1  # of the reference's gain: a difference that is certainly smaller counts as none
 FORWARD_AND_BACKWARD = 3  # a transition that is trained on counts as this many function evaluations
-IMAGES = {"tuning": 8, "mark": 4, "heldout": 28}  # of each caption
+IMAGES = {"tuning": 720, "mark": 360, "heldout": 2520}
+GROUPS = 90  # of 8 images, for the scores of known prompts and of the SDE
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ class Run:
     seed: int
     stage: str
     budget: float
+    world: str = "shapes"
 
     @property
     def path(self) -> Path:
@@ -114,16 +115,11 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"sde_window_size": None, **COMMON, **SETTINGS_OF[self.method]}
+        return {"sde_window_size": None, **COMMON, **WORLDS[self.world].pipeline_kwargs, **SETTINGS_OF[self.method]}
 
     @property
     def split(self) -> str:
         return "tuning" if self.stage in ("rate", "noise") else "heldout"
-
-
-def captions(split: str) -> Dataset:
-    """Ninety distinct captions of a split, which weigh the same."""
-    return distinct(prompt_dataset(split)).take(90)
 
 
 class Scores(TrainerCallback):
@@ -153,43 +149,44 @@ class Scores(TrainerCallback):
         if control.should_training_stop:
             self.end = score_the_end(self.trainer, self.run)
         elif self.spent["evaluations"] >= MARKS * (len(self.marks) + 1) and self.run.split == "heldout":
-            rows = captions("heldout")
-            self.marks.append({**self.spent, **score(self.trainer.policy.pipeline, rows, IMAGES["mark"])})
+            found = score(self.trainer.policy.pipeline, WORLDS[self.run.world], "heldout", IMAGES["mark"])
+            self.marks.append({**self.spent, **found})
 
 
 def score_the_end(trainer: TPGRPOTrainer, run: Run) -> dict[str, dict[str, float]]:
-    """What the weights are worth: images of the ODE and of the SDE that was trained on, of new and of known captions.
+    """What the weights are worth: images of the ODE and of the SDE that was trained on, of new and of known prompts.
 
     Those of learning rates are scored by the ODE alone.
     """
-    pipeline, split = trainer.policy.pipeline, run.split
-    own = score(pipeline, captions(split), IMAGES[split])
+    pipeline, world = trainer.policy.pipeline, WORLDS[run.world]
+    own = score(pipeline, world, run.split, IMAGES[run.split])
     if run.stage == "rate":
         return {"new": own}
-    known = captions("train")
     return {
         "new": own,
-        "new, SDE": score_sde(trainer, captions(split)),
-        "train": score(pipeline, known, COMMON["num_generations"]),
-        "train, SDE": score_sde(trainer, known),
+        "new, SDE": score_sde(trainer, world, run.split),
+        "train": score(pipeline, world, "train", IMAGES["tuning"]),
+        "train, SDE": score_sde(trainer, world, "train"),
     }
 
 
-def score(pipeline: Any, rows: Dataset, number: int) -> dict[str, float]:
-    """Mean scores of so many images a caption, by the pipeline's own call and from noise that never changes."""
+def score(pipeline: Any, world: World, split: str, number: int) -> dict[str, float]:
+    """Mean scores of so many images, by the pipeline's own call and from noise that never changes."""
     pipeline.set_progress_bar_config(disable=True)
-    prompts, images = [prompt for prompt in rows["prompt"] for _ in range(number)], []
-    options = {**PIPELINE_KWARGS, "guidance_scale": 1.0, "num_inference_steps": COMMON["num_inference_steps"]}
+    each, images = world.prompts(split)["prompt"], []
+    prompts = [prompt for prompt in each for _ in range(number // len(each))]
+    options = {**world.pipeline_kwargs, "guidance_scale": 1.0, "num_inference_steps": COMMON["num_inference_steps"]}
     for start in range(0, len(prompts), 64):
         chunk = prompts[start : start + 64]
         generators = [torch.Generator().manual_seed(start + offset) for offset in range(len(chunk))]
         images += pipeline(chunk, generator=generators, **options).images
-    return means(images, prompts)
+    return {**world.means(images, prompts), "num_images": len(images)}
 
 
-def score_sde(trainer: TPGRPOTrainer, rows: Dataset) -> dict[str, float]:
-    """The same of images that are sampled as in training: a group of each caption, in the first rollout's window."""
-    repeated = [row for row in rows for _ in range(COMMON["num_generations"])]
+def score_sde(trainer: TPGRPOTrainer, world: World, split: str) -> dict[str, float]:
+    """The same of images that are sampled as in training: a group of each prompt, in the first rollout's window."""
+    rows = world.prompts(split)
+    repeated = [row for row in rows.take(min(GROUPS, len(rows))) for _ in range(COMMON["num_generations"])]
     images, window = [], trainer.rollouts.windows.draw(0)
     trainer.model.eval()
     for start in range(0, len(repeated), 64):
@@ -198,14 +195,7 @@ def score_sde(trainer: TPGRPOTrainer, rows: Dataset) -> dict[str, float]:
         sampled = trainer.sample_and_score(chunk, generators, window, None)
         images += [sampled.images[index] for index in sampled.rollout.image_of[:, -1].tolist()]
     trainer.model.train()
-    return means(images, [row["prompt"] for row in repeated])
-
-
-def means(images: list, prompts: list[str]) -> dict[str, float]:
-    """Mean scores, the mean of both (which is the reward that is trained on), and how many images they are of."""
-    scores = score_images(images, prompts)
-    strict, graded = (float(np.mean([getattr(one, name) for one in scores])) for name in ("strict", "graded"))
-    return {"reward": (strict + graded) / 2, "strict": strict, "graded": graded, "num_images": len(images)}
+    return {**world.means(images, [row["prompt"] for row in repeated]), "num_images": len(images)}
 
 
 def train(run: Run, results: Path) -> None:
@@ -236,7 +226,8 @@ def build_trainer(run: Run, folder: str, callback: Scores) -> TPGRPOTrainer:
         seed=run.seed,
         **{"max_steps": 100_000, "lr_scheduler_type": "constant", **run.settings},
     )
-    trainer = TPGRPOTrainer(TESTBED, shapes_reward, args, prompt_dataset("train"), callbacks=[callback])
+    world = WORLDS[run.world]
+    trainer = TPGRPOTrainer(world.weights, world.reward, args, world.train_dataset(), callbacks=[callback])
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -249,12 +240,14 @@ def write(path: Path, kept: dict) -> None:
     unfinished.rename(path)
 
 
-def score_base(results: Path) -> None:
+def score_base(results: Path, world: World) -> None:
     """Score the model that all runs begin with."""
     torch.set_num_threads(1)
-    pipeline, numbers = load_pipeline(TESTBED), {"heldout": "heldout", "tuning": "tuning", "train": "tuning"}
-    base = {split: score(pipeline, captions(split), IMAGES[number]) for split, number in numbers.items()}
-    write(results / "base.json", {**base, "mark": score(pipeline, captions("heldout"), IMAGES["mark"])})
+    pipeline = load_pipeline(world.weights)
+    wanted = {"heldout": "heldout", "tuning": "tuning", "train": "tuning", "mark": "mark"}
+    splits = {"mark": "heldout"}
+    base = {name: score(pipeline, world, splits.get(name, name), IMAGES[size]) for name, size in wanted.items()}
+    write(results / "base.json", {**base, "best": world.best})
 
 
 Kept = dict[tuple[str, float], list[dict]]
@@ -324,7 +317,7 @@ def end_table(kept: Kept, base: dict[str, float]) -> list[str]:
 
 def longer_table(kept: Kept, base: dict) -> list[str]:
     """Every run's held-out reward at the marks and at the end, and the gain as a share of the headroom."""
-    marks = range(2 * MARKS, 2 * BUDGET, 2 * MARKS)
+    marks = range(2 * MARKS, LONGEST, 2 * MARKS)
     lines = [
         f"| method | learning rate | seed | {' | '.join(f'{mark // 1000}k' for mark in marks)} | end | at NFE "
         "| share of the headroom | SDE images |",
@@ -334,7 +327,7 @@ def longer_table(kept: Kept, base: dict) -> list[str]:
         for run in runs:
             spent, rewards = mean_curve([run], base)
             cells = [f"{np.interp(mark, spent, rewards):.3f}" if mark < spent[-1] else "" for mark in marks]
-            share = (rewards[-1] - base["heldout"]["reward"]) / (BEST - base["heldout"]["reward"])
+            share = (rewards[-1] - base["heldout"]["reward"]) / (base["best"] - base["heldout"]["reward"])
             sde = run["end"]["new, SDE"]["reward"]
             cells += [f"{rewards[-1]:.3f}", f"{spent[-1]:,.0f}", f"{share:.2f}", f"{sde:.3f}"]
             lines.append(f"| {method} | {rate:g} | {run['run']['seed']} | {' | '.join(cells)} |")
@@ -455,15 +448,18 @@ def draw(kept: Kept, base: dict, path: Path) -> None:
 
 def main() -> None:
     args = make_parser().parse_args()
+    folder = "study" if args.world == "shapes" else f"study_{args.world}"
+    results, figure = args.results or RESULTS / folder, args.figure or FIGURES / f"{folder}.png"
     if args.report:
-        print(report(args.results, args.figure))  # noqa: T201
+        print(report(results, figure))  # noqa: T201
         return
-    if not (args.results / "base.json").exists():
-        score_base(args.results)
+    if not (results / "base.json").exists():
+        score_base(results, WORLDS[args.world])
     methods, rates, seeds, budget = STAGES[args.stage]
     chosen = product(args.seeds or seeds, args.learning_rates or rates, args.methods or methods)
-    runs = [Run(method, rate, seed, args.stage, args.evaluations or budget) for seed, rate, method in chosen]
-    missing = [(run, args.results) for run in runs if not (args.results / run.path).exists()]
+    budget = args.evaluations or budget
+    runs = [Run(method, rate, seed, args.stage, budget, args.world) for seed, rate, method in chosen]
+    missing = [(run, results) for run in runs if not (results / run.path).exists()]
     with multiprocessing.get_context("spawn").Pool(args.num_processes, maxtasksperchild=1) as pool:
         pool.starmap(train, missing, chunksize=1)
 
@@ -472,15 +468,16 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
+    add("--world", default="shapes", choices=list(WORLDS), help="(default: %(default)s)")
     add("--stage", default="heldout", choices=list(STAGES), help="(default: %(default)s)")
     add("--methods", nargs="+", choices=list(SETTINGS_OF), help="(default: those of the stage)")
     add("--learning_rates", type=float, nargs="+", help="(default: those of the stage)")
     add("--seeds", type=int, nargs="+", help="(default: those of the stage)")
     add("--evaluations", type=float, help="function evaluations of a run (default: those of the stage)")
     add("--num_processes", type=int, default=2, help="runs at once (default: %(default)s)")
-    add("--results", type=Path, default=RESULTS, help="(default: benchmarks/results/study)")
+    add("--results", type=Path, help="(default: benchmarks/results/study, or study_words)")
     add("--report", action="store_true", help="print the tables and draw the figure of what is there")
-    add("--figure", type=Path, default=FIGURE, help="(default: docs/images/study.png)")
+    add("--figure", type=Path, help="(default: docs/images/study.png, or study_words.png)")
     return parser
 
 

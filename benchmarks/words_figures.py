@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from pretrain import decode_latents, encode_pictures
 from words.judge import recogniser, strict_reward, words_reward
-from words.world import GUIDANCE_SCALE, HEIGHT, WEIGHTS, WIDTH, all_prompts, draw, split_prompts
+from words.world import HEIGHT, WEIGHTS, WIDTH, all_prompts, draw, split_prompts
 
 from trl_tpgrpo.policies.loading import load_pipeline
 
@@ -27,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", type=Path, default=WEIGHTS, help="(default: the one in benchmarks/words)")
     parser.add_argument("--num_images", type=int, default=1024, help="for each figure (default: %(default)s)")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="(default: none, as it was distilled)")
     parser.add_argument("--sheets", type=Path, help="folder for pictures of what was judged")
     args = parser.parse_args()
     recogniser()
@@ -40,9 +41,8 @@ def main() -> None:
     show("reconstructions", decode_latents(pipeline, latents), prompts, args.sheets)
     for split, prompts in split_prompts().items():
         chosen = (prompts * -(-args.num_images // len(prompts)))[: args.num_images]
-        for scale in (1.0, GUIDANCE_SCALE):
-            images = sample(pipeline, chosen, scale)
-            show(f"{split} prompts, 8 steps, guidance {scale:g}", images, chosen, args.sheets)
+        images = sample(pipeline, chosen, args.guidance_scale)
+        show(f"{split} prompts, 8 steps", images, chosen, args.sheets)
 
 
 def sample(pipeline: object, prompts: list[str], guidance_scale: float) -> list[Image.Image]:

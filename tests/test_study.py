@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -27,10 +28,11 @@ def test_the_study_tunes_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: p
 
     small = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
     monkeypatch.setattr(study, "COMMON", {**study.COMMON, **small})
-    monkeypatch.setattr(study, "IMAGES", {"tuning": 2, "mark": 2, "heldout": 2})
+    monkeypatch.setattr(study, "IMAGES", {"tuning": 8, "mark": 8, "heldout": 8})
     monkeypatch.setattr(study, "MARKS", 300)
-    monkeypatch.setattr(study, "captions", lambda split: prompt_dataset(split, 4))
-    study.score_base(tmp_path)
+    few = replace(study.WORLDS["shapes"], prompts=lambda split: prompt_dataset(split, 4))
+    monkeypatch.setitem(study.WORLDS, "shapes", few)
+    study.score_base(tmp_path, few)
     study.train(study.Run(study.REFERENCE, 1e-4, 1000, "rate", 100), tmp_path)
     one_step = "one of the first three steps, shared noise, level 0.7"
     study.train(study.Run(one_step, 1e-4, 1000, "noise", 100), tmp_path)
@@ -47,7 +49,7 @@ def test_the_study_tunes_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: p
         272 * (update + 1) for update in range(3)
     ]  # 16 trajectories of 8 steps, 3 of them trained on
     assert [mark["updates"] for mark in one["marks"]] == [2]
-    assert [end["num_images"] for end in one["end"].values()] == [8, 32, 32, 32]  # of 4 captions
+    assert [end["num_images"] for end in one["end"].values()] == [8, 32, 8, 32]  # of 4 captions
     drawn = kept["fitted_credit_transitions_drawn_0.0001_0.json"]["curve"]
     assert drawn[0]["images"] == 16 * 7  # the own image and those of x_1 to x_6
     text = study.report(tmp_path, tmp_path / "figure.png")
@@ -56,6 +58,24 @@ def test_the_study_tunes_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: p
     assert f"| {one_step} | 1 |" in text
     assert f"| {longer} | 0.0001 | 0 |" in text
     assert (tmp_path / "figure.png").stat().st_size > 5_000
+
+
+def test_the_study_of_words_scores_what_the_recogniser_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import study
+
+    world = study.WORLDS["words"]
+    monkeypatch.setitem(study.WORLDS, "words", replace(world, prompts=lambda split: world.prompts(split).take(4)))
+    small = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    monkeypatch.setattr(study, "COMMON", {**study.COMMON, **small})
+    monkeypatch.setattr(study, "IMAGES", {"tuning": 8, "mark": 8, "heldout": 8})
+    run = study.Run(study.REFERENCE, 1e-4, 0, "heldout", 100, "words")
+    study.train(run, tmp_path)
+    end = json.loads((tmp_path / run.path).read_text())["end"]
+    assert {name: set(scores) for name, scores in end.items()} == dict.fromkeys(
+        end, {"reward", "strict", "num_images"}
+    )
+    assert 0 < end["new"]["reward"] < 1
 
 
 def test_p_values_are_corrected_for_their_number() -> None:

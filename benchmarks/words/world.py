@@ -19,7 +19,6 @@ HEIGHT, WIDTH = 32, 64
 CHARACTERS = "ABEFHKMNPRTXY34689"
 LENGTH = 3
 WEIGHTS = Path(__file__).parent / "weights"  # by pretrain.py --world words
-GUIDANCE_SCALE = 4.0  # without guidance the pretrained model hardly writes
 FONTS = ("DejaVuSans", "DejaVuSans-Bold")
 SIZES = range(13, 20)  # pixels an em; a capital has 0.73 of it
 MARGIN = 3
