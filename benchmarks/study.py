@@ -145,8 +145,9 @@ class Scores(TrainerCallback):
         self.spent["evaluations"] += logs["nfe"] + FORWARD_AND_BACKWARD * logs["nfe_train"]
         self.spent["images"] += logs["num_scored_images"]
         self.curve.append({**self.spent, "reward": logs["reward"]})
-        control.should_training_stop |= self.spent["evaluations"] >= self.run.budget
-        if control.should_training_stop:
+        finished = self.spent["evaluations"] >= self.run.budget or state.global_step == state.max_steps
+        control.should_training_stop |= finished
+        if finished:
             self.end = score_the_end(self.trainer, self.run)
         elif self.spent["evaluations"] >= MARKS * (len(self.marks) + 1) and self.run.split == "heldout":
             found = score(self.trainer.policy.pipeline, WORLDS[self.run.world], "heldout", IMAGES["mark"])
