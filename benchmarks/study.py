@@ -73,8 +73,10 @@ INSTRUMENT: dict[str, dict[str, Any]] = {
 """What was tried, with the reference, so that images of the ODE gain as much as those of the SDE."""
 
 REFERENCE = "Flow-GRPO, first three steps"
+FALLING = {**METHODS[REFERENCE], "lr_scheduler_type": "linear", "max_steps": 96}
 LONGER: dict[str, dict[str, Any]] = {
-    f"{REFERENCE}, rate falls to 0": {**METHODS[REFERENCE], "lr_scheduler_type": "linear", "max_steps": 96},
+    f"{REFERENCE}, rate falls to 0": FALLING,
+    f"{REFERENCE}, rate falls to 0, noise level 0.4": {**FALLING, "noise_level": 0.4},
 }
 """The reference with more than twice the budget. At a constant rate it wanders around half of the headroom."""
 

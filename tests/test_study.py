@@ -36,7 +36,7 @@ def test_the_study_tunes_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: p
     study.train(study.Run(study.REFERENCE, 1e-4, 1000, "rate", 100), tmp_path)
     one_step = "one of the first three steps, shared noise, level 0.7"
     study.train(study.Run(one_step, 1e-4, 1000, "noise", 100), tmp_path)
-    (longer,) = study.LONGER
+    longer = next(iter(study.LONGER))
     study.train(study.Run(longer, 1e-4, 0, "longer", 800), tmp_path)
     methods = [study.REFERENCE, "TP-GRPO as published", "fitted credit, transitions drawn"]
     for method, seed in product(methods, (0, 1)):
