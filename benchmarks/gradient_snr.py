@@ -28,13 +28,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import critic
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from matplotlib import pyplot as plt
+from gradient_report import BATCH, draw, overview, report
 from study import FIGURES, FORWARD_AND_BACKWARD, RESULTS
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
@@ -49,7 +50,6 @@ from trl_tpgrpo.policies.base import FlowPolicy, Guidance, to_images
 from trl_tpgrpo.policies.loading import build_policy, load_pipeline
 
 
-BATCH = 64
 BASE = {
     "sde_type": "flow_sde",
     "noise_level": 0.7,
@@ -91,18 +91,17 @@ SETTINGS: dict[str, dict] = {
 }
 """The window of three steps, its place, size and SDE, and one factor at a time around that with CPS."""
 
-COMPARED = {
-    "Flow-GRPO": "outcome | group | group | step",
-    "Flow-GRPO, batch scale": "outcome | group | batch | step",
-    "TP-GRPO as published": "consistent | group | group | step",
-    "gain over a share of R_j": "gain over a share of R_j | group | none | step",
-    "own gain; completion baseline, batch scale, joint": "incremental | completion | batch | joint",
-}
-"""The rules by which settings are compared."""
-
 FITTED = CreditRule("lambda", 0.5, baseline="fitted", scale="batch", scope="joint")
 SHARES = (None, 0.6, 0.4, 0.2)
 """The fitted baseline without a completion of the first state, and shares of transitions that are drawn by size."""
+
+ONE_SCALE = CreditRule("lambda", 0.5, baseline="completion", scale="batch", scope="joint")
+CRITICS = [
+    ("R_K less a critic's value | batch | joint", 1.0, None),
+    ("lambda 0.5 | critic | batch | joint", 0.5, None),
+    ("lambda 0.5 | critic for the first two states | batch | joint", 0.5, 2),
+]
+"""A critic's values for the rewards of completions: lambda, and of how many states (`None`: all)."""
 
 POLICY_GRADIENT = CreditRule("lambda", 1.0, baseline="completion", scale="none")
 REWARD_NOISE = (0.0, 0.05, 0.1, 0.2)
@@ -116,6 +115,15 @@ class Testbed:
     policy: FlowPolicy
     prompts: list[str]
     reward: Callable[[list, list[str]], list[float]]
+
+
+class Batch(NamedTuple):
+    """A batch of trajectories with the gradients of their log-probabilities."""
+
+    rewards: Tensor  # (B, K + 1)
+    sketches: Tensor  # (B, K, size)
+    evaluations: float  # a trajectory
+    features: Tensor  # of the last block at the latents before the steps, (B, K, F)
 
 
 def load(world: World) -> Testbed:
@@ -137,6 +145,7 @@ def main() -> None:
             setting = {**BASE, **SETTINGS[name]}
             batches = sample_batches(testbed, setting, args.num_batches)
             found = {"rows": compare(batches, setting), "profile": profile(batches, setting)}
+            found["explained"] = explained(batches, setting)
             path.write_text(json.dumps({"setting": name, "num_batches": args.num_batches, **found}) + "\n")
         print(report(json.loads(path.read_text())), flush=True)  # noqa: T201
     found = [json.loads(file_of(name, results).read_text()) for name in args.settings]
@@ -179,7 +188,7 @@ def rules() -> dict[str, CreditRule]:
     return found
 
 
-def sample_batches(testbed: Testbed, setting: dict, num_batches: int) -> list[tuple[Tensor, Tensor, float]]:
+def sample_batches(testbed: Testbed, setting: dict, num_batches: int) -> list[Batch]:
     """What `sample` gives, for other prompts each time."""
     prompts = testbed.prompts
     sketch = Sketch(testbed.policy.pipeline.transformer)
@@ -194,9 +203,9 @@ def sample_batches(testbed: Testbed, setting: dict, num_batches: int) -> list[tu
     return batches
 
 
-def compare(batches: list[tuple[Tensor, Tensor, float]], setting: dict) -> list[dict]:
+def compare(batches: list[Batch], setting: dict) -> list[dict]:
     """Hold all rules against each other on the same batches."""
-    num_sde_steps, group, evaluations = setting["stop"] - setting["start"], setting["group"], batches[0][2]
+    num_sde_steps, group, evaluations = setting["stop"] - setting["start"], setting["group"], batches[0].evaluations
     reference = gradients(batches, POLICY_GRADIENT, group)[0]
     budget = BATCH * (evaluations + FORWARD_AND_BACKWARD * num_sde_steps)
     tried = [(name, rule, 0.0) for name, rule in rules().items()]
@@ -223,16 +232,20 @@ def compare(batches: list[tuple[Tensor, Tensor, float]], setting: dict) -> list[
         cost = evaluations - of_the_first_state(setting) + FORWARD_AND_BACKWARD * part * num_sde_steps
         name = "lambda 0.5 | fitted, from 1 | batch | joint" + (f" | drawn {share}" if share else "")
         add(name, 0.0, cost, own, budget / cost)
+    for name, credit_lambda, number in CRITICS if num_sde_steps > 2 else []:
+        own, share = gradients(with_critic(batches, group, number), replace(ONE_SCALE, lambda_=credit_lambda), group)
+        cost = evaluations - of_completions(setting, number or num_sde_steps)
+        add(name, 0.0, cost + FORWARD_AND_BACKWARD * share * num_sde_steps, own, budget / cost)
     whole = evaluations + FORWARD_AND_BACKWARD * num_sde_steps
     add("gain over a share of R_j | group | none | step", 0.0, whole, over_a_share(batches, group), BATCH)
     for position in range(num_sde_steps):
-        of_step = [(rewards, sketches * alone(position, num_sde_steps), cost) for rewards, sketches, cost in batches]
+        of_step = [one._replace(sketches=one.sketches * alone(position, num_sde_steps)) for one in batches]
         own, _ = gradients(of_step, POLICY_GRADIENT, group)
         add(f"policy gradient, step {position} alone", 0.0, evaluations, own, BATCH)
     return rows
 
 
-def profile(batches: list[tuple[Tensor, Tensor, float]], setting: dict) -> dict[str, list[float]]:
+def profile(batches: list[Batch], setting: dict) -> dict[str, list[float]]:
     """Squared norm of the mean policy gradient of each step alone, from products of different batches.
 
     Beside it, each step's share of their sum, and the share of each step with those after it; jackknife's errors.
@@ -240,7 +253,7 @@ def profile(batches: list[tuple[Tensor, Tensor, float]], setting: dict) -> dict[
     start, number = setting["start"], setting["stop"] - setting["start"]
     products = []
     for position in range(number):
-        of_step = [(rewards, sketches * alone(position, number), cost) for rewards, sketches, cost in batches]
+        of_step = [one._replace(sketches=one.sketches * alone(position, number)) for one in batches]
         own = gradients(of_step, POLICY_GRADIENT, setting["group"])[0]
         products.append((own @ own.T).fill_diagonal_(0))
     matrix = torch.stack(products)  # (K, M, M)
@@ -255,23 +268,45 @@ def profile(batches: list[tuple[Tensor, Tensor, float]], setting: dict) -> dict[
     return found
 
 
-def over_a_share(batches: list[tuple[Tensor, Tensor, float]], group: int) -> Tensor:
+def over_a_share(batches: list[Batch], group: int) -> Tensor:
     """The gradient of each batch, (M, size), if a step is credited with `R_{j+1} - b_j R_j`.
 
     Both rewards are taken against their group's mean. `b_j` is the slope of the least squares over all batches: what
     of `R_j` lowers the variance, and no more.
     """
-    rewards = torch.stack([rewards for rewards, _, _ in batches]).unflatten(1, (-1, group))
-    centred = (rewards - rewards.mean(2, keepdim=True)).flatten(1, 2)  # (M, B, K + 1)
-    before, after = centred[..., :-1], centred[..., 1:]
+    rewards = critic.centred(torch.stack([one.rewards for one in batches]), group)  # (M, B, K + 1)
+    before, after = rewards[..., :-1], rewards[..., 1:]
     slopes = (before * after).mean((0, 1)) / before.square().mean((0, 1)).clamp(min=1e-12)
     credits = (after - slopes * before).float()
     return torch.stack(
         [
-            torch.einsum("bk,bkd->d", own, sketches) / len(own)
-            for own, (_, sketches, _) in zip(credits, batches, strict=True)
+            torch.einsum("bk,bkd->d", own, batch.sketches) / len(own)
+            for own, batch in zip(credits, batches, strict=True)
         ]
     ).double()
+
+
+def with_critic(batches: list[Batch], group: int, number: int | None) -> list[Batch]:
+    """With the values of the critic for the rewards of the first states, or of all but the last."""
+    rewards = critic.centred(torch.stack([one.rewards for one in batches]), group)
+    values = critic.cross_fitted_values(torch.stack([one.features for one in batches]), rewards[..., -1], group)
+    rewards[..., : number or -1] = values[..., :number]
+    return [one._replace(rewards=own) for one, own in zip(batches, rewards, strict=True)]
+
+
+def explained(batches: list[Batch], setting: dict) -> dict[str, list[float]]:
+    """Share of the variance of final rewards within groups that is explained at each step, by critic and completion.
+
+    That of completions is the squared correlation.
+    """
+    group, rewards = setting["group"], torch.stack([one.rewards for one in batches])
+    values = critic.cross_fitted_values(torch.stack([one.features for one in batches]), rewards[..., -1], group)
+    completed = critic.centred(rewards, group).flatten(0, 1)
+    correlations = torch.corrcoef(completed.T)[-1, :-1]
+    return {
+        "critic": critic.explained(values, rewards[..., -1], group),
+        "completion": correlations.nan_to_num().square().tolist(),
+    }
 
 
 def of_sampling(setting: dict) -> float:
@@ -287,6 +322,13 @@ def of_the_first_state(setting: dict) -> float:
     """Function evaluations a trajectory of the completion of x_0; the first is the trajectory's own."""
     stops = CompletionRule.parse(setting["completion"]).stops(setting["start"], setting["num_steps"])
     return (len(stops) - 2) / (setting["group"] if setting["share_initial_noise"] else 1)
+
+
+def of_completions(setting: dict, number: int) -> float:
+    """Function evaluations a trajectory of the completions of the first states."""
+    rule, first = CompletionRule.parse(setting["completion"]), setting["start"]
+    later = (len(rule.stops(step, setting["num_steps"])) - 2 for step in range(first + 1, first + number))
+    return of_the_first_state(setting) + sum(later)
 
 
 def alone(position: int, number: int) -> Tensor:
@@ -317,10 +359,8 @@ class Sketch:
         return torch.stack(sketches)
 
 
-def sample(
-    testbed: Testbed, setting: dict, prompts: list[str], number: int, sketch: Sketch
-) -> tuple[Tensor, Tensor, float]:
-    """Rewards (B, K + 1), sketches (B, K, size) and function evaluations a trajectory of one batch."""
+def sample(testbed: Testbed, setting: dict, prompts: list[str], number: int, sketch: Sketch) -> Batch:
+    """Sample the trajectories of one batch."""
     policy = testbed.policy
     conditioning, schedule = policy.encode(prompts), policy.schedule(setting["num_steps"])
     kind = "squared_error" if setting["sde_type"] == "cps" else "gaussian"
@@ -355,7 +395,14 @@ def sample(
         ])
         for place, step in enumerate(range(window.start, window.stop))
     ]  # fmt: skip
-    return torch.tensor(rewards)[run.image_of], torch.stack(of_steps, 1), run.nfe / len(prompts)
+    features: list[Tensor] = []
+    hook = model.norm_out.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].mean(1)))
+    with torch.no_grad():
+        for place, step in enumerate(range(window.start, window.stop)):
+            velocity(run.states[:, place], step, torch.arange(len(prompts)))
+    hook.remove()
+    of_states = (torch.stack(of_steps, 1), run.nfe / len(prompts), torch.stack(features, 1))
+    return Batch(torch.tensor(rewards)[run.image_of], *of_states)
 
 
 def pairs(shape: torch.Size, generators: list[torch.Generator], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -365,7 +412,7 @@ def pairs(shape: torch.Size, generators: list[torch.Generator], device: torch.de
 
 
 def gradients(
-    batches: list[tuple[Tensor, Tensor, float]],
+    batches: list[Batch],
     rule: CreditRule,
     group: int,
     reward_noise: float = 0.0,
@@ -377,7 +424,7 @@ def gradients(
     """
     found, shares = [], []
     generator = torch.Generator().manual_seed(1)
-    for number, (rewards, sketches, _) in enumerate(batches):
+    for number, (rewards, sketches, *_) in enumerate(batches):
         noisy = (rewards + reward_noise * torch.randn(rewards.shape, generator=generator))[:, None, first:].float()
         table = RewardTable(noisy, torch.ones(1), group, sketches.shape[1], rule, first=first, seed=number)
         found.append(torch.einsum("bk,bkd->d", table.trained_advantages.float(), sketches) / len(rewards))
@@ -411,80 +458,6 @@ def statistics(own: Tensor, both: Tensor, reference: Tensor, num_trajectories: f
     noise = max(BATCH * (float(own.diagonal().mean()) - signal), 1e-30)
     signal, true = max(signal, 1e-30), max(true, 1e-30)
     return signal / noise, along / (signal * true) ** 0.5, along**2 / ((signal + noise / num_trajectories) * true)
-
-
-def report(found: dict) -> str:
-    """The rules, best progress first, in Markdown."""
-    lines = [
-        f"**{found['setting']}**, {found['num_batches']} batches of {BATCH} trajectories",
-        "",
-        "| credit, baseline, scale, scope | reward noise | NFE | signal / noise, times 1000 | cosine "
-        "| progress, times 1000 | progress / outcome's |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in sorted(found["rows"], key=lambda row: (row["reward_noise"], -row["progress"])):
-        snr, cosine, progress, ratio = (
-            f"{scale * row[name]:.2f} \u00b1 {1.96 * scale * row[f'{name}_error']:.2f}"
-            for name, scale in (("snr", 1000), ("cosine", 1), ("progress", 1000), ("progress_ratio", 1))
-        )
-        if row["snr"] <= max(1.96 * row["snr_error"], 1e-9):
-            cosine = progress = ratio = "-"  # of a direction that cannot be told from noise
-        rule = row["rule"].replace(" | ", ", ")
-        columns = (rule, row["reward_noise"], f"{row['evaluations']:.0f}", snr, cosine, progress, ratio)
-        lines.append(f"| {' | '.join(map(str, columns))} |")
-    if "profile" in found:  # what was run before has none
-        lines += ["", *report_profile(found["profile"])]
-    return "\n".join(lines) + "\n"
-
-
-def report_profile(found: dict[str, list[float]]) -> list[str]:
-    """The share of the signal that each step has, in Markdown."""
-    lines = ["| step alone | squared norm of the policy gradient | share | share from here on |", "|---|---|---|---|"]
-    for place, step in enumerate(found["step"]):
-        cells = [
-            f"{found[name][place]:{form}} \u00b1 {1.96 * found[f'{name}_error'][place]:{form}}"
-            for name, form in (("signal", ".2e"), ("share", ".2f"), ("from_here", ".2f"))
-        ]
-        lines.append(f"| {step:.0f} | {' | '.join(cells)} |")
-    return lines
-
-
-def overview(found: list[dict]) -> str:
-    """Signal to noise for a million function evaluations by setting, in Markdown."""
-    lines = [f"| setting | batches | {' | '.join(COMPARED)} |", f"|---|---|{'---|' * len(COMPARED)}"]
-    for one in found:
-        cells = [f"{value:.1f} \u00b1 {width:.1f}" for value, width in map(per_million, compared(one))]
-        lines.append(f"| {one['setting']} | {one['num_batches']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def compared(found: dict) -> list[dict]:
-    """The rows of the rules that settings are compared by."""
-    rows = {row["rule"]: row for row in found["rows"] if row["reward_noise"] == 0}
-    return [rows[rule] for rule in COMPARED.values()]
-
-
-def per_million(row: dict) -> tuple[float, float]:
-    """Signal to noise for a million function evaluations, and the half width of its 95% interval."""
-    return 1e6 * row["snr"] / row["evaluations"], 1.96e6 * row["snr_error"] / row["evaluations"]
-
-
-def draw(found: list[dict], path: Path) -> None:
-    """Signal to noise for a million function evaluations, every setting under the rules that are compared."""
-    figure, axis = plt.subplots(figsize=(9, 1.6 + 0.5 * len(found)))
-    for place, name in enumerate(COMPARED):
-        points = [per_million(compared(one)[place]) for one in found]
-        heights = [number + 0.15 * (place - (len(COMPARED) - 1) / 2) for number in range(len(found))]
-        values, widths = zip(*points, strict=True)
-        axis.errorbar(values, heights, xerr=widths, fmt="o", markersize=4, capsize=2, label=name)
-    axis.set_yticks(range(len(found)), [one["setting"] for one in found])
-    axis.invert_yaxis()
-    axis.axvline(per_million(compared(found[0])[0])[0], color="grey", linewidth=0.8)
-    axis.set(xlabel="signal / noise for a million function evaluations", xlim=(0, None))
-    axis.grid(alpha=0.3)
-    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, ncols=2, loc="lower center")
-    figure.tight_layout(rect=(0, 0.9 / figure.get_figheight(), 1, 1))
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

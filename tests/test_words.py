@@ -12,6 +12,7 @@ from PIL import Image
 
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import critic  # noqa: E402
 import gradient_snr  # noqa: E402
 import pretrain  # noqa: E402
 from words import judge, world  # noqa: E402
@@ -108,8 +109,20 @@ def test_profile_is_that_of_known_gradients() -> None:
     for _ in range(40):
         actions = torch.randn(64, 3, generator=rng)
         rewards = torch.cat([torch.zeros(64, 1), (actions * gains).cumsum(1)], 1)
-        batches.append((rewards, actions[..., None] * directions, 8.0))
+        batches.append(gradient_snr.Batch(rewards, actions[..., None] * directions, 8.0, actions))
     found = gradient_snr.profile(batches, {"start": 0, "stop": 3, "group": 8})
     assert found["signal"] == pytest.approx([4, 1, 0], abs=0.2)
     assert found["from_here"] == pytest.approx([1, 0.2, 0], abs=0.03)
     assert 0 < found["share_error"][1] < 0.05
+
+
+def test_critic_explains_what_a_linear_function_can_and_no_more() -> None:
+    rng = torch.Generator().manual_seed(0)
+    features = torch.randn(24, 64, 2, 3, generator=rng)
+    noise = torch.randn(24, 64, generator=rng)
+    rewards = features[:, :, 1] @ torch.tensor([1.0, -1.0, 0.0]) + noise  # 2/3 of the variance, and at step 1 only
+    values = critic.cross_fitted_values(features, rewards + torch.arange(24.0)[:, None], group=8)
+    assert critic.explained(values, rewards, 8) == pytest.approx([0, 2 / 3], abs=0.05)
+    assert values.unflatten(1, (-1, 8)).mean(2).abs().max() < 1e-6
+    alone = critic.cross_fitted_values(features[:, :, :, 2:], noise, group=8)
+    assert abs(critic.explained(alone, noise, 8)[0]) < 0.01  # fitted to other batches: nothing of its own noise
