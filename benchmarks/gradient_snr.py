@@ -24,7 +24,7 @@ share of the signal each step has.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -40,6 +40,7 @@ from study import FIGURES, FORWARD_AND_BACKWARD, RESULTS
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 from worlds import WORLDS, World
 
 from trl_tpgrpo.algorithm.completion import CompletionRule
@@ -96,12 +97,14 @@ SHARES = (None, 0.6, 0.4, 0.2)
 """The fitted baseline without a completion of the first state, and shares of transitions that are drawn by size."""
 
 ONE_SCALE = CreditRule("lambda", 0.5, baseline="completion", scale="batch", scope="joint")
-CRITICS = [
-    ("R_K less a critic's value | batch | joint", 1.0, None),
-    ("lambda 0.5 | critic | batch | joint", 0.5, None),
-    ("lambda 0.5 | critic for the first two states | batch | joint", 0.5, 2),
+PREDICTED = [
+    (f"lambda {value} | {source} | batch | joint", value, source)
+    for source, value in product(("critic", "shrunk completions"), (0.0, 0.5, 0.8, 1.0))
 ]
-"""A critic's values for the rewards of completions: lambda, and of how many states (`None`: all)."""
+"""Rewards of completions replaced by predictions of the final reward: from features, or from these rewards."""
+
+OTHERS, NUM_FITTED = 10_000, 64
+"""Number of the first batch that the critic is fitted to, and how many."""
 
 POLICY_GRADIENT = CreditRule("lambda", 1.0, baseline="completion", scale="none")
 REWARD_NOISE = (0.0, 0.05, 0.1, 0.2)
@@ -123,7 +126,7 @@ class Batch(NamedTuple):
     rewards: Tensor  # (B, K + 1)
     sketches: Tensor  # (B, K, size)
     evaluations: float  # a trajectory
-    features: Tensor  # of the last block at the latents before the steps, (B, K, F)
+    values: Tensor  # of a critic, (B, K); before: the features that it reads, (B, K, F)
 
 
 def load(world: World) -> Testbed:
@@ -145,7 +148,7 @@ def main() -> None:
             setting = {**BASE, **SETTINGS[name]}
             batches = sample_batches(testbed, setting, args.num_batches)
             found = {"rows": compare(batches, setting), "profile": profile(batches, setting)}
-            found["explained"] = explained(batches, setting)
+            found["explained"] = explained(batches, setting["group"])
             path.write_text(json.dumps({"setting": name, "num_batches": args.num_batches, **found}) + "\n")
         print(report(json.loads(path.read_text())), flush=True)  # noqa: T201
     found = [json.loads(file_of(name, results).read_text()) for name in args.settings]
@@ -188,19 +191,33 @@ def rules() -> dict[str, CreditRule]:
     return found
 
 
+def numbered(testbed: Testbed, setting: dict, numbers: range) -> Iterator[tuple[int, list[str]]]:
+    """Yield batches' numbers with their prompts, others each time."""
+    per_batch = BATCH // setting["group"]
+    for number in tqdm(numbers, desc="Sampling", mininterval=10):
+        chosen = [testbed.prompts[(number * per_batch + place) % len(testbed.prompts)] for place in range(per_batch)]
+        yield number, [prompt for prompt in chosen for _ in range(setting["group"])]
+
+
 def sample_batches(testbed: Testbed, setting: dict, num_batches: int) -> list[Batch]:
-    """What `sample` gives, for other prompts each time."""
-    prompts = testbed.prompts
-    sketch = Sketch(testbed.policy.pipeline.transformer)
-    batches = []
-    for number in range(num_batches):
-        per_batch = BATCH // setting["group"]
-        chosen = [prompts[(number * per_batch + place) % len(prompts)] for place in range(per_batch)]
-        repeated = [prompt for prompt in chosen for _ in range(setting["group"])]
-        with sdpa_kernel(SDPBackend.MATH):  # the one that vmap can batch
-            batches.append(sample(testbed, setting, repeated, number, sketch))
-        print(f"{number + 1}/{num_batches} batches", flush=True)  # noqa: T201
-    return batches
+    """Sample batches with gradients, and with the values of a critic that was fitted to other trajectories."""
+    group, sketch = setting["group"], Sketch(testbed.policy.pipeline.transformer)
+    others = [
+        sample_trajectories(testbed, setting, prompts, number, None)
+        for number, prompts in numbered(testbed, setting, range(OTHERS, OTHERS + NUM_FITTED))
+    ]
+    features, rewards = (
+        torch.stack([one.features for one in others]),
+        torch.stack([one.rewards[:, -1] for one in others]),
+    )
+    weights = critic.fit(features, rewards, group)
+    with sdpa_kernel(SDPBackend.MATH):  # the one that vmap can batch
+        batches = [
+            sample(testbed, setting, prompts, number, sketch)
+            for number, prompts in numbered(testbed, setting, range(num_batches))
+        ]
+    values = critic.predict(torch.stack([one.values for one in batches]), weights, group)
+    return [one._replace(values=own) for one, own in zip(batches, values, strict=True)]
 
 
 def compare(batches: list[Batch], setting: dict) -> list[dict]:
@@ -232,10 +249,12 @@ def compare(batches: list[Batch], setting: dict) -> list[dict]:
         cost = evaluations - of_the_first_state(setting) + FORWARD_AND_BACKWARD * part * num_sde_steps
         name = "lambda 0.5 | fitted, from 1 | batch | joint" + (f" | drawn {share}" if share else "")
         add(name, 0.0, cost, own, budget / cost)
-    for name, credit_lambda, number in CRITICS if num_sde_steps > 2 else []:
-        own, share = gradients(with_critic(batches, group, number), replace(ONE_SCALE, lambda_=credit_lambda), group)
-        cost = evaluations - of_completions(setting, number or num_sde_steps)
-        add(name, 0.0, cost + FORWARD_AND_BACKWARD * share * num_sde_steps, own, budget / cost)
+    for name, credit_lambda, source in PREDICTED:
+        rule = replace(ONE_SCALE, lambda_=credit_lambda)
+        own, share = gradients(predicted(batches, group, source), rule, group)
+        cost = of_sampling(setting) if source == "critic" else evaluations
+        cost += FORWARD_AND_BACKWARD * share * num_sde_steps
+        add(name, 0.0, cost, own, budget / cost)
     whole = evaluations + FORWARD_AND_BACKWARD * num_sde_steps
     add("gain over a share of R_j | group | none | step", 0.0, whole, over_a_share(batches, group), BATCH)
     for position in range(num_sde_steps):
@@ -286,27 +305,26 @@ def over_a_share(batches: list[Batch], group: int) -> Tensor:
     ).double()
 
 
-def with_critic(batches: list[Batch], group: int, number: int | None) -> list[Batch]:
-    """With the values of the critic for the rewards of the first states, or of all but the last."""
+def predicted(batches: list[Batch], group: int, source: str) -> list[Batch]:
+    """With predictions for the rewards of all latents but the last."""
     rewards = critic.centred(torch.stack([one.rewards for one in batches]), group)
-    values = critic.cross_fitted_values(torch.stack([one.features for one in batches]), rewards[..., -1], group)
-    rewards[..., : number or -1] = values[..., :number]
+    if source == "critic":
+        rewards[..., :-1] = torch.stack([one.values for one in batches])
+    else:
+        products = (rewards[..., :-1] * rewards[..., -1:]).mean((0, 1))
+        rewards[..., :-1] *= products / rewards[..., :-1].square().mean((0, 1)).clamp(min=1e-12)
     return [one._replace(rewards=own) for one, own in zip(batches, rewards, strict=True)]
 
 
-def explained(batches: list[Batch], setting: dict) -> dict[str, list[float]]:
-    """Share of the variance of final rewards within groups that is explained at each step, by critic and completion.
-
-    That of completions is the squared correlation.
-    """
-    group, rewards = setting["group"], torch.stack([one.rewards for one in batches])
-    values = critic.cross_fitted_values(torch.stack([one.features for one in batches]), rewards[..., -1], group)
-    completed = critic.centred(rewards, group).flatten(0, 1)
-    correlations = torch.corrcoef(completed.T)[-1, :-1]
-    return {
-        "critic": critic.explained(values, rewards[..., -1], group),
-        "completion": correlations.nan_to_num().square().tolist(),
-    }
+def explained(batches: list[Batch], group: int) -> dict[str, list[float]]:
+    """Share of the variance of final rewards within groups that predictions explain at each step."""
+    final = critic.centred(torch.stack([one.rewards[:, -1] for one in batches]), group)
+    found = {}
+    for source in ("critic", "shrunk completions"):
+        values = torch.stack([one.rewards[:, :-1] for one in predicted(batches, group, source)])
+        left = (final[..., None] - values).square().sum((0, 1)) / final.square().sum()
+        found[source] = (1 - left).tolist()
+    return found
 
 
 def of_sampling(setting: dict) -> float:
@@ -322,13 +340,6 @@ def of_the_first_state(setting: dict) -> float:
     """Function evaluations a trajectory of the completion of x_0; the first is the trajectory's own."""
     stops = CompletionRule.parse(setting["completion"]).stops(setting["start"], setting["num_steps"])
     return (len(stops) - 2) / (setting["group"] if setting["share_initial_noise"] else 1)
-
-
-def of_completions(setting: dict, number: int) -> float:
-    """Function evaluations a trajectory of the completions of the first states."""
-    rule, first = CompletionRule.parse(setting["completion"]), setting["start"]
-    later = (len(rule.stops(step, setting["num_steps"])) - 2 for step in range(first + 1, first + number))
-    return of_the_first_state(setting) + sum(later)
 
 
 def alone(position: int, number: int) -> Tensor:
@@ -359,8 +370,22 @@ class Sketch:
         return torch.stack(sketches)
 
 
-def sample(testbed: Testbed, setting: dict, prompts: list[str], number: int, sketch: Sketch) -> Batch:
-    """Sample the trajectories of one batch."""
+@dataclass
+class Sampled:
+    """Trajectories of one batch, with what they were sampled from."""
+
+    window: Window
+    schedule: Any
+    conditioning: Any
+    rollout: Any
+    rewards: Tensor  # (B, K + 1); without completions of the final images alone, (B, 1)
+    features: Tensor  # of the last block at the latents before the steps, mean of the tokens: (B, K, F)
+
+
+def sample_trajectories(
+    testbed: Testbed, setting: dict, prompts: list[str], number: int, completion: CompletionRule | None
+) -> Sampled:
+    """Sample the trajectories of a batch, their completions and rewards; the noise depends on its number."""
     policy = testbed.policy
     conditioning, schedule = policy.encode(prompts), policy.schedule(setting["num_steps"])
     kind = "squared_error" if setting["sde_type"] == "cps" else "gaussian"
@@ -371,38 +396,45 @@ def sample(testbed: Testbed, setting: dict, prompts: list[str], number: int, ske
     def velocity(latents: Tensor, step: int, rows: Tensor) -> Tensor:
         return policy.velocity(model, latents, schedule[step], conditioning[rows])
 
-    def one_log_prob(weights: dict[str, Tensor], before: Tensor, after: Tensor, row: Tensor, step: int) -> Tensor:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(model, weights, args, kwargs)
-
-        predicted = policy.velocity(call, before[None], schedule[step], conditioning[row[None]])
-        sigmas = schedule.sigmas[step : step + 2]
-        drawn = transition(window.sde_type, before[None], predicted, *sigmas, window.noise_of(step))
-        return log_prob(drawn, after[None], window.log_prob_type).sum()
-
     noise = policy.initial_noise(generators[:: setting["group"] if setting["share_initial_noise"] else 1])
     with patch("trl_tpgrpo.algorithm.rollout.randn_tensor", pairs if setting["antithetic"] else randn_tensor):
-        rule = CompletionRule.parse(setting["completion"])
-        run = roll_out(velocity, noise, schedule.sigmas, window, generators, rule, batch_size=128)
-    with torch.no_grad():
-        images = to_images(policy.decode(run.final_latents, 64))
-    rewards = testbed.reward(images=images, prompts=[prompts[row] for row in run.rows])
-    of_each = vmap(grad(one_log_prob), in_dims=(None, 0, 0, 0, None))
-    of_steps = [
-        torch.cat([
-            sketch.of(of_each(sketch.weights, *(run.states[rows, place + after] for after in (0, 1)), rows, step))
-            for rows in torch.arange(len(prompts)).split(16)
-        ])
-        for place, step in enumerate(range(window.start, window.stop))
-    ]  # fmt: skip
+        run = roll_out(velocity, noise, schedule.sigmas, window, generators, completion, batch_size=128)
     features: list[Tensor] = []
     hook = model.norm_out.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].mean(1)))
     with torch.no_grad():
         for place, step in enumerate(range(window.start, window.stop)):
             velocity(run.states[:, place], step, torch.arange(len(prompts)))
+        images = to_images(policy.decode(run.final_latents, 64))
     hook.remove()
-    of_states = (torch.stack(of_steps, 1), run.nfe / len(prompts), torch.stack(features, 1))
-    return Batch(torch.tensor(rewards)[run.image_of], *of_states)
+    rewards = torch.tensor(testbed.reward(images=images, prompts=[prompts[row] for row in run.rows]))[run.image_of]
+    return Sampled(window, schedule, conditioning, run, rewards, torch.stack(features, 1))
+
+
+def sample(testbed: Testbed, setting: dict, prompts: list[str], number: int, sketch: Sketch) -> Batch:
+    """Sample one batch, and sketch the gradients of its steps."""
+    sampled = sample_trajectories(testbed, setting, prompts, number, CompletionRule.parse(setting["completion"]))
+    policy, model, window = testbed.policy, testbed.policy.pipeline.transformer, sampled.window
+    schedule, states = sampled.schedule, sampled.rollout.states
+
+    def one_log_prob(weights: dict[str, Tensor], before: Tensor, after: Tensor, row: Tensor, step: int) -> Tensor:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(model, weights, args, kwargs)
+
+        predicted = policy.velocity(call, before[None], schedule[step], sampled.conditioning[row[None]])
+        sigmas = schedule.sigmas[step : step + 2]
+        drawn = transition(window.sde_type, before[None], predicted, *sigmas, window.noise_of(step))
+        return log_prob(drawn, after[None], window.log_prob_type).sum()
+
+    of_each = vmap(grad(one_log_prob), in_dims=(None, 0, 0, 0, None))
+    of_steps = [
+        torch.cat([
+            sketch.of(of_each(sketch.weights, *(states[rows, place + after] for after in (0, 1)), rows, step))
+            for rows in torch.arange(len(prompts)).split(16)
+        ])
+        for place, step in enumerate(range(window.start, window.stop))
+    ]  # fmt: skip
+    evaluations = sampled.rollout.nfe / len(prompts)
+    return Batch(sampled.rewards, torch.stack(of_steps, 1), evaluations, sampled.features)
 
 
 def pairs(shape: torch.Size, generators: list[torch.Generator], device: torch.device, dtype: torch.dtype) -> Tensor:
