@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import critic
 import numpy as np
 import torch
+from critic import LinearCritic, centred
 from diffusers.utils.torch_utils import randn_tensor
 from gradient_report import BATCH, draw, overview, report
 from study import FIGURES, FORWARD_AND_BACKWARD, RESULTS
@@ -206,18 +206,14 @@ def sample_batches(testbed: Testbed, setting: dict, num_batches: int) -> list[Ba
         sample_trajectories(testbed, setting, prompts, number, None)
         for number, prompts in numbered(testbed, setting, range(OTHERS, OTHERS + NUM_FITTED))
     ]
-    features, rewards = (
-        torch.stack([one.features for one in others]),
-        torch.stack([one.rewards[:, -1] for one in others]),
-    )
-    weights = critic.fit(features, rewards, group)
+    critic = LinearCritic()
+    critic.learn(torch.cat([one.features for one in others]), torch.cat([one.rewards[:, -1] for one in others]), group)
     with sdpa_kernel(SDPBackend.MATH):  # the one that vmap can batch
         batches = [
             sample(testbed, setting, prompts, number, sketch)
             for number, prompts in numbered(testbed, setting, range(num_batches))
         ]
-    values = critic.predict(torch.stack([one.values for one in batches]), weights, group)
-    return [one._replace(values=own) for one, own in zip(batches, values, strict=True)]
+    return [one._replace(values=critic.values(one.values, group)) for one in batches]
 
 
 def compare(batches: list[Batch], setting: dict) -> list[dict]:
@@ -293,7 +289,7 @@ def over_a_share(batches: list[Batch], group: int) -> Tensor:
     Both rewards are taken against their group's mean. `b_j` is the slope of the least squares over all batches: what
     of `R_j` lowers the variance, and no more.
     """
-    rewards = critic.centred(torch.stack([one.rewards for one in batches]), group)  # (M, B, K + 1)
+    rewards = torch.stack([centred(one.rewards, group) for one in batches])  # (M, B, K + 1)
     before, after = rewards[..., :-1], rewards[..., 1:]
     slopes = (before * after).mean((0, 1)) / before.square().mean((0, 1)).clamp(min=1e-12)
     credits = (after - slopes * before).float()
@@ -307,7 +303,7 @@ def over_a_share(batches: list[Batch], group: int) -> Tensor:
 
 def predicted(batches: list[Batch], group: int, source: str) -> list[Batch]:
     """With predictions for the rewards of all latents but the last."""
-    rewards = critic.centred(torch.stack([one.rewards for one in batches]), group)
+    rewards = torch.stack([centred(one.rewards, group) for one in batches])
     if source == "critic":
         rewards[..., :-1] = torch.stack([one.values for one in batches])
     else:
@@ -318,7 +314,7 @@ def predicted(batches: list[Batch], group: int, source: str) -> list[Batch]:
 
 def explained(batches: list[Batch], group: int) -> dict[str, list[float]]:
     """Share of the variance of final rewards within groups that predictions explain at each step."""
-    final = critic.centred(torch.stack([one.rewards[:, -1] for one in batches]), group)
+    final = torch.stack([centred(one.rewards[:, -1], group) for one in batches])
     found = {}
     for source in ("critic", "shrunk completions"):
         values = torch.stack([one.rewards[:, :-1] for one in predicted(batches, group, source)])

@@ -26,6 +26,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import critic
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
@@ -73,6 +74,13 @@ INSTRUMENT: dict[str, dict[str, Any]] = {
 """What was tried, with the reference, so that images of the ODE gain as much as those of the SDE."""
 
 REFERENCE = "Flow-GRPO, first three steps"
+CRITIC = {"credit": "critic.credit", "scale_rewards": "batch", "advantage_scope": "joint"}
+CRITICS: dict[str, dict[str, Any]] = {
+    "linear critic, first three steps": {**CRITIC, "sde_window_size": 3},
+    "linear critic, all steps but the last": CRITIC,
+}
+"""Not in the design, added after three seeds: credit by a critic that takes no completions, see critic.py."""
+
 FALLING = {**METHODS[REFERENCE], "lr_scheduler_type": "linear", "max_steps": 96}
 LONGER: dict[str, dict[str, Any]] = {
     f"{REFERENCE}, rate falls to 0": FALLING,
@@ -80,7 +88,7 @@ LONGER: dict[str, dict[str, Any]] = {
 }
 """The reference with more than twice the budget. At a constant rate it wanders around half of the headroom."""
 
-SETTINGS_OF = METHODS | INSTRUMENT | LONGER
+SETTINGS_OF = METHODS | CRITICS | INSTRUMENT | LONGER
 RATE = 2e-4
 """Of all methods: the best for the reference on the tuning captions, the mean of three seeds at noise level 0.7."""
 
@@ -136,6 +144,8 @@ class Scores(TrainerCallback):
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._start = time.process_time()
+        if self.run.method in CRITICS:
+            critic.recorder.calls.clear()  # of images that were scored
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.spent["cpu_seconds"] += time.process_time() - self._start
@@ -232,6 +242,8 @@ def build_trainer(run: Run, folder: str, callback: Scores) -> TPGRPOTrainer:
     world = WORLDS[run.world]
     trainer = TPGRPOTrainer(world.weights, world.reward, args, world.train_dataset(), callbacks=[callback])
     trainer.remove_callback(PrinterCallback)
+    if run.method in CRITICS:
+        critic.attach(trainer.policy.pipeline.transformer, COMMON["num_inference_steps"])
     return trainer
 
 
