@@ -10,30 +10,28 @@ from torch import Tensor
 from trl_tpgrpo.algorithm.credit import CreditRule, lambda_return
 
 
-PENALTY = 0.1  # of the ridge regression, a trajectory, for features of unit variance
-MEMORY = 0.9  # weight of a rollout at the next one
+FOLDS = 8
 LAMBDA = 0.5
 
 
-class LinearCritic:
-    """Ridge regression of final rewards on features at K steps, both as differences to the mean of the group."""
+def fit(features: Tensor, rewards: Tensor, group: int, penalty: float) -> Tensor:
+    """Fit weights (K, F) of features at K steps to final rewards, both as differences to the mean of the group.
 
-    def __init__(self) -> None:
-        self.squares, self.products = torch.zeros(()), torch.zeros(())  # (K, F, F) and (K, F)
+    Args:
+        features: (N, K, F); trajectories of a prompt lie side by side.
+        rewards: (N,).
+        group: Trajectories of a prompt.
+        penalty: Of the ridge regression, for features of unit variance and one trajectory.
+    """
+    inputs, targets = centred(features, group).transpose(0, 1), centred(rewards, group)
+    squares = inputs.mT @ inputs  # (K, F, F)
+    sizes = squares.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
+    return torch.linalg.solve(squares + torch.diag_embed(penalty * sizes), inputs.mT @ targets)
 
-    def learn(self, features: Tensor, rewards: Tensor, group: int) -> None:
-        """Fit to the features (N, K, F) and rewards (N,) of more trajectories; what was before counts less."""
-        inputs, targets = centred(features, group).transpose(0, 1), centred(rewards, group)
-        self.squares = MEMORY * self.squares + inputs.mT @ inputs
-        self.products = MEMORY * self.products + inputs.mT @ targets
 
-    def values(self, features: Tensor, group: int) -> Tensor:
-        """Predict differences to the mean final reward of the group: (N, K) from (N, K, F)."""
-        if not self.squares.ndim:
-            return torch.zeros(features.shape[:2], dtype=torch.float64)
-        penalty = PENALTY * self.squares.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
-        weights = torch.linalg.solve(self.squares + torch.diag_embed(penalty), self.products)
-        return (centred(features, group) * weights).sum(-1)
+def predict(features: Tensor, weights: Tensor, group: int) -> Tensor:
+    """Predict differences of the final rewards to the mean of the group: (N, K) from (N, K, F)."""
+    return (centred(features, group) * weights).sum(-1)
 
 
 def centred(values: Tensor, group: int) -> Tensor:
@@ -42,11 +40,17 @@ def centred(values: Tensor, group: int) -> Tensor:
     return (grouped - grouped.mean(1, keepdim=True)).flatten(0, 1)
 
 
+def explained(values: Tensor, rewards: Tensor, group: int) -> list[float]:
+    """Share of the variance of final rewards (N,) within groups that values (N, K) explain, by step."""
+    targets = centred(rewards, group)[:, None]
+    return (1 - (targets - values).square().sum(0) / targets.square().sum().clamp(min=1e-12)).tolist()
+
+
 class Recorder:
     """The features of a rollout: the mean over tokens of the last block's output, at every step of every sweep."""
 
     def __init__(self, transformer: torch.nn.Module, num_steps: int):
-        self.num_steps, self.calls = num_steps, []  # (sweep, F)
+        self.num_steps, self.calls, self.explained = num_steps, [], []  # calls: (sweep, F)
         transformer.norm_out.register_forward_pre_hook(self._record)
 
     def _record(self, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -60,24 +64,25 @@ class Recorder:
         return torch.stack(steps, 1)
 
 
-critic: LinearCritic
 recorder: Recorder
 
 
 def attach(transformer: torch.nn.Module, num_steps: int) -> None:
-    """Begin with a critic that knows nothing, for the transformer of a run on one process."""
-    global critic, recorder
-    critic, recorder = LinearCritic(), Recorder(transformer, num_steps)
+    """Record the features of a run on one process."""
+    global recorder
+    recorder = Recorder(transformer, num_steps)
 
 
 def credit(rewards: Tensor, rule: CreditRule) -> Tensor:
-    """Credit of the K steps of the window, which begins at the first step: (B, K)."""
+    """Credit of the K steps of a window that begins at the first step, (B, K); a group's critic has not seen it."""
     group, num_steps = rule.batch.num_generations, rule.batch.log_probs.shape[1]
     features, final = recorder.of_the_rollout()[:, :num_steps], rewards[:, -1]
-    knows_nothing = not critic.squares.ndim
-    values = torch.cat([critic.values(features, group), centred(final, group)[:, None]], 1)
-    critic.learn(features, final, group)
-    return lambda_return(values, 1.0 if knows_nothing else LAMBDA).float()
+    fold, values = torch.arange(len(features)) // group % FOLDS, features.new_zeros(features.shape[:2]).double()
+    for number in range(min(FOLDS, len(features) // group)):
+        others, own = fold != number, fold == number
+        values[own] = predict(features[own], fit(features[others], final[others], group, penalty=1.0), group)
+    recorder.explained.append(explained(values, final, group))
+    return lambda_return(torch.cat([values, centred(final, group)[:, None]], 1), LAMBDA).float()
 
 
 credit.needs_completions = False  # type: ignore[attr-defined]

@@ -33,7 +33,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from critic import LinearCritic, centred
+from critic import centred, explained, fit, predict
 from diffusers.utils.torch_utils import randn_tensor
 from gradient_report import BATCH, draw, overview, report
 from study import FIGURES, FORWARD_AND_BACKWARD, RESULTS
@@ -148,7 +148,7 @@ def main() -> None:
             setting = {**BASE, **SETTINGS[name]}
             batches = sample_batches(testbed, setting, args.num_batches)
             found = {"rows": compare(batches, setting), "profile": profile(batches, setting)}
-            found["explained"] = explained(batches, setting["group"])
+            found["explained"] = explained_by_source(batches, setting["group"])
             path.write_text(json.dumps({"setting": name, "num_batches": args.num_batches, **found}) + "\n")
         print(report(json.loads(path.read_text())), flush=True)  # noqa: T201
     found = [json.loads(file_of(name, results).read_text()) for name in args.settings]
@@ -206,14 +206,14 @@ def sample_batches(testbed: Testbed, setting: dict, num_batches: int) -> list[Ba
         sample_trajectories(testbed, setting, prompts, number, None)
         for number, prompts in numbered(testbed, setting, range(OTHERS, OTHERS + NUM_FITTED))
     ]
-    critic = LinearCritic()
-    critic.learn(torch.cat([one.features for one in others]), torch.cat([one.rewards[:, -1] for one in others]), group)
+    features, rewards = torch.cat([one.features for one in others]), torch.cat([one.rewards[:, -1] for one in others])
+    weights = fit(features, rewards, group, penalty=0.1)
     with sdpa_kernel(SDPBackend.MATH):  # the one that vmap can batch
         batches = [
             sample(testbed, setting, prompts, number, sketch)
             for number, prompts in numbered(testbed, setting, range(num_batches))
         ]
-    return [one._replace(values=critic.values(one.values, group)) for one in batches]
+    return [one._replace(values=predict(one.values, weights, group)) for one in batches]
 
 
 def compare(batches: list[Batch], setting: dict) -> list[dict]:
@@ -312,15 +312,14 @@ def predicted(batches: list[Batch], group: int, source: str) -> list[Batch]:
     return [one._replace(rewards=own) for one, own in zip(batches, rewards, strict=True)]
 
 
-def explained(batches: list[Batch], group: int) -> dict[str, list[float]]:
+def explained_by_source(batches: list[Batch], group: int) -> dict[str, list[float]]:
     """Share of the variance of final rewards within groups that predictions explain at each step."""
-    final = torch.stack([centred(one.rewards[:, -1], group) for one in batches])
-    found = {}
-    for source in ("critic", "shrunk completions"):
-        values = torch.stack([one.rewards[:, :-1] for one in predicted(batches, group, source)])
-        left = (final[..., None] - values).square().sum((0, 1)) / final.square().sum()
-        found[source] = (1 - left).tolist()
-    return found
+    final = torch.cat([one.rewards[:, -1] for one in batches])
+    values = {
+        source: torch.cat([one.rewards[:, :-1] for one in predicted(batches, group, source)])
+        for source in ("critic", "shrunk completions")
+    }
+    return {source: explained(own, final, group) for source, own in values.items()}
 
 
 def of_sampling(setting: dict) -> float:

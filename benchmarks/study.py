@@ -9,6 +9,7 @@ stopped.
     python benchmarks/study.py --stage noise
     python benchmarks/study.py
     python benchmarks/study.py --stage longer
+    python benchmarks/study.py --stage critic
     python benchmarks/study.py --report
 
 `--world words` does the same for words that a recogniser reads, with the settings chosen for the shapes.
@@ -79,7 +80,7 @@ CRITICS: dict[str, dict[str, Any]] = {
     "linear critic, first three steps": {**CRITIC, "sde_window_size": 3},
     "linear critic, all steps but the last": CRITIC,
 }
-"""Not in the design, added after three seeds: credit by a critic that takes no completions, see critic.py."""
+"""Not in the design, added after three seeds: credit by a critic instead of completions, see critic.py."""
 
 FALLING = {**METHODS[REFERENCE], "lr_scheduler_type": "linear", "max_steps": 96}
 LONGER: dict[str, dict[str, Any]] = {
@@ -98,8 +99,9 @@ STAGES: dict[str, tuple[list[str], tuple[float, ...], Sequence[int], int]] = {
     "noise": (list(INSTRUMENT), (RATE,), (1000, 1001), BUDGET // 2),
     "heldout": (list(METHODS), (RATE,), SEEDS, BUDGET),
     "longer": (list(LONGER), (RATE,), SEEDS[:2], LONGEST),
+    "critic": (list(CRITICS), (RATE,), SEEDS[:1], BUDGET),
 }
-"""Methods, learning rates, seeds and NFE of the four stages; the last two are on captions of their own."""
+"""Methods, learning rates, seeds and NFE of the stages; all but the first two are on captions of their own."""
 
 MARGIN = 0.1  # of the reference's gain: a difference that is certainly smaller counts as none
 FORWARD_AND_BACKWARD = 3  # a transition that is trained on counts as this many function evaluations
@@ -138,7 +140,7 @@ class Scores(TrainerCallback):
     def __init__(self, run: Run):
         self.run, self.trainer = run, None
         self.spent = dict.fromkeys(("evaluations", "updates", "images", "cpu_seconds"), 0.0)
-        self.curve: list[dict[str, float]] = []
+        self.curve: list[dict[str, Any]] = []
         self.marks: list[dict[str, float]] = []
         self.end: dict[str, dict[str, float]] = {}
 
@@ -156,7 +158,8 @@ class Scores(TrainerCallback):
             return  # the last log, of the whole run
         self.spent["evaluations"] += logs["nfe"] + FORWARD_AND_BACKWARD * logs["nfe_train"]
         self.spent["images"] += logs["num_scored_images"]
-        self.curve.append({**self.spent, "reward": logs["reward"]})
+        explained = {"explained": critic.recorder.explained[-1]} if self.run.method in CRITICS else {}
+        self.curve.append({**self.spent, "reward": logs["reward"], **explained})
         finished = self.spent["evaluations"] >= self.run.budget or state.global_step == state.max_steps
         control.should_training_stop |= finished
         if finished:
@@ -282,7 +285,7 @@ def report(results: Path, figure: Path) -> str:
     """The tables in Markdown; draws the figure."""
     base, kept = json.loads((results / "base.json").read_text()), load(results, "heldout")
     parts = [rate_table(load(results, "rate")), both_currencies(load(results, "noise"), base, "tuning")]
-    parts.append(longer_table(load(results, "longer"), base))
+    parts += [table_of_runs(load(results, stage), base) for stage in ("longer", "critic")]
     if kept:
         parts += [
             end_table(kept, base["heldout"]),
@@ -330,7 +333,7 @@ def end_table(kept: Kept, base: dict[str, float]) -> list[str]:
     return lines
 
 
-def longer_table(kept: Kept, base: dict) -> list[str]:
+def table_of_runs(kept: Kept, base: dict) -> list[str]:
     """Every run's held-out reward at the marks and at the end, and the gain as a share of the headroom."""
     marks = range(2 * MARKS, LONGEST, 2 * MARKS)
     lines = [

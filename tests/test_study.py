@@ -38,6 +38,10 @@ def test_the_study_tunes_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: p
     study.train(study.Run(one_step, 1e-4, 1000, "noise", 100), tmp_path)
     longer = next(iter(study.LONGER))
     study.train(study.Run(longer, 1e-4, 0, "longer", 800), tmp_path)
+    critic = next(iter(study.CRITICS))
+    study.train(study.Run(critic, 1e-4, 0, "critic", 800), tmp_path)
+    (kept_critic,) = (tmp_path / "critic").glob("*.json")
+    assert [len(point["explained"]) for point in json.loads(kept_critic.read_text())["curve"]] == [3] * 3
     methods = [study.REFERENCE, "TP-GRPO as published", "fitted credit, transitions drawn"]
     for method, seed in product(methods, (0, 1)):
         study.train(study.Run(method, 1e-4, seed, "heldout", 800), tmp_path)
@@ -56,7 +60,7 @@ def test_the_study_tunes_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: p
     assert f"| {study.REFERENCE} | 0.0001 | 1 |" in text
     assert text.count("| fitted credit, transitions drawn | ") == 3
     assert f"| {one_step} | 1 |" in text
-    assert f"| {longer} | 0.0001 | 0 |" in text
+    assert all(f"| {method} | 0.0001 | 0 |" in text for method in (longer, critic))
     assert (tmp_path / "figure.png").stat().st_size > 5_000
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import critic  # noqa: E402
 import gradient_snr  # noqa: E402
 import pretrain  # noqa: E402
-from critic import LinearCritic, centred  # noqa: E402
 from words import judge, world  # noqa: E402
 
 
@@ -120,12 +120,8 @@ def test_critic_explains_what_a_linear_function_can_and_no_more() -> None:
     rng = torch.Generator().manual_seed(0)
     features, noise = torch.randn(3200, 2, 3, generator=rng), torch.randn(3200, generator=rng)
     rewards = features[:, 1] @ torch.tensor([1.0, -1.0, 0.0]) + noise  # 2/3 of the variance, and at step 1 only
-    critic = LinearCritic()
-    assert not critic.values(features, 8).any()
-    for part in torch.arange(1600).chunk(4):
-        critic.learn(features[part], rewards[part] + part[0], 8)
-    values = critic.values(features[1600:], 8)
-    targets = centred(rewards[1600:], 8)
-    left = (targets[:, None] - values).square().sum(0) / targets.square().sum()
-    assert (1 - left).tolist() == pytest.approx([0, 2 / 3], abs=0.03)
+    rewards += torch.arange(400.0).repeat_interleave(8)  # means of groups are not explained
+    weights = critic.fit(features[:1600], rewards[:1600], 8, penalty=0.01)
+    values = critic.predict(features[1600:], weights, 8)
+    assert critic.explained(values, rewards[1600:], 8) == pytest.approx([0, 2 / 3], abs=0.03)
     assert values.unflatten(0, (-1, 8)).mean(1).abs().max() < 1e-6
