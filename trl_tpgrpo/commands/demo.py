@@ -81,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-tpgrpo demo", description=description)
     add, shown = parser.add_argument, "(default: %(default)s)"
     add("--output_dir", type=Path, default=Path("demo"), help=f"folder for the weights and the pictures {shown}")
-    add("--max_steps", type=int, default=42, help="updates (default: %(default)s, a few minutes on one core)")
+    add("--max_steps", type=int, default=46, help="updates (default: %(default)s, a few minutes on one core)")
     add("--num_eval_prompts", type=int, help="held-out captions, 4 images each (default: all 90)")
     add("--seed", type=int, default=0, help=f"seed of the training {shown}")
     threads = "PyTorch threads; more are faster, but change rounding"
