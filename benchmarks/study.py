@@ -262,9 +262,9 @@ def score_base(results: Path, world: World) -> None:
     """Score the model that all runs begin with."""
     torch.set_num_threads(1)
     pipeline = load_pipeline(world.weights)
-    wanted = {"heldout": "heldout", "tuning": "tuning", "train": "tuning", "mark": "mark"}
-    splits = {"mark": "heldout"}
-    base = {name: score(pipeline, world, splits.get(name, name), IMAGES[size]) for name, size in wanted.items()}
+    places = {name: (name, IMAGES[name]) for name in ("heldout", "tuning")}
+    places |= {"train": ("train", IMAGES["tuning"]), "mark": ("heldout", IMAGES["mark"])}
+    base = {name: score(pipeline, world, *place) for name, place in places.items()}
     write(results / "base.json", {**base, "best": world.best})
 
 
