@@ -285,7 +285,7 @@ def report(results: Path, figure: Path) -> str:
     """The tables in Markdown; draws the figure."""
     base, kept = json.loads((results / "base.json").read_text()), load(results, "heldout")
     parts = [rate_table(load(results, "rate")), both_currencies(load(results, "noise"), base, "tuning")]
-    parts += [table_of_runs(load(results, stage), base) for stage in ("longer", "critic")]
+    parts += [single_runs_table(load(results, stage), base) for stage in ("longer", "critic")]
     if kept:
         parts += [
             end_table(kept, base["heldout"]),
@@ -333,7 +333,7 @@ def end_table(kept: Kept, base: dict[str, float]) -> list[str]:
     return lines
 
 
-def table_of_runs(kept: Kept, base: dict) -> list[str]:
+def single_runs_table(kept: Kept, base: dict) -> list[str]:
     """Every run's held-out reward at the marks and at the end, and the gain as a share of the headroom."""
     marks = range(2 * MARKS, LONGEST, 2 * MARKS)
     lines = [
